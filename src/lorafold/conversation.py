@@ -2,11 +2,11 @@
 
     with Chat(model, tokenizer, {"sql": "adapter1"}, system="You are brief.") as chat:
         turn = chat.ask("Which users signed up today?")
-        answer = "".join(chat.answer(turn, chat.active))    streams text per token
+        answer = "".join(chat.answer(turn, chat.active))    yields text for each token
         chat.keep(turn, answer)
 
-If the prompt would leave no room for an answer in the context, the oldest turns are left out of the
-prompt, but not of `save`. One engine computes all answers.
+If a prompt would leave no room for an answer in the model's context, `ask` omits the oldest turns
+from it; `save` still writes them.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ from lorafold.generation import GREEDY, end_tokens, positions_left, prompt_ids, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BASE, NONE, ALL = "base", "none", "all"  # reserved words, no names of adapters
+BASE, NONE, ALL = "base", "none", "all"  # reserved: no adapter may have these names
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question ready to be answered."""
+    """A user message and its rendered prompt."""
 
     text: str
     prompt: str
     room: int  # maximum tokens of the answer
-    first: int  # index of the first message of the history in the prompt
-    dropped: int  # turns newly left out
+    first: int  # index of the first history message in the prompt
+    dropped: int  # number of turns that earlier prompts contained and this prompt omits
 
 
 class Chat:
-    """The history, the adapters for the next answer (all at first), and limits. `adapters` maps the
-    user's names to names on the model. The engine holds the model until `close`.
+    """A conversation whose next answer uses the adapters in `active`, initially all. `adapters`
+    maps the user's names to adapter names on the model. No other code may use the model until
+    `close`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Chat:
         self.both = False
         given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = [given if isinstance(given, int) and given > 0 else None, positions_left(model)]
-        self.context = min((n for n in limits if n is not None), default=None)  # the context length
+        self.context = min((n for n in limits if n is not None), default=None)
         self.reset()
         self._ends, length = end_tokens(model, tokenizer), self.context or sys.maxsize
         with ExitStack() as stack:
@@ -93,7 +94,7 @@ class Chat:
         self._first = 0  # index of the first message in prompts
 
     def switch(self, name: str) -> None:
-        """Selects one adapter for answers, or `none` (the base), or `all`."""
+        """Selects the adapters of further answers: one name, `none` (the base model) or `all`."""
         choices = {NONE: (), ALL: tuple(self.adapters), **{n: (n,) for n in self.adapters}}
         if name not in choices:
             names = ", ".join([*self.adapters, NONE])
@@ -101,14 +102,14 @@ class Chat:
         self.active = choices[name]
 
     def speakers(self) -> list[tuple[str, ...]]:
-        """Returns the adapters of each answer to the next question, () for the base; the last
-        answer is the one to keep.
+        """Returns the adapters for each answer to the next message, () for the base model. If there
+        are two answers, only the second should be kept.
         """
         return [(), self.active] if self.both and self.active else [self.active]
 
     def ask(self, text: str) -> Turn:
-        """Renders the next prompt, with as much history as leaves room for `max_new_tokens` tokens
-        or half of the context, whichever is less.
+        """Renders the next prompt. Its history leaves room for `max_new_tokens` tokens, or for half
+        of the context if that is less.
         """
         first, context = self._first, self.context or sys.maxsize
         while True:
@@ -128,7 +129,7 @@ class Chat:
         return Turn(text, prompt, min(self.max_new_tokens, left), first, (first - self._first) // 2)
 
     def answer(self, turn: Turn, names: Sequence[str]) -> Generator[str, None, None]:
-        """Yields the answer by token. Closing the iterator ends it; the history is unchanged."""
+        """Yields the answer's text, token by token. Closing the generator cancels the request."""
         adapter = "/".join(names) or None  # the user's names have no slash
         if adapter and adapter not in self._engine.adapters.names():
             self._engine.adopt(adapter, [self.adapters[name] for name in names])
@@ -144,14 +145,14 @@ class Chat:
         self._first = turn.first
 
     def conversation(self, first: int = 0) -> list[Message]:
-        """Returns the system message, if any, and the history from index `first` on."""
+        """Returns the system message, if any, and the messages from index `first` on."""
         if self.system is None:
             return self.messages[first:]
         return [{"role": "system", "content": self.system}, *self.messages[first:]]
 
     def save(self, path: str | Path) -> int:
-        """Appends the conversation to a JSONL file as a row for `lorafold train`, atomically;
-        returns the number of rows.
+        """Appends the conversation to a JSONL file as a training row, atomically. Returns the
+        number of rows in the file.
         """
         file = Path(path).expanduser()
         if not self.messages:
@@ -171,7 +172,7 @@ def label(names: Sequence[str]) -> str:
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """Returns each path's last component, with -2, -3, ... if it is taken or reserved."""
+    """Returns the last component of each path, with -2, -3, ... if it is taken or reserved."""
     names: list[str] = []
     for path in paths:
         last = os.path.basename(os.path.abspath(Path(path).expanduser()))

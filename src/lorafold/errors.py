@@ -1,5 +1,5 @@
-"""Errors that the user can fix, and the texts of their messages: lists, truncation. Commands print
-the message without a traceback and exit with code 2.
+"""Errors that users can fix, and helpers for their messages. Commands print the message without a
+traceback and exit with code 2.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from pathlib import PurePath
 WINDOWS = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
 OLD_NAMES_REMOVED_IN = "0.3"
 TRANSIENT_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-EXITS = (SystemExit, KeyboardInterrupt)  # end a thread (a Rust panic does not)
-MAX_ITEMS = 5  # of a list in a message
+EXITS = (SystemExit, KeyboardInterrupt)  # these end a thread; a Rust panic does not
+MAX_ITEMS = 5  # shown per list in a message
 MAX_SINGLE_ITEM = 240  # characters
 
 
 class LorafoldError(Exception):
-    """An invalid request. The message names the file, row, field or module, the value that was
-    found, the value that was expected, and what to do.
+    """An error that the user can fix. Its message names the file, row, field or module, the invalid
+    value, the expected value and a remedy.
     """
 
 
 class RewardFailed(LorafoldError):
-    """A reward that failed or can't be learned from; the model is unchanged."""
+    """A reward function failed or returned unusable rewards; the model is unchanged."""
 
 
 class NotMergeable(LorafoldError):
-    """A delta without a form in weight space, or a weight that can't store the changed values."""
+    """An adapter can't be merged: the base module has no parameter that can represent its update,
+    or the weight's format can't store the merged values.
+    """
 
 
 class NoTarget(LorafoldError):
-    """Targets that match no module of the model."""
+    """The targets match no module of the model."""
 
 
 class NoTokenizer(LorafoldError):
-    """A model or adapter directory without a tokenizer."""
+    """The model or adapter directory contains no tokenizer."""
 
 
 class Busy(Exception):
-    """The machine temporarily lacks a resource, such as CPU time. Nothing is known about the
-    request, which can be repeated.
+    """The machine temporarily lacks a resource, such as CPU time. The request may be valid and can
+    be retried.
     """
 
 
 class Interrupted(Exception):
-    """A run was stopped by a signal.
-
-    `code` is the shell's exit code for the signal; the message contains the command that continues
-    the run.
+    """A signal stopped the run. The message contains the command that resumes it; `code` is the
+    shell's exit code for the signal.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -58,7 +58,7 @@ class Interrupted(Exception):
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is a temporary lack of resources."""
+    """Whether an error, or an error in its chain, is a temporary lack of resources."""
     if error is None or isinstance(error, Busy):
         return error is not None
     lacks = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
@@ -70,7 +70,6 @@ def renamed_warning(old: str, now: str) -> str:
 
 
 def two_names_message(old: str, now: str) -> str:
-    """The error message for an old name next to the new one."""
     return f"{old}: has the same meaning as {now}, which is set too; use only {now}"
 
 
@@ -85,22 +84,21 @@ def error_location(error: BaseException) -> str:
 
 
 def read_failure(error: OSError | ValueError) -> str:
-    """Why a text file can't be read, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     return getattr(error, "strerror", None) or str(error)
 
 
 def escape_unprintable(text: str) -> str:
-    """The text with non-printable characters escaped, so that it is one line."""
+    """The text on one line, with all non-printable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(
     items: Iterable[object], separator: str = ", ", max_chars: int = 200, count: int | None = None
 ) -> str:
-    """The first items of a list for a message, at most `MAX_ITEMS` and within `max_chars`
-    characters, and the number of the others. A single item that is too long is cut in the middle.
+    """The first items of a list, at most `MAX_ITEMS` and about `max_chars` characters, followed by
+    the number of omitted items. Long items are truncated in the middle.
     """
     texts, shown, length = [*map(str, items)], list[str](), 0
     for item in texts[:MAX_ITEMS]:
@@ -118,12 +116,12 @@ def join_problems(problems: Sequence[object]) -> str:
 
 
 def differing_keys(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
-    """The keys, sorted, whose values differ or that only one of both has."""
+    """The sorted keys whose values differ or that only one of the mappings contains."""
     return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def truncate_middle(text: str, max_chars: int) -> str:
-    """The text, cut in the middle to at most `max_chars` characters."""
+    """The text, shortened in the middle to at most `max_chars` characters."""
     if len(text) <= max_chars:
         return text
     before = (max_chars - 5) // 2
@@ -131,6 +129,6 @@ def truncate_middle(text: str, max_chars: int) -> str:
 
 
 def truncate(text: str, max_chars: int) -> str:
-    """The text, cut at the end after `max_chars` characters, with the number of the others."""
+    """The first `max_chars` characters of the text, and the number of omitted characters."""
     more = len(text) - max_chars
     return text if more <= 0 else f"{text[:max_chars]} ... and {more:,} more characters"

@@ -1,1 +1,1 @@
-"""Turns rows into conversations, conversations into tokens, and tokens into batches."""
+"""Converts rows to conversations, conversations to tokens, and tokens to batches."""

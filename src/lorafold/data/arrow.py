@@ -1,4 +1,4 @@
-"""Columns of tokens and labels in memory-mapped Arrow files."""
+"""Tables of tokens and labels in memory-mapped Arrow files."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,8 +29,8 @@ def to_batch(
     flags: Iterable[str] = (),
     texts: Iterable[str] = (),
 ) -> "pa.RecordBatch":
-    """Builds a record batch of int32, lists of int32, booleans and text. `pa.array` would import
-    pandas, which takes 0.4 s.
+    """Builds a record batch of int32 columns, int32 lists, booleans and strings. It avoids
+    `pa.array`, which would import pandas (0.4 s).
     """
     import pyarrow as pa
 
@@ -55,16 +55,16 @@ def to_batch(
 
 
 def column(table: "pa.Table", name: str) -> Array:
-    """Returns a column of int32 as (n,). `to_numpy` would import pandas."""
+    """Returns an int32 column as an array (n,). It avoids `to_numpy`, which would import pandas."""
     return np.concatenate([np.zeros(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
 
 
 class Lists:
-    """A column of lists of int32; items are views (T,) of the file."""
+    """A column of int32 lists. Its items are views (T,) of the memory-mapped file."""
 
     def __init__(self, column: "pa.ChunkedArray") -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.ends = [np.from_dlpack(chunk.offsets) for chunk in chunks]  # of each chunk, (n + 1,)
+        self.ends = [np.from_dlpack(chunk.offsets) for chunk in chunks]  # (n + 1,) each
         self.values = [np.from_dlpack(chunk.values) for chunk in chunks]
         self.lengths: Array = np.concatenate([np.zeros(0, np.int32), *map(np.diff, self.ends)])
         self._first = np.cumsum([0, *map(len, chunks)])
@@ -81,13 +81,14 @@ class Lists:
 
 
 def hash_rows(*columns: Iterable[Any]) -> Array:
-    """Hashes each entry (n,) across columns; only comparable within this process."""
+    """Hashes each row across columns (n,). Hashes are comparable only within this process."""
     plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
     return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
 
 
 class Judgements(NamedTuple):
-    """Digests of subjects (n,), verdicts (n,), the text for contradictions, and counts of labels.
+    """Digests of the judged inputs (n,), their verdicts (n,), the message for contradictory
+    verdicts, and the number of examples per label.
     """
 
     subjects: Array
@@ -99,7 +100,7 @@ class Judgements(NamedTuple):
 class Items(Sequence[E]):
     @abstractmethod
     def item(self, index: int) -> E:
-        """Builds one item."""
+        """Returns the item at a non-negative index."""
 
     @overload
     def __getitem__(self, index: int) -> E: ...
@@ -111,15 +112,16 @@ class Items(Sequence[E]):
 
 
 class TableExamples(Items[E]):
-    """Examples of a table, truncated: `lengths` (n,) in tokens, `rows` (n,) the index of the row.
+    """Examples in a table, truncated to `max_length`. `lengths` (n,) are in tokens, and `rows` (n,)
+    are row indices.
 
-    `marked` counts rows with control tokens as text. Two examples are equal if they agree in
-    `compared_by`: untruncated tokens and trained spans of the whole table.
+    `marked` is the number of rows that contain control tokens as text. Two rows are duplicates if
+    their examples agree in `compared_by`, the columns of untruncated tokens and trained spans.
     """
 
     compared_by: tuple[Iterable[Any], ...]
-    judgements: Judgements | None = None  # of labels and preferences
-    ends_lost: Array | None = None  # (n,), whether truncation cuts off the end of an answer
+    judgements: Judgements | None = None  # only for labels and preferences
+    ends_lost: Array | None = None  # (n,), whether truncation removes the end of an answer
 
     def __init__(self, table: "pa.Table", max_length: int, indices: Array) -> None:
         self._ids = Lists(table.column("ids"))

@@ -1,6 +1,6 @@
-"""Batches: shuffling, held-out split, packing, collation.
+"""Batches: shuffling, held-out split, packing and collation.
 
-Feeds depend only on their arguments, so a resumed run computes the same batches.
+A feed's batches depend only on its arguments, so a resumed run computes the same batches.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lorafold.errors import LorafoldError
 class Batches(Sequence[list[int]]):
     """The example indices of each step, (steps, batch).
 
-    Epochs are shuffled and concatenated, so every batch is full and may span two. From a source
-    with weight w and n examples, an epoch takes the next round(w n), in an order that continues
-    across epochs.
+    Shuffled epochs are concatenated, so every batch is full and may span two epochs. From a source
+    with weight w and n examples, each epoch takes the next round(w n) examples of an order that
+    continues across epochs.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Batches(Sequence[list[int]]):
         for number, (part, share) in enumerate(zip(self._parts, self._epoch_sizes, strict=True)):
             own = np.arange(part.size, dtype=np.int32)
             if share != part.size:
-                # the next ones; the source is shuffled again each time it is exhausted
+                # takes the next examples; an exhausted source is shuffled again
                 shuffle, at = divmod(epoch * share, part.size)
                 sampled: list[int] = []
                 while len(sampled) < at + share:
@@ -90,12 +90,12 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:
-    """Returns the tensors of a forward pass over examples with `ids` (T,) and unshifted `labels`
-    (T,).
+    """Returns the model inputs for examples with `ids` (T,) and unshifted `labels` (T,).
 
-    Packed: input_ids, position_ids and labels, (1, T), T the sum of the lengths. Otherwise padded
-    on the right: input_ids, attention_mask and labels, (B, T). The returned labels are shifted:
-    labels[b, t] is the token after position t, or -100 if the loss ignores it.
+    If packed, they are input_ids, position_ids and labels, (1, T), with T as the sum of the
+    lengths. Otherwise they are input_ids, attention_mask and labels, (B, T), padded on the right.
+    The returned labels are shifted: labels[b, t] is the token after position t, or -100 if the loss
+    ignores it.
     """
     ids = [torch.tensor(e.ids, dtype=torch.long) for e in examples]
     targets = [torch.tensor([*e.labels[1:], NO_LOSS], dtype=torch.long) for e in examples]
@@ -112,8 +112,8 @@ def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Ten
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs documents into sequences of at most `capacity` tokens, by best fit decreasing. A longer
-    document gets its own. Returns ascending indices.
+    """Packs documents into sequences of at most `capacity` tokens, by best fit decreasing. A
+    document that is longer gets a separate sequence. Returns ascending indices.
     """
     sequences: list[list[int]] = []
     free: list[int] = []
@@ -146,12 +146,14 @@ def micro_batches(
 
 
 def num_targets(example: Example) -> int:
-    """Counts the tokens in the loss, which excludes an example's first token."""
+    """Returns the number of tokens in the loss, which excludes an example's first token."""
     return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 class BatchFeed(ABC):
-    """The examples of `steps` steps, of which `num_previewed` are cheap to inspect in advance."""
+    """The examples of `steps` training steps. The first `num_previewed` are cheap to inspect before
+    training.
+    """
 
     num_previewed: int
     steps: int
@@ -163,12 +165,10 @@ class BatchFeed(ABC):
 
     @abstractmethod
     def random_batches(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        """Yields `n` random batches, independent of the training steps."""
+        """Yields `n` random batches, which don't affect the training steps."""
 
 
 class StoredFeed(BatchFeed):
-    """A feed of stored examples."""
-
     num_previewed = 1000
 
     def __init__(
@@ -180,7 +180,7 @@ class StoredFeed(BatchFeed):
         seed: int,
     ) -> None:
         self.examples, self.steps, self.batch = examples, steps, batch
-        # where the examples of each row begin; without `rows`, each row has one example
+        # the first example of each row; without `rows`, each row has one example
         rows = getattr(examples, "rows", np.arange(len(examples)))
         self._borders = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(examples))
         self._batches = Batches(parts, batch, steps, seed)

@@ -1,5 +1,7 @@
-r"""Analyses chat templates by rendering probes, once per template: the form of messages (`form`),
-the block of reasoning (`block`), and where the end of an assistant turn is written:
+r"""Analyses chat templates by rendering test conversations, once per template.
+
+The result contains the form of messages (`form`), the reasoning block (`block`), and how the end of
+an assistant turn is rendered:
 
     with the turn               ... answer<end>\n
     with the next message       ... answer<user>\nnext          the next message's start is the end
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-DATE = "strftime_now"  # transformers' function for templates
+DATE = "strftime_now"  # a function that transformers passes to templates
 USES_DATE = re.compile(rf"{DATE}\s*\(")
 DATE_CALL = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
 PROBE_NAME, PROBE_KEY, PROBE_TEXT = "probe_function", "probe_key", "probe value"
@@ -74,7 +76,9 @@ RESULT: Message = {"role": "tool", "content": NEXT, "name": PROBE_NAME, "tool_ca
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Arguments as JSON `text`, `empty` content beside calls, content as lists of `parts`."""
+    """How the template expects messages: arguments of calls as JSON text (`text`), `content` next
+    to calls even if empty (`empty`), and content as a list of parts (`parts`).
+    """
 
     text: bool = False
     empty: bool = False
@@ -97,9 +101,9 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class ReasoningBlock:
-    """The stripped texts around reasoning; `lead` and `between` include whitespace. `shown`: the
-    template shows the last turn's reasoning. `spaced`: whitespace after the closing belongs to the
-    block.
+    """The tags around reasoning, stripped of whitespace; `lead` and `between` are the texts before
+    and after the reasoning with whitespace. `shown`: the template renders the last turn's
+    reasoning. `spaced`: whitespace after the closing tag belongs to the block.
     """
 
     opening: str
@@ -111,12 +115,14 @@ class ReasoningBlock:
 
     @classmethod
     def of_tags(cls, opening: str, closing: str) -> ReasoningBlock:
-        """For a template that shows no reasoning; tags are on their own lines."""
+        """Returns the block of a template that renders no reasoning, with each tag on a separate
+        line.
+        """
         return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
 
     def end(self, text: str, prompt: str) -> int:
-        """Returns the length of the block at the start of a turn, or 0. The opening may be in the
-        prompt.
+        """Returns the length of the block at the start of a turn, or 0. The prompt may contain the
+        opening tag.
         """
         start = len(text) - len(text.lstrip())
         if text.startswith(self.opening, start):
@@ -135,7 +141,7 @@ DEFAULT_BLOCK = ReasoningBlock.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where the end of a turn is written, its text (or the tokenizer's end token), and the ids of
+    """How the end of a turn is rendered, its text (or the tokenizer's end token), and the ids of
     all tokens that end a turn.
     """
 
@@ -157,7 +163,7 @@ class Template:
         self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
         known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
-        self.has_generation = bool(GENERATION.search(self.text))  # it has {% generation %} blocks
+        self.has_generation = bool(GENERATION.search(self.text))  # contains {% generation %} blocks
 
     @cached_property
     def form(self) -> MessageForm:
@@ -187,7 +193,7 @@ class Template:
         if THOUGHT not in texts[0] or PROBE_ANSWER not in texts[0]:
             return DEFAULT_BLOCK
         header = PARTIAL_TAG.sub("", prefix_of(*texts, prompt))
-        # an open tag at the end of the prompt is part of the block
+        # an open tag at the prompt's end is part of the block
         if opened := OPEN_TAG.search(header):
             header = header[: opened.start()]
         with_reasoning, plain = (text[len(header) :] for text in texts)
@@ -208,7 +214,7 @@ class Template:
         for special in self.specials.finditer(after_answer):
             if at and after_answer[at : special.start()].strip():
                 break
-            at = special.end()  # through all consecutive special tokens
+            at = special.end()  # to the last of the consecutive special tokens
         written: Written = WITH_TURN
         ends = [after_answer[:at]]
         if not at:
@@ -232,7 +238,7 @@ class Template:
         return any(PROBE_NAME in text.replace(PROBE_TEXT, "") for text in texts)
 
     def through_special(self, text: str) -> str:
-        """Returns the text through its first special token, or an empty text."""
+        """Returns the text up to and including its first special token, or ""."""
         special = self.specials.search(text)
         return text[: special.end()] if special else ""
 
@@ -270,8 +276,8 @@ def apply_template(
         if not tokenizer.is_fast:  # it may override the method
             prompt |= {"tokenize": False, **variables}
             return str(tokenizer.apply_chat_template(list(messages), **prompt))
-        # apply_chat_template without its checks, which `data.messages` has done, takes two thirds
-        # of the time
+        # this omits the checks of apply_chat_template, a third of its time, because `data.messages`
+        # has done them
         template = tokenizer.get_chat_template(tools=tool_list)
         special: Any = tokenizer.special_tokens_map | dict(variables)
         rendered: Any = render_jinja_template(
@@ -296,7 +302,7 @@ def try_apply(
     for_generation: bool = False,
     form: MessageForm | None = None,
 ) -> str:
-    """Renders messages in the form of `data.messages`; empty on errors."""
+    """Renders messages in the template's form. Returns "" if rendering fails."""
     form = form or template_of(tokenizer, tools).form
     try:
         return apply_template(form.of(messages), tokenizer, tools, for_generation)
@@ -305,12 +311,12 @@ def try_apply(
 
 
 def date_used(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns today's ISO date if the template uses it, or an empty text."""
+    """Returns today's ISO date if the template renders it, else ""."""
     return date.today().isoformat() if USES_DATE.search(str(tokenizer.chat_template)) else ""
 
 
 def with_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """Fixes the date that the template writes; no change for an empty date."""
+    """Makes the template render a fixed date. Returns the tokenizer unchanged if `day` is ""."""
     if not day:
         return tokenizer
     fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime
@@ -319,4 +325,4 @@ def with_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokeniz
 
 
 def prefix_of(*parts: Any) -> Any:
-    return commonprefix(parts)  # noqa: RUF071  (by characters, as is wanted)
+    return commonprefix(parts)  # noqa: RUF071  (compares characters)

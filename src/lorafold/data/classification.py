@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """`ids` (T,) and the class index."""
+    """The tokens `ids` (T,) of a text, and its class index."""
 
     ids: tuple[int, ...]
     label: int
@@ -38,7 +38,7 @@ class LabelledExample:
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Returns the labels, integers sorted by size and text by character."""
+    """Returns the labels of the rows, sorted: integers by value, text by character."""
     known = Rows.of(rows, LABELS)
     check_provided(known.formats, LABELS)
     labels = {given.label for given in known.extract(LABELS)}
@@ -53,8 +53,8 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class LabelEncoder(Encoder):
-    """Columns: `row`, `ids` (T,), `num_special` (tokens at the end), `label`
-    (the class index), `problem`.
+    """Encodes rows to the columns `row`, `ids` (T,), `num_special` (number of special tokens at the
+    end), `label` (class index) and `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -99,16 +99,16 @@ class LabelledExamples(TableExamples[LabelledExample]):
         self._num_special = column(table, "num_special")  # (n,)
         self.compared_by = self._ids, self._labels.tolist()
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
-        self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
+        self.counts = dict(zip(classes, counts, strict=True))  # number of examples per class
 
     @cached_property
     def judgements(self) -> Judgements:  # type: ignore[override]
-        """Equal texts with different labels are contradictions."""
+        """A judgement per text, so that equal texts with different labels are contradictions."""
         contradiction = "have the same text as an earlier row, but another label"
         return Judgements(hash_rows(self._ids), self._labels, contradiction, self.counts)
 
     def item(self, index: int) -> LabelledExample:
-        # truncation keeps the special tokens at the end
+        # truncation keeps special tokens at the end
         ids, most = self._ids[index].tolist(), self._max_length
         end = min(int(self._num_special[index]), most) if len(ids) > most else 0
         cut = (*ids[: most - end], *ids[len(ids) - end :])
@@ -141,7 +141,6 @@ def class_data(table: "pa.Table", rows: Rows, max_length: int, classes: Sequence
 def preview_labelled(
     example: LabelledExample, tokenizer: "PreTrainedTokenizerBase", classes: Sequence[str]
 ) -> "Text":
-    """Returns the text as the model reads it, with the class in ⟦ ⟧."""
     from rich.text import Text
 
     text = Text(decode_ids(tokenizer, example.ids), style="dim")

@@ -1,11 +1,12 @@
-"""Sanitizes control tokens in messages. Without this, `<|im_end|>` in a question would end the
-user's turn, and the text after it could forge another.
+"""Sanitizes control tokens in messages. Otherwise, `<|im_end|>` in a question would end the user's
+turn, and the text after it could forge another turn.
 
 `mark_as_text` marks control tokens as transformers' `sanitize_control_tokens` does, and
-`rendered_ids` tokenizes marked ones as text. Control tokens are special tokens, and added tokens
-that the template writes; the assistant's contents may have non-special ones, such as <tool_call>.
-A comment at the start of the template lists exceptions:
-{# control tokens in contents: ["<|user|>"] #}, or true for all.
+`rendered_ids` tokenizes marked tokens as text. Control tokens are all special tokens, and the added
+tokens that the template renders. The assistant's content may contain non-special tokens, such as
+<tool_call>. A comment at the start of the template lists exceptions, or is `true` for all:
+
+    {# control tokens in contents: ["<|user|>"] #}
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXCEPTIONS = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
-ALL_TOKENS = None  # instead of a set of words
+ALL_TOKENS = None  # instead of a set of tokens
 MARK_START, MARK_END = mark_control_tokens("x", re.compile("x")).split("x")
 PROMPT_REMARK = (
     "the prompt contains control tokens, which are tokenized as plain text; to keep them as control"
@@ -44,7 +45,7 @@ ROWS_REMARK = (
 
 
 def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | None = None) -> None:
-    """Allows tokens in contents, except those that the template writes; None allows all."""
+    """Allows control tokens in contents, except tokens in the template. None allows all."""
     if not tokenizer.chat_template:
         return
     if tokens is not None:
@@ -59,7 +60,7 @@ def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | Non
             return text
         before = allowed_tokens(text)
         exceptions = True if tokens is None or before is None else sorted({*before, *tokens})
-        # a word may not contain #}, which would end the comment
+        # a token that contains #} would end the comment
         note = json.dumps(exceptions).replace("#", "\\u0023")
         return f"{{# control tokens in contents: {note} #}}\n{EXCEPTIONS.sub('', text)}"
 
@@ -69,7 +70,7 @@ def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | Non
 def template_words(
     template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
 ) -> frozenset[str]:
-    """Returns the words that the template's source or its rendering of probes contains."""
+    """Returns the words that occur in the template's source or in rendered test conversations."""
     said = [USER, {"role": "assistant", "content": PROBE_TEXT}, USER]
     conversations = (said, [SYSTEM, *said], [*said[:2], {"role": "tool", "content": PROBE_TEXT}])
     texts = [try_apply(messages, tokenizer, for_generation=True) for messages in conversations]
@@ -86,7 +87,9 @@ def allowed_tokens(template: str) -> frozenset[str] | None:
 
 
 class ControlTokenFinder(NamedTuple):
-    """Patterns for all roles and for the assistant's contents, and first characters."""
+    """Patterns of control tokens in all messages and in the assistant's content, and the first
+    characters of all of these tokens.
+    """
 
     all: re.Pattern[str]
     assistant: re.Pattern[str]
@@ -127,7 +130,7 @@ def _finder(template: Template) -> ControlTokenFinder | None:
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
     written = {w for w in template_words(template.text, tokenizer, added) if not w.isspace()}
-    exceptions -= written  # these could forge a turn
+    exceptions -= written  # because these could forge a turn
     special = {word for word, is_special in added.items() if is_special} - exceptions
     tokens = special | (written if listed is None else added.keys() & listed - exceptions)
     block = template_of(tokenizer).block
@@ -148,7 +151,7 @@ def _mark(value: Any, words: re.Pattern[str], finder: ControlTokenFinder) -> Any
         return value
 
     def key(name: Any) -> Any:
-        # templates print the keys of arguments; keys that are identifiers are looked up by name
+        # templates render the keys of arguments, but look up keys that are identifiers by name
         plain = not isinstance(name, str) or name.isidentifier()
         return name if plain else _mark(name, finder.all, finder)
 
@@ -160,7 +163,7 @@ def is_marked(text: str) -> bool:
 
 
 def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenizes a rendered text; marked control tokens become text."""
+    """Tokenizes a rendered text, with marked control tokens as text."""
     if MARK_START not in text:
         return token_ids(text, tokenizer)
     if tokenizer.is_fast:
@@ -174,8 +177,8 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """Equals `tokenizer(text, add_special_tokens=special).input_ids`, without offsets and masks:
-    0.3 of the time, and other threads run meanwhile.
+    """Returns `tokenizer(text, add_special_tokens=special).input_ids` in 0.3 of the time, because
+    it computes no offsets and masks. Other threads run meanwhile.
     """
     from transformers import PreTrainedTokenizerFast as Fast
 
@@ -192,7 +195,7 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = Fal
 
 @dataclass(frozen=True)
 class Pieces:
-    """Ids (T,) and characters [start, end) of each, with the interface of `tokenizers.Encoding`."""
+    """Token ids (T,) and the characters [start, end) of each, as in `tokenizers.Encoding`."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -211,15 +214,15 @@ class Pieces:
 
 
 def to_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """Tokenizes as `encode_marked_chat`, with offsets. Pieces after the first are tokenized after a
-    line break, because some tokenizers put a space before a text.
+    """Tokenizes like `encode_marked_chat`, with offsets. Pieces after the first are tokenized after
+    a line break, because some tokenizers insert a space at the start of a text.
     """
     cuts = [*_mark_pattern(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     [line] = tokenizer(["\n"], **options).input_ids
     pieces = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
-    unique = [*dict.fromkeys(pieces)]  # tokenize equal pieces once
+    unique = [*dict.fromkeys(pieces)]  # equal pieces are tokenized once
     encoded = tokenizer(unique, **options)
     pairs = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     tokens = dict(zip(unique, pairs, strict=True))
@@ -243,7 +246,9 @@ def to_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 @lru_cache(maxsize=16)
 def _mark_pattern(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
-    """Matches marked tokens and lone marks, since a template may cut a content inside a token."""
+    """Returns a pattern of marked tokens and of lone marks, which occur if a template truncates a
+    content inside a token. `_size` is part of the cache key.
+    """
     words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
     return re.compile(f"{MARK_START}({words}){MARK_END}|[{MARK_START}{MARK_END}]")
 

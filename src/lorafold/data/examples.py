@@ -1,8 +1,8 @@
 """Supervised examples: the token ids of a row, with labels for its trained tokens.
 
 A text is tokenized once. If a token would cross the border between a prompt and its turn, the turn
-gets its own example, tokenized in two pieces, so that training sees the same prompt ids as
-generation. To detect this, the prompt's end is tokenized alone, from its last added token.
+gets a separate example that is tokenized in two parts, so that training has the same prompt ids as
+generation. To detect this, the end of the prompt, from its last added token on, is tokenized alone.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-NO_LOSS = -100  # torch's ignore_index
+NO_LOSS = -100  # PyTorch's ignore_index
 WHOLE = Rendering()  # train on every assistant turn, with its reasoning
-TRAINED, EMPTY = ":trained", ":empty"  # a trained turn; a trained turn that is empty
-MAX_CACHED_PROMPTS = 1000  # size of the cache of ids of prompt ends
+TRAINED, EMPTY = ":trained", ":empty"  # suffixes of `turns`; an empty turn is trained too
+MAX_CACHED_PROMPTS = 1000  # cached tokenizations of prompt ends
 
 
 @dataclass
@@ -62,10 +62,11 @@ class PendingExample:
 
 @dataclass(eq=False)
 class CompletionEncoder(Encoder):
-    """Encodes one or more examples per row. Columns: `row`, `ids` (T,), `spans` (2n,), the starts
-    and ends of n trained spans, and, for a row's first example, `left_out` (assistant turns that
-    are not trained), `hidden` (those whose reasoning isn't shown), `marked` (has control tokens as
-    text), `turns` (a line per message: role and `TRAINED` or `EMPTY`) and `problem`.
+    """Encodes each row to one or more examples. The columns are `row`, `ids` (T,), `spans` (2n,),
+    the starts and ends of n trained spans, and, for a row's first example, `left_out` (number of
+    assistant turns that can't be trained), `hidden` (number of trained turns of which the template
+    hides a part), `marked` (contains control tokens as text), `turns` (a line per message: role and
+    `TRAINED` or `EMPTY`) and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ class CompletionEncoder(Encoder):
 
     def encode(self, contents: Sequence[Conversation], first: int) -> pa.RecordBatch:
         pieces = [piece for n, one in enumerate(contents, first) for piece in self._pieces(one, n)]
-        encodings: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
+        encodings: dict[int, Encoding | Pieces] = {}  # of pieces without a problem
         for plain in (False, True):
             some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
             if not some:
@@ -143,7 +144,7 @@ class CompletionEncoder(Encoder):
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
             spans = [span for span in rendered.spans if border <= span[0] < following]
-            # does tokenizing the prompt alone give the same ids before the turn?
+            # checks whether tokenizing the prompt alone gives the same ids
             last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
             start = encoding.token_to_chars(last) if last else None
             ending = text[start[0] if start else 0 : border]
@@ -170,7 +171,7 @@ class CompletionEncoder(Encoder):
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns all that ids depend on, including the date if the template uses it."""
+    """Returns everything that token ids depend on, such as today's date if it is rendered."""
     return {
         "day": date_used(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -182,13 +183,13 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def first_token(
     encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
 ) -> int:
-    """Returns the first token that starts at or after a character; with `spaced`, white space of
-    the token may precede it.
+    """Returns the index of the first token that starts at or after a character. With `spaced`, the
+    token may also start with whitespace before the character.
     """
     if character >= len(text):
         return len(encoding)
     at = encoding.char_to_token(character)
-    if at is None:  # no token has this character
+    if at is None:  # no token contains this character
         return bisect_left([start for start, _ in encoding.offsets], character)
     while at < len(encoding) and (span := encoding.token_to_chars(at)) and span[0] < character:
         if spaced and not text[span[0] : character].strip():
@@ -200,7 +201,7 @@ def first_token(
 def tokenize_in_parts(
     rendered: Rendered, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Tokenizes a text in two parts, split at its turn; returns ids and trained spans."""
+    """Tokenizes the texts before and after the start of a turn. Returns ids and trained spans."""
     [border], text = rendered.turns, rendered.text
     before, rest = to_pieces(text[:border], tokenizer), to_pieces(text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
@@ -215,8 +216,8 @@ def tokenize_in_parts(
 
 @dataclass(frozen=True)
 class Example:
-    """`ids` (T,) and unshifted `labels` (T,): labels[t] is ids[t] or -100. labels[0] is -100,
-    because no token precedes it.
+    """Tokens `ids` (T,) and unshifted `labels` (T,): labels[t] is ids[t], or -100 if it is not
+    trained. labels[0] is -100, because no token precedes it.
     """
 
     ids: tuple[int, ...]
@@ -268,10 +269,10 @@ class Examples(TableExamples[Example]):
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
         counts, last, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
         for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
-            border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
+            border = (ends - ends[0]) // 2  # (n + 1,), the end of each example's spans
             start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
             length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
-            # the first token is never trained, because no token precedes it
+            # the first token is never in the loss, because no token precedes it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
             counts.append(np.diff(np.append(0, np.cumsum(counted))[border]))
             there = np.append(values, np.int32(0))[ends[1:] - 1]
@@ -279,7 +280,7 @@ class Examples(TableExamples[Example]):
             first += len(border) - 1
         labelled = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(labelled))
-        self.labelled = labelled[self.indices]  # (n,), tokens in the loss
+        self.labelled = labelled[self.indices]  # (n,), number of tokens in the loss
         self.compared_by = self._ids, self._spans
         self.ends_lost = np.concatenate(last)[self.indices] > max_length
 
@@ -309,8 +310,8 @@ def encode(
 
 
 def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-    """Returns the examples of a table made by `CompletionEncoder`, truncated to `max_length`
-    tokens, with a report.
+    """Returns the examples in a table from `CompletionEncoder`, truncated to `max_length` tokens,
+    with a report.
     """
     examples = Examples(table, max_length)
     whole, row = Lists(table.column("ids")).lengths, column(table, "row")
@@ -377,7 +378,7 @@ PROBES = Path(__file__).with_name("probes.jsonl")
 def probe_ids(
     tokenizer: PreTrainedTokenizerBase, probe: str | Path | None
 ) -> list[tuple[int, ...]]:
-    """Returns the ids of the built-in probe texts, or of the rows of a file."""
+    """Returns the token ids of the built-in probe texts, or of the rows in a file."""
     ensure_chat_template(tokenizer)
     return [
         example.ids

@@ -1,8 +1,9 @@
-r"""Row formats, recognized by their keys, and the conversations, preferences or labels they
-provide. To add a format, add an entry to `ROW_FORMATS`.
+r"""Row formats, which are recognized by their keys, and the conversations, preferences or labels
+that they provide. To add a format, add an entry to `ROW_FORMATS`.
 
-Texts of preferences may contain turns, such as "\n\nHuman: Hi\n\nAssistant: Yes". Messages of the
-prompt are removed from the start of answers. `*_problems` yield a line per error of a row.
+Texts of preferences may contain turns, such as "\n\nHuman: Hi\n\nAssistant: Yes". If answers start
+with the messages of the prompt, these are removed. `*_problems` functions yield one line per error
+in a row.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def read_preference(row: Row) -> Completions:
     chosen, rejected = (messages_from("assistant", said) for said in answers)
     shared = chosen[: _num_shared(chosen, rejected)]
     if is_text and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        # the prompt's text is one of the messages with which both answers begin
+        # the prompt's text must be one of the messages with which both answers start
         said = {str(one.get("content")).strip() for one in shared}
         prompt = shared if text.strip() in said else []
     at = len(prompt)
@@ -146,23 +147,23 @@ def _prompt_messages(prompt: str) -> list[Message]:
     return turns[:-1] if opened and len(turns) > 1 else messages_from("user", prompt)
 
 
-# The kinds of data that a format may provide for a row.
+# the kinds of data that a format may provide for a row
 CONVERSATIONS = "conversations"  # Conversation
-PAIRS = "pairs"  # a list of one PreferenceRow, with a chosen and a rejected completion
-JUDGED = "judged"  # a list of PreferenceRow, with one completion each
+PAIRS = "pairs"  # a list with one PreferenceRow, which has a chosen and a rejected completion
+JUDGED = "judged"  # a list of PreferenceRow, each with one completion
 LABELS = "labels"  # LabelledText
-PROMPTS = "prompts"  # a Conversation to be continued by the assistant
+PROMPTS = "prompts"  # a Conversation that the assistant continues
 
 PAIR_KEYS = ("chosen", "rejected")
 ANSWER_KEYS = {"completion", *PAIR_KEYS, "output", "response", "answers", "label"}
-ANSWER_ROLES = ("assistant", *CALL_ROLES)  # roles of answers
+ANSWER_ROLES = ("assistant", *CALL_ROLES)  # roles of messages that may be answers
 CONTENT = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields of an answer
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and tools; plain text has no messages. Assistant turns from index `trained` on are
-    trained, unless their weight is 0.
+    """Messages and tools, or plain `text`. Assistant turns from index `trained` on are trained,
+    unless their weight is 0.
     """
 
     messages: list[Message]
@@ -181,7 +182,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt, completions by field name, tools, and the unchecked label of a single completion.
+    """A prompt, its completions by field name, and tools. `desirable` is the label of a single
+    completion, which is not validated.
     """
 
     prompt: list[Message]
@@ -198,8 +200,9 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A row format: its keys, a function that yields problems, one that returns the prompt and
-    completions of a checked row (None for text), the kinds of data it provides, and optional keys.
+    """A row format: its required keys, a function that yields a row's problems, a function that
+    returns the prompt and completions of a valid row (None for text), the kinds of data it
+    provides, and its optional keys.
     """
 
     keys: tuple[str, ...]
@@ -224,7 +227,7 @@ class RowFormat:
             yield from tool_problems(row["tools"])
 
     def extract(self, content: str, row: Row) -> Any:
-        """Returns one of the kinds that it `provides`, for a checked row."""
+        """Returns one of the kinds in `provides` from a valid row."""
         if self.read is None:
             if content == LABELS:
                 return LabelledText(row["text"], row["label"])
@@ -250,7 +253,7 @@ class RowFormat:
         return conversation or Conversation([])
 
     def has_answers(self, row: Row) -> bool:
-        """Whether every answer has content; in a conversation, whether one assistant turn has. An
+        """Whether all answers or, in a conversation, at least one assistant turn have content. An
         empty answer with `weight: 1` counts as content.
         """
         for key in [key for key in self.keys if key in ANSWER_KEYS] or self.keys[:1]:
@@ -267,8 +270,8 @@ class RowFormat:
 
 @lru_cache
 def formats_for(content: str = "") -> tuple[RowFormat, ...]:
-    """Returns ROW_FORMATS, with those first that provide the wanted kind. A format precedes those
-    whose keys it includes, so {text, label} doesn't match {text}.
+    """Returns ROW_FORMATS, with the formats that provide the given kind first. A format precedes
+    formats whose keys it includes, so {text, label} doesn't match {text}.
     """
     table = (*ROW_FORMATS, PROMPT_ONLY) if content == PROMPTS else ROW_FORMATS
     providers = [row_format for row_format in table if content in row_format.provides]
@@ -277,7 +280,7 @@ def formats_for(content: str = "") -> tuple[RowFormat, ...]:
 
 
 def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat | None:
-    """Returns the first matching format. A null value counts as absent."""
+    """Returns the first matching format. A null value counts as a missing key."""
     for row_format in ROW_FORMATS if formats is None else formats:
         if all(row.get(key) is not None for key in row_format.keys):
             return row_format

@@ -1,7 +1,7 @@
-"""Parses untrusted JSON, with one-line errors.
+"""Parses untrusted JSON and reports errors in one line.
 
-Lone surrogates, which UTF-8 can't encode, integers of thousands of digits and deep nesting are
-rejected, because rows are written out again.
+Rejects lone surrogates, which UTF-8 can't encode, integers of thousands of digits and deep nesting,
+because rows are also written as JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from math import log10
 from typing import Any
 
 Row = dict[str, Any]
-RowResult = Row | str  # a row, or the reason for which it could not be read
-MAX_DEPTH = 100  # lists and objects around a value
+RowResult = Row | str  # a row, or an error message
+MAX_DEPTH = 100  # number of lists and objects around a value
 TOO_DEEP = f"found a value nested in more than {MAX_DEPTH} lists and objects, expected fewer"
-SURROGATE = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+SURROGATE = re.compile("[\ud800-\udfff]")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 CONVERSATION_KEYS = ("messages", "conversations")
 MESSAGE_KEYS = (*CONVERSATION_KEYS, "prompt", "completion", "chosen", "rejected")
@@ -37,7 +37,7 @@ def load_json(text: str) -> Any:
         raise ValueError(f"{line}not JSON: {_wrong(error)}") from error
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
-    except ValueError as error:  # of Python's limit of digits
+    except ValueError as error:  # raised for Python's limit of digits
         most = sys.get_int_max_str_digits()
         long = json.loads(text, parse_int=lambda s: int(s) if len(s) <= most else 10 ** len(s))
         raise ValueError(find_unusable(long)) from error
@@ -65,7 +65,7 @@ def suspicious(text: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON; raises ValueError with one line, also for unusable values."""
+    """Parses JSON. Raises ValueError with one line, also for values that can't be used."""
     value = load_json(text)
     if suspicious(text) and (reason := find_unusable(value)):
         raise ValueError(reason)
@@ -80,14 +80,14 @@ def parse_row(line: bytes) -> RowResult:
 
 
 def check_row(value: Any, find: bool = True) -> RowResult:
-    """Returns the value, or an error message if it is no object or, with `find`, unusable."""
+    """Returns the value, or an error if it is not an object or, with `find`, can't be used."""
     if not isinstance(value, dict):
         return f"found {json_type(value)}, expected an object"
     return (find_unusable(value) if find else "") or value
 
 
 def find_unusable(value: Any) -> str:
-    """Describes the first unusable value; empty if there is none."""
+    """Returns a message about the first value that can't be used, or ""."""
     digits = sys.get_int_max_str_digits()  # 0: no limit
     stack = [("", value, 0)]
     while stack:
@@ -120,8 +120,8 @@ def json_type(value: Any) -> str:
 
 
 def normalize_row(row: Any) -> RowResult:
-    """Normalizes lists of messages given as JSON text or columns, and the keys `conversations` and
-    `functions`; or returns an error message.
+    """Converts lists of messages from JSON text or columns, and renames the keys `conversations`
+    and `functions`. Returns an error message if that is impossible.
     """
     if not isinstance(row, dict):
         return row if isinstance(row, str) else check_row(row)

@@ -3,8 +3,8 @@
     {"role": "assistant", "content": text, "reasoning_content": text, "weight": 0, "tool_calls": [
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
-Arguments are an object. A null value counts as absent, because Arrow and Parquet fill rows with
-nulls. `*_problems` yield a line per error.
+Arguments are an object. A null value counts as a missing key, because Arrow and Parquet fill rows
+with nulls. `*_problems` functions yield one line per error.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lorafold.data.json_input import Row, json_type, parse_json
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-# the messages of a prompt, and of each completion by field name
+# the messages of a prompt, and the messages of each completion by field name
 Completions = tuple[list[Message], dict[str, list[Message]]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
-LOSS_KEYS = ("weight", "train", "training", "loss")  # whether to train on a turn
+LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: don't train on the turn
 OPENAI_KEYS = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
 KNOWN_KEYS = OPENAI_KEYS | {"function_call", *REASONING, *LOSS_KEYS}
-ROLES = {  # other names of roles
+ROLES = {  # normalized roles by the names in data sets
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "ai", "model", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("function", "observation", "function_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
-CALL_ROLES = ("function_call", "tool_call")  # roles whose turns are calls in JSON
+CALL_ROLES = ("function_call", "tool_call")  # roles of turns whose value is a call as JSON
 TURN_KEYS = {"from", "value", *LOSS_KEYS}
 
 
@@ -42,7 +42,6 @@ def text_problems(name: str, value: Any) -> Iterator[str]:
 
 
 def list_problem(name: str, value: Any, of: str) -> str:
-    """Checks that a field is a non-empty list; returns a problem or an empty text."""
     if value == []:
         return f"field {name}: found an empty list, expected a list of {of}"
     return "" if isinstance(value, list) else type_problem(name, value, f"a list of {of}")
@@ -83,7 +82,7 @@ def loss_key_problems(field: str, message: Message) -> Iterator[str]:
 
 
 def trains(message: Message) -> bool | None:
-    """Whether to train on a checked message; None if unspecified."""
+    """Whether to train on a valid message, or None if it does not specify this."""
     flags = [bool(message[key]) for key in LOSS_KEYS if message.get(key) is not None]
     return all(flags) if flags else None
 
@@ -98,7 +97,6 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _content_problems(name: str, value: Any, optional: bool) -> Iterator[str]:
-    """Checks text, a list of text parts or, if optional, null."""
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -138,7 +136,7 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
 
 
 def tool_problems(value: Any) -> Iterator[str]:
-    """Checks a list of JSON schemas, its JSON text, or empty text."""
+    """Yields problems unless the value is a list of tools, its JSON text, or empty text."""
     if isinstance(value, str):
         if not value.strip():
             return
@@ -291,7 +289,9 @@ def read_query(row: Row) -> Completions:
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Checks `system`, and compares it with the conversation unless the row is `wrong`."""
+    """Yields problems of `system`. Unless the row is `wrong`, also compares it with the
+    conversation's system message.
+    """
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
         yield "field system: found another system message in the conversation, expected only one"
@@ -310,6 +310,5 @@ def _own_system(row: Row) -> str | None:
 
 
 def _answers(row: Row) -> list[dict[str, object]]:
-    """Raises ValueError if the calls aren't JSON."""
     answers = row["answers"]
     return parse_json(answers) if isinstance(answers, str) else answers

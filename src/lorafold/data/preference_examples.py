@@ -1,9 +1,10 @@
-"""Examples of preferences: the tokens of a prompt once, followed by the completions.
+"""Preference examples: the tokens of a prompt once, followed by the tokens of its completions.
 
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
-PAIRS have two branches, chosen and rejected; JUDGED rows have one with a label. A branch begins
-with the last shared token before the first trained one, so each position predicts one token.
+PAIRS have two branches, chosen and rejected; JUDGED rows have one branch with a label. A branch
+begins with the last shared token before the first trained token, so that each position predicts one
+token.
 """
 
 from __future__ import annotations
@@ -46,17 +47,15 @@ class BranchedRow:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The shared ids and all branches, (T,)."""
         return sum((branch.ids for branch in self.branches), self.shared)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """(T,), with -100 for the shared ids."""
         return sum((branch.labels for branch in self.branches), (NO_LOSS,) * len(self.shared))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The tokens computed per document; the shared ones count for the first."""
+        """The computed tokens of each document. Shared tokens count for the first document only."""
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
@@ -69,7 +68,7 @@ class BranchedRow:
 
 
 def split_completion(example: Example) -> BranchedRow:
-    """Splits off a branch, which begins with the token before the first trained one."""
+    """Returns a row with one branch, which begins with the token before the first trained token."""
     trained = (place for place, label in enumerate(example.labels) if label != NO_LOSS)
     at = max(0, next(trained, 0) - 1)
     return BranchedRow(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
@@ -77,8 +76,8 @@ def split_completion(example: Example) -> BranchedRow:
 
 @dataclass(eq=False)
 class PreferenceEncoder(Encoder):
-    """Columns: `row`, `ids` (T,), `starts` (k,) of the branches, `spans` (2n,) that are trained,
-    `desirable`, `marked`, `turns`, `problem`.
+    """Encodes rows to the columns `row`, `ids` (T,), `starts` (k,) of the branches, `spans` (2n,),
+    the starts and ends of trained spans, `desirable`, `marked`, `turns` and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -154,8 +153,9 @@ class PreferenceEncoder(Encoder):
 
 
 class BranchedExamples(TableExamples[BranchedRow]):
-    """Computed tokens of each example, `lengths` (n,), and branch, `tails` (n, k); untruncated
-    tokens of each document, `full_lengths` (n, k).
+    """Examples with branches. `lengths` (n,) are the computed tokens of each example, `tails`
+    (n, k) the tokens of each branch, and `full_lengths` (n, k) the untruncated tokens of each
+    document.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -165,9 +165,9 @@ class BranchedExamples(TableExamples[BranchedRow]):
         self.compared_by = self._ids, self._starts, self._spans, self._desirable
         pairs = zip(self._starts, self._ids.lengths.tolist(), strict=True)
         borders = np.array([[*starts.tolist(), length] for starts, length in pairs])
-        shared, tails = borders[:, 0], np.diff(borders)  # (n,), and of the branches (n, k)
+        shared, tails = borders[:, 0], np.diff(borders)  # (n,) and (n, k)
         self.shared = np.minimum(shared, max_length)
-        self.tails = np.minimum(tails, max_length - self.shared[:, None])  # cut
+        self.tails = np.minimum(tails, max_length - self.shared[:, None])  # truncated
         self.full_lengths: Array = shared[:, None] + tails
         self.lengths = self.shared + self.tails.sum(1)
 
@@ -182,7 +182,9 @@ class BranchedExamples(TableExamples[BranchedRow]):
 
     @cached_property
     def judgements(self) -> Judgements:  # type: ignore[override]
-        """The subject is the unordered pair of answers; the verdict is the chosen one."""
+        """A judgement per pair: the subject is the unordered pair of answers, the verdict the
+        chosen answer.
+        """
         chosen, rejected = (hash_rows(self._documents(n)) for n in (0, 1))
         ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
         contradiction = "swap the chosen and the rejected answer of an earlier row"
@@ -215,8 +217,8 @@ class BranchedExamples(TableExamples[BranchedRow]):
 
 
 class MismatchedExamples(BranchedExamples):
-    """Judged completions, each with the previous example's completion (the first: the last one's)
-    as second branch, on which KTO estimates its KL.
+    """Judged completions. The second branch of each example is the completion of the previous
+    example (cyclically). KTO estimates its KL from these.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -278,7 +280,7 @@ def preference_data(table: pa.Table, rows: Rows, max_length: int, kind: str) -> 
 
 
 def check_truncated(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raises if truncation leaves nothing to compare in any of the `cut` (n,) examples."""
+    """Raises if truncation leaves nothing to compare in a truncated example, `cut` (n,)."""
     bad = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.full_lengths.shape[1]]

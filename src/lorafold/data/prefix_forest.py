@@ -1,9 +1,10 @@
-"""Shared prefixes: rows are merged into a forest, so that a prefix is computed once.
+"""Shared prefixes: rows are merged into a forest (prefix trees), so that each prefix is computed
+once.
 
-A token with different targets is in each of its rows.
+A token that has different targets in two rows is not shared.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
-             a b e           lens     4  3  1             of the rows, in that order
+             a b e           lens     4  3  1             lengths of the rows, in this order
              f               starts   0  2  0             tokens shared with the previous row
 """
 
@@ -23,17 +24,17 @@ from lorafold.data.examples import NO_LOSS
 
 R = TypeVar("R")
 EMPTY: Array = np.zeros(0, np.int64)
-MAX_SIZE = 0.95  # as a share of its rows' tokens; a larger forest costs more than it saves
-WINDOW = 1024  # rows among which shared prefixes are searched for without training
+MAX_SIZE = 0.95  # fraction of its rows' tokens; a larger forest costs more than it saves
+WINDOW = 1024  # rows that are searched for shared prefixes when not training
 
 
 @dataclass(frozen=True)
 class PrefixForest:
-    """Rows merged by shared prefix. Of each token (T,): id, position, target (-100 for none), the
-    number of rows that train it, and the first row with it.
+    """Rows merged by shared prefixes. Each token has an id, a position, a target (-100 for none),
+    the number of rows that train it (`counts`) and the first row that contains it, all (T,).
 
-    `places` are the tokens of each row and `trained` those it trains. For `lens` and `starts` see
-    `ops.packed_documents.Documents`.
+    `places` are the indices of each row's tokens, and `trained` the indices that it trains. `lens`
+    and `starts` are explained in `ops.packed_documents.Documents`.
     """
 
     ids: Array
@@ -47,7 +48,7 @@ class PrefixForest:
     starts: tuple[int, ...]
 
     def rows(self) -> Tensor:
-        """Counts the rows with each token, (1, T)."""
+        """Returns the number of rows that contain each token, (1, T)."""
         return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -65,8 +66,8 @@ class PrefixForest:
 def prefix_forest(
     rows: Sequence[Any], limits: Sequence[int] | None = None, groups: Sequence[int] | None = None
 ) -> PrefixForest:
-    """Merges rows with unshifted labels. Each may share at most its `limits` tokens and, with
-    ascending `groups`, only within its group.
+    """Merges rows with unshifted labels. A row shares at most its entry of `limits` tokens. With
+    `groups`, which must be ascending, rows share only within their group.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
@@ -102,8 +103,10 @@ def prefix_forest(
 
 
 def owners(rows: Sequence[Sequence[int]]) -> list[Array]:
-    """Returns, for each token of each row (t,), the first row with the same prefix through it."""
-    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
+    """Returns, for each token of each row (t,), the first row with the same prefix up to this
+    token.
+    """
+    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # for each node
     of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
     for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
         before, ids = ids, np.array(rows[n], np.int64)
@@ -121,8 +124,8 @@ def batches_by_prefix(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Divides rows into `n` micro-batches, or more of at most `capacity` tokens, sorted by prefix.
-    `size` is a row's tokens, by default its prefix's.
+    """Sorts rows by prefix and divides them into `n` micro-batches, or more if needed for at most
+    `capacity` tokens each. `size` returns a row's tokens, by default the length of its prefix.
     """
     parts: list[Sequence[R]] = []
     part: list[R] = []
@@ -131,7 +134,7 @@ def batches_by_prefix(
         before, ids = ids, np.array(beginning(row))
         size_of_row = size(row) if size else len(ids)
         shared = _num_shared(before, ids)
-        # if both continue, their last shared token may have two targets, and then is not shared
+        # if both rows continue, their last common token may have two targets, so it is not shared
         tokens += size_of_row - max(0, shared - (shared < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
             parts.append(part := [])
@@ -141,8 +144,8 @@ def batches_by_prefix(
 
 
 def _num_shared(before: Array, ids: Array, targets: Array = EMPTY, labels: Array = EMPTY) -> int:
-    """Counts the leading ids that a row (u,) shares with the previous one (t,), up to two different
-    targets.
+    """Returns the number of leading ids that a row (u,) shares with the previous row (t,), up to
+    the first token with two different targets.
     """
     n = min(len(before), len(ids))
     same = before[:n] == ids[:n]

@@ -1,7 +1,7 @@
-"""Prompts of rows, for generation and as examples for reinforcement learning.
+"""Prompts from rows, for generation and for reinforcement learning.
 
-The prompt is all messages before a final assistant turn, which is the reference for evaluation.
-Rewards receive the row's other fields.
+The prompt consists of all messages before a final assistant turn, which is the reference for
+evaluation. Reward functions receive the other fields of the row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_PROMPT = "found no message before the assistant turn, expected a prompt"
 
 
 class Reference(NamedTuple):
-    """The content of the preceding message, the rendered prompt, and the turn's text."""
+    """An assistant turn's text, its rendered prompt, and the content of the message before it."""
 
     question: str
     prompt: str
@@ -54,9 +54,9 @@ class Reference(NamedTuple):
 def references(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Reference]:
-    """Returns the last assistant turn of each conversation with its prompt. The text is the content
-    or, for calls, as rendered without special tokens and reasoning. The prompt has special tokens,
-    so tokenize it with add_special_tokens=False.
+    """Returns the last assistant turn of each conversation with its prompt. The turn's text is its
+    content or, for tool calls, the rendered text without special tokens and reasoning. The prompt
+    contains special tokens, so tokenize it with add_special_tokens=False.
     """
     result, bad = [], []
     for number, conversation in enumerate(conversations, 1):
@@ -117,7 +117,8 @@ def _conversation(row: Row) -> Conversation:
 
 
 def questions_in(row: Row) -> list[str]:
-    """Returns the messages before each assistant turn as text, ignoring case and surrounding space.
+    """Returns the messages before each assistant turn as text, without case and surrounding
+    whitespace.
     """
     messages = _conversation(row).messages
     keys = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
@@ -147,12 +148,12 @@ def prompts_of(
     return prompts
 
 
-PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys with the prompt
+PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys that may contain the prompt
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """`ids` (T,), the row, and its place in messages."""
+    """`ids` (T,) are the tokens of the row's prompt. `where` names the row in messages."""
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
@@ -175,7 +176,7 @@ class TokenizedPrompt:
 
     @property
     def other_fields(self) -> dict[str, Any]:
-        """The fields besides the prompt, including `answer`."""
+        """The row's fields except the prompt. They include `answer` if the row has a reference."""
         fields = {key: value for key, value in self.row.items() if key not in PROMPT_KEYS}
         if fields.get("answer") is None and self.answer is not None:
             fields["answer"] = self.answer
@@ -190,7 +191,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptEncoder(Encoder):
-    """Columns: `row`, `ids` (T,), `marked`, `problem`."""
+    """Encodes rows to the columns `row`, `ids` (T,), `marked` and `problem`."""
 
     tokenizer: PreTrainedTokenizerBase
     row_content = PROMPTS
@@ -227,7 +228,7 @@ class PromptExamples(TableExamples[TokenizedPrompt]):
 
 
 def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
-    """Raises if a prompt exceeds `max_tokens`."""
+    """Raises if a prompt has more than `max_tokens` tokens."""
     examples = PromptExamples(table, rows)
     longest = int(examples.lengths.max(initial=0))
     if longest > max_tokens:

@@ -1,9 +1,10 @@
 """Reads rows from JSON lines, JSON, CSV, Parquet, Arrow and compressed text files.
 
-An unreadable row is yielded as its error message, so that bad rows are listed together. Rows are
-numbered from 1, by line in JSON lines and by record in CSV. Text is UTF-8, or UTF-16 with a byte
-order mark. CSV is read as Windows-1252, with a warning, if it is plausible: ASCII up to the first
-byte that isn't UTF-8, no control characters, no four consecutive non-ASCII letters.
+An unreadable row is yielded as an error message, so that all bad rows can be reported together.
+Rows are numbered from 1, by line in JSON lines and by record in CSV. Text is UTF-8, or UTF-16 with
+a byte order mark. CSV is decoded as Windows-1252, with a warning, if this is plausible: the file is
+ASCII up to the first byte that isn't UTF-8, and contains no control characters and no four
+consecutive non-ASCII letters.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Numbered = Iterator[tuple[int, RowResult]]
 BOM = b"\xef\xbb\xbf"
 TABLE_ROWS = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
-READ_BYTES = 1 << 16  # bytes
+READ_BYTES = 1 << 16
 WINDOWS = "cp1252"
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CSV_HINT = "save as CSV in UTF-8, or run pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
 BAD_ENCODING = "neither UTF-8 nor Windows-1252; convert to UTF-8: iconv -f ENCODING -t utf-8 FILE"
-# descriptions of files by their first bytes
+# error messages by the first bytes of a file
 PREFIXES = {
     b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {CSV_HINT}",
     b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {CSV_HINT}",
@@ -51,17 +52,17 @@ PREFIXES = {
     b"<html": "a web page, expected rows; download the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-OTHER_ALPHABET = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet misread as Windows-1252
+OTHER_ALPHABET = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet, decoded as Windows-1252
 LETTERS = re.compile(r"\w*[^\W\d_a-zA-Z]\w*")
 WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
 
 class Unreadable(ValueError):
-    """A problem of the whole file, in one line."""
+    """A problem with the whole file, as a one-line message."""
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, warn: Warn) -> io.BufferedReader:
-    """Transcodes UTF-16 and, with `windows`, Windows-1252."""
+    """Converts UTF-16 to UTF-8 and, with `windows`, also Windows-1252."""
     begins = file.peek(2)[:2]
     if not windows and begins not in UTF16_BOMS:
         return file
@@ -100,7 +101,7 @@ def _transcode(file: io.BufferedReader, wide: bool, warn: Warn) -> Iterator[byte
             if wide:
                 raise Unreadable("has a UTF-16 BOM, but is not UTF-16; save it as UTF-8") from error
             if not (plain and whole[: error.start].isascii()):
-                yield whole  # the row's reader reports the bad bytes
+                yield whole  # the parser of the row reports the bad bytes
                 yield from iter(lambda: file.read1(READ_BYTES), b"")
                 return
             windows, text = True, _decode_windows(whole)
@@ -171,7 +172,9 @@ def _decompress(file: io.BufferedReader, compression: str | None) -> io.Buffered
 
 
 def _read_lines(lines: Iterable[bytes]) -> Numbered:
-    """Reads an object per line; raises Unreadable for a list or an object over several lines."""
+    """Reads one object per line. Raises Unreadable if the file contains a list, or an object over
+    several lines.
+    """
     bare = ((number, line.removeprefix(BOM)) for number, line in enumerate(lines, 1))
     filled = ((number, line) for number, line in bare if line.strip())
     begins = [*islice(filled, 2)]
@@ -203,7 +206,7 @@ def _read_json(file: io.BufferedReader) -> Numbered:
 
 
 def _read_csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
-    """Reads text; a column without a name is called by its number."""
+    """Reads CSV. A column without a name is named after its number."""
     csv.field_size_limit(2**31 - 1)  # bytes
     last_line = 0  # the last line of the last good record
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
@@ -211,7 +214,7 @@ def _read_csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             header = lines.readline()
             if separator := re.fullmatch(r"sep=(.)\s*", header):  # written by Excel
                 delimiter, header = separator[1], lines.readline()
-            # the most frequent one in the header outside of quotes, the earlier one on a tie
+            # the most frequent one in the header outside of quotes; on a tie, the earlier one
             delimiter = delimiter or max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
             records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])

@@ -2,10 +2,11 @@
 
     after(i) = render(messages[:i + 1]) = prompt(i) + the text that the model generates
 
-Invariant: the ids before a trained turn are those from which generation starts, and no text of the
-template is trained. Turns whose `after` is a prefix of a longer text become spans of it; others get
-their own example. If `after` doesn't begin with the prompt, `rebuild_after_block` or
-`rebuild_rewritten` reconstructs the turn. A conversation is rejected if the template hides a part.
+Two invariants hold: the ids before a trained turn are the ids from which generation starts, and
+text that the template adds is not trained. If `after(i)` is a prefix of a longer text, turn i
+becomes a span of that text; otherwise it gets a separate example. If `after(i)` doesn't start with
+the prompt, `rebuild_after_block` or `rebuild_rewritten` reconstructs the turn. A conversation is
+rejected if the template doesn't render a part of it.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raises if the text lacks a part of the conversation. `turns` are rendered turns with calls.
+    """Raises if the text doesn't contain a part of the conversation. `turns` are the rendered turns
+    with calls, by index.
     """
     messages, tools = conversation.messages, conversation.tools
-    # (missing part, messages and tools with a probe in its place, probe)
+    # (missing part, messages and tools in which a test value replaces it, test value)
     missing = []
 
     def lacks(what: str, n: int, change: Message, value: str) -> None:
@@ -101,7 +103,6 @@ def check_supported(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
-    """Whether the text has a tool's name and its description or else its first argument."""
     function = tool["function"]
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
@@ -119,7 +120,6 @@ def _has_call(text: str, call: dict[str, Any]) -> bool:
 
 
 def _has_text(text: str, value: Any) -> bool:
-    """Whether a text contains a value, verbatim or escaped."""
     value = str(value)
     forms = (value, *(json.dumps(value, ensure_ascii=a)[1:-1] for a in (False, True)))
     return any(form in text for form in forms)
@@ -132,8 +132,8 @@ def hidden(message: Message, turn: str) -> bool:
 
 @dataclass(frozen=True)
 class Rendering:
-    """Which assistant turns to train, whether without reasoning, and whether to add an end that the
-    template doesn't write.
+    """Options for training on conversations: the assistant turns to train, whether to exclude
+    reasoning, and whether to add an end token that the template doesn't render.
     """
 
     train_on: Literal["all", "last"] = "all"
@@ -143,8 +143,8 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text, its trained character spans [start, end), and the starts of trained turns, at which
-    it is split for tokenization.
+    """A text and its trained character spans [start, end). `turns` are the starts of trained turns,
+    at which tokenization may split the text.
     """
 
     text: str
@@ -154,8 +154,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """A conversation's examples, how many assistant turns are left out or have a hidden part, and
-    the trained messages.
+    """The texts to train for one conversation, the number of assistant turns that are left out or
+    have a hidden part, and the indices of the trained messages.
     """
 
     renderings: tuple[Rendered, ...]
@@ -166,8 +166,9 @@ class TrainedRenderings:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """A text that ends with an assistant turn, the turn's characters, the text to generate, and the
-    spans of `{% generation %}` blocks (None if the template has none).
+    """A text that ends with an assistant turn. `start` and `end` are the turn's characters,
+    `completion` is the text that the model generates, and `marks` are the spans of `{% generation
+    %}` blocks (None if the template has none).
     """
 
     text: str
@@ -186,7 +187,7 @@ class ConversationRenderings:
         self.formatted = self.template.form.of(self.messages)
 
     def render_marked(self, messages: list[Message]) -> TextAndMarks:
-        """Renders messages; also returns the spans of `{% generation %}` blocks, or None."""
+        """Renders messages. Also returns the spans of `{% generation %}` blocks, or None."""
         if not self.template.has_generation:
             return apply_template(messages, self.tokenizer, self.tools), None
         special: Any = self.tokenizer.special_tokens_map
@@ -206,7 +207,7 @@ class ConversationRenderings:
         return text, tuple(map(tuple, marks))
 
     def turn(self, i: int, whole: TextAndMarks | None = None) -> TrainedTurn | None:
-        """Returns turn i as generated, or None if it can't be reconstructed."""
+        """Returns turn i as the model generates it, or None if it can't be reconstructed."""
         if i == 0:
             return None  # the first message has no prompt
         message, earlier = self.formatted[i], self.formatted[:i]
@@ -234,7 +235,7 @@ class ConversationRenderings:
         return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
-        """Returns the end of a turn that the template writes without it."""
+        """Returns the end of a turn that the template doesn't render with the turn."""
         ending, text = self.without_tools.ending, turn.text[: turn.end]
         if ending.written == WITH_NEXT:
             follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
@@ -250,8 +251,8 @@ def render_trained(
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering = Rendering(),
 ) -> TrainedRenderings:
-    """Finds the spans of trained assistant turns. Without any, returns the whole text without
-    spans.
+    """Returns the texts to train with the spans of trained assistant turns. If no turn can be
+    trained, returns the whole text without spans.
     """
     check_supported(conversation, tokenizer)
     conversation = mark_as_text(conversation, tokenizer)
@@ -263,7 +264,7 @@ def render_trained(
     trained_turns = {i: renderings.turn(i, marked_whole) for i in {*turns, *call_turns}}
     calls = {i: turn.completion for i in call_turns if (turn := trained_turns[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
-    examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
+    examples: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the whole text first
     num_hidden, trained = 0, set[int]()
     for i in reversed(turns):
         turn = trained_turns[i]
@@ -279,7 +280,7 @@ def render_trained(
             end = len(text)
         if rendering.mask_reasoning:
             start += renderings.without_tools.block.end(text[start:end], text[:start])
-        # a mark may extend past the end token to the end of the line
+        # a generation block may extend past the end token to the end of the line
         marks = ((start, end),) if marks is None else marks
         cut = ((max(start, first), min(len(text), last)) for first, last in marks)
         if not (spans := [(first, last) for first, last in cut if first < last]):
@@ -287,7 +288,7 @@ def render_trained(
         example = next((one for one in examples if one[0].startswith(text)), None)
         if example is None:
             example = (text, [], [])
-            if text.startswith(whole):  # the whole conversation and its end
+            if text.startswith(whole):  # the whole conversation and its end token
                 examples[0] = example
             else:
                 examples.append(example)
@@ -326,8 +327,8 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    """Renders messages with control tokens as text. `variables` are passed to the template, for
-    example enable_thinking.
+    """Renders messages, with control tokens in them as text. `variables` are passed to the
+    template, for example enable_thinking.
     """
     conversation = mark_as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
     formatted = template_of(tokenizer, conversation.tools).form.of(conversation.messages)
@@ -341,7 +342,7 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    """Renders the prompt of the next turn; raises if it doesn't show the whole conversation."""
+    """Renders the prompt of the next turn. Raises if it doesn't contain the whole conversation."""
     check_supported(conversation, tokenizer)
     text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
     check_shown(mark_as_text(conversation, tokenizer), text, tokenizer)
@@ -353,7 +354,7 @@ CONTEXT = 24  # characters of the previous message that locate the turn
 
 
 class OpenBlock(NamedTuple):
-    """A block of reasoning at a prompt's end, and whether the prompt closes it."""
+    """A reasoning block at the end of a prompt, and whether the prompt closes it."""
 
     at: int
     closed: bool
@@ -363,9 +364,9 @@ class OpenBlock(NamedTuple):
 def rebuild_after_block(
     prompt: str, after: str, turn: tuple[str, str], block: ReasoningBlock, specials: re.Pattern[str]
 ) -> str | None:
-    """Reconstructs a turn whose prompt ends with a block of reasoning: the prompt, then reasoning,
-    closing and answer if the block is open, or only the answer if it is closed; None if impossible.
-    `turn` are reasoning and content.
+    """Reconstructs a turn whose prompt ends with a reasoning block: the prompt, then reasoning,
+    closing tag and answer if the block is open, or only the answer if it is closed. Returns None if
+    that is impossible. `turn` is (reasoning, content).
     """
     block_at_end = _open_block(prompt, after, block, specials)
     if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
@@ -409,7 +410,7 @@ def _open_block(
             return OpenBlock(tag.start(), closed, tagged)
     at = len(prefix_of(prompt, after))
     at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
-    # an opening token, an optional word, and a closing token
+    # an opening special token, an optional word, and a closing special token
     marks = [m.span() for m in specials.finditer(prompt, at)]
     if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
         (_, opened), (closing, end) = marks
@@ -420,9 +421,9 @@ def _open_block(
 
 
 def rebuild_rewritten(prompt: str, after: str, before: str, content: str) -> str | None:
-    """Reconstructs a turn after which the template changes earlier messages: the prompt, then the
-    text that follows the prompt's end in `after`; None if not found. `before` lacks the generation
-    prompt.
+    """Reconstructs a turn after which the template renders earlier messages differently: the
+    prompt, then the text that follows the prompt's end in `after`. Returns None if it is not found.
+    `before` is the prompt without the generation prompt.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None

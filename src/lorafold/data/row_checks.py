@@ -1,7 +1,7 @@
 """Checks before training: a summary of the chat template, and problems of tokenized rows.
 
-Rows are compared by digests of their tokens (`TableExamples`). `PROBLEMS` lists the checks; labels
-without rows and files without trained turns are reported too.
+Rows are compared by digests of their tokens (`TableExamples`). `PROBLEMS` lists the checks. Labels
+without rows and files without trained turns are also reported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lorafold.models.built_in_templates import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_SHOWN = 5  # rows named in one line
+MAX_SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 PROBLEMS = {
     "duplicates": "are identical to an earlier row",
@@ -63,14 +63,14 @@ CALLS = [*TOOL_CALL["tool_calls"], tool_call(PROBE_NAME, {PROBE_KEY: OTHER}) | {
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
 NO_REASONING = "turns without reasoning are left out, because at generation they begin differently"
-MAX_QUOTED = 60  # characters shown of the template's system prompt
+MAX_QUOTED = 60  # characters of the template's system prompt that are shown
 
 
 @dataclass(frozen=True)
 class TemplateSummary:
-    """A chat template's behaviour. `end` ends a turn, `ended` is `Ending.written`, `prompt`
-    describes reasoning in the generation prompt, `system` is the default system prompt, `hides`
-    lists parts that are not shown, and `plain` is the reason for which plain turns can't be
+    """The behaviour of a chat template. `end` is the end of a turn, `ended` is `Ending.written`,
+    `prompt` describes reasoning in the generation prompt, `system` is the default system prompt,
+    `hides` lists parts that are not rendered, and `plain` is the reason if plain turns can't be
     trained.
     """
 
@@ -176,8 +176,8 @@ class DataFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """Findings by name in PROBLEMS, examples per label, (turns, trained turns) per role, files with
-    assistant turns of which none is trained, and the checks that were skipped.
+    """The results by name in PROBLEMS, the number of examples per label, (turns, trained turns) per
+    role, files with assistant turns of which none is trained, and the skipped checks.
     """
 
     rows: int
@@ -206,7 +206,7 @@ class Findings:
         return f"no problems found in {self.rows:,} rows (checked: {names})"
 
     def as_json(self) -> dict[str, Any]:
-        """Null stands for skipped checks."""
+        """Returns the results as JSON, in which null marks a skipped check."""
         results = dict.fromkeys(PROBLEMS)
         for name, of in self.found.items():
             first = [
@@ -234,7 +234,7 @@ def find_problems(
         return Findings(len(rows), unseen=UNKNOWN)
     of, digests = _row_digests(examples)
     unique, at, which = np.unique(digests, return_index=True, return_inverse=True)
-    first = at[which]  # the first equal row
+    first = at[which]  # index of the first equal row
     later = first != np.arange(len(first))
     results = {"duplicates": _finding("duplicates", rows, of[later], of[first[later]])}
     if held_out is not None and isinstance(held_out[0], TableExamples):
@@ -247,7 +247,7 @@ def find_problems(
     if roles:
         results["empty_answers"] = _finding("empty_answers", rows, empty)
     if judgements := examples.judgements:
-        # rows whose verdict differs from the first one on the same subject
+        # rows whose verdict differs from the first verdict on the same subject
         _, at, which = np.unique(judgements.subjects, return_index=True, return_inverse=True)
         other = judgements.verdicts != judgements.verdicts[at[which]]
         contradiction = examples.rows[other], examples.rows[at[which][other]]
@@ -262,7 +262,7 @@ def find_problems(
 
 
 def _row_digests(examples: TableExamples[Any]) -> tuple[Array, Array]:
-    """Returns ascending indices of the rows with examples (n,), and their digests (n,)."""
+    """Returns the ascending indices of rows that have examples (n,), and their digests (n,)."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     position = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
     hashes = hash_rows(*examples.compared_by)[examples.indices]
@@ -292,7 +292,7 @@ def _finding(
 def turns_of(
     examples: TableExamples[Any], rows: Rows
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
-    """Returns `Findings.roles`, `Findings.silent` and the rows with an empty answer."""
+    """Returns `Findings.roles`, `Findings.silent` and the indices of rows with an empty answer."""
     table = examples.table
     if TURNS not in table.column_names:
         return {}, {}, np.zeros(0, np.int64)

@@ -1,4 +1,5 @@
-"""Sources of rows: a file, a directory or pattern, or a dataset from the hub or `save_to_disk`.
+"""Sources of rows: a file, a directory, a pattern, or a dataset from the Hugging Face Hub or
+`save_to_disk`.
 
 Files are sorted by name, with numbers by value: part-2 before part-10. If a directory has a `train`
 split, other splits are left out.
@@ -22,7 +23,7 @@ from lorafold.files.paths import nearest_name
 
 log = logging.getLogger(__name__)
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
-MAX_LISTED = 10  # files listed in one line
+MAX_LISTED = 10  # files that one line lists
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -47,15 +48,15 @@ def is_pattern(name: str) -> bool:
 
 
 def find_files(name: str) -> RowFiles:
-    """Lists a directory's or a pattern's files; of several splits in a directory, the training
-    split.
+    """Lists the files of a directory or a pattern. If a directory has several splits, only the
+    training split is listed.
     """
     directory, matched = Path(name), is_pattern(name)
     if matched:
         names = {Path(path): path for path in glob(name, recursive=True)}
     else:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
-        # hidden files, such as in .git, are only reported if they could be rows
+        # hidden files, for example in .git, are reported only if they could contain rows
         names = {p: n for p, n in names.items() if not _hidden(n) or file_format(p)}
     splits = {}
     directories = [n for path, n in names.items() if path.is_dir() and matched and "**" not in name]
@@ -106,7 +107,7 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source, and how often an epoch uses each row on average."""
+    """A source of rows, and how often an epoch uses each row on average (`weight`)."""
 
     name: str
     weight: float = 1.0
@@ -146,8 +147,8 @@ class DataSource:
 
     @property
     def identity(self) -> str:
-        """Digests of files, or the fingerprint of a dataset."""
-        # not needed by `--help`, which reads this file
+        """The digests of files, or the fingerprint of a dataset."""
+        # imported late to keep `--help` fast, which imports this file
         from lorafold.files.contents import file_digest
 
         if self.is_multiple:
@@ -158,8 +159,8 @@ class DataSource:
         return f"{kind} {file_digest(self._path)[1]}"
 
     def numbered_rows(self, warn: Warn = log.warning, streaming: bool = False) -> Numbered:
-        """Yields numbered, unchecked rows; `streaming` makes no copy of a dataset. `warn` receives
-        a guessed encoding.
+        """Yields unchecked rows with their numbers. `streaming` avoids a copy of a dataset. `warn`
+        receives a message if an encoding is guessed.
         """
         if self._is_file:
             return read_numbered(self._path, lambda text: warn(f"{self.name}: {text}"))

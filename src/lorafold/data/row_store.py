@@ -1,4 +1,4 @@
-"""Checked rows: in a list, or as JSON text in a memory-mapped Arrow file."""
+"""Checked rows, stored in a list, or as JSON text in a memory-mapped Arrow file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from lorafold.data.json_input import Row
 CHUNK_ROWS = 1000  # rows of an Arrow record batch
 AS_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 AS_SORTED_JSON = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
-MAX_IN_MEMORY = 16_000_000  # bytes of rows or files; larger data is stored in Arrow files
+MAX_IN_MEMORY = 16_000_000  # bytes; larger data is stored in Arrow files
 
 
 class RowPlace(NamedTuple):
-    """A row's file, empty for rows given in Python, and its number from 1."""
-
     file: str
     row: int
 
@@ -42,8 +40,8 @@ def row_names(places: Iterable[RowPlace]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Origins:
-    """The places of rows, in runs of (file, first number, count), which blank lines interrupt;
-    without runs, rows are numbered in order. `indices` (n,) are the selected rows.
+    """The places of rows, in runs of (file, first number, count); blank lines start a new run.
+    Without runs, rows are numbered in order. `indices` (n,) are the selected rows.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
@@ -59,7 +57,7 @@ class Origins:
         return [RowPlace(runs[n][0], runs[n][1] + at) for n, at in pairs]
 
     def files(self, n: int) -> tuple[list[str], Array]:
-        """Returns file names, and the index of each row's file (n,)."""
+        """Returns the names of all files, and the index of each row's file (n,)."""
         if not self.runs:
             return [""], np.zeros(n, np.int64)
         numbers: dict[str, int] = {}
@@ -67,7 +65,6 @@ class Origins:
         return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
     def _runs(self, rows: Array) -> tuple[Array, Array]:
-        """Returns the run of each row, and its offset."""
         at = rows if self.indices is None else self.indices[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1
@@ -76,20 +73,20 @@ class Origins:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """A source's number of rows, and how often an epoch uses each on average."""
+    """A source's number of rows, and how often an epoch uses each row on average (`weight`)."""
 
     size: int
     weight: float = 1.0
 
 
 class ArrowRows(Items[Row]):
-    """Rows of a file by `write_rows`; `indices` (n,) select some."""
+    """The rows of a file from `write_rows`, or only the rows at `indices` (n,)."""
 
     def __init__(self, path: Path, indices: Array | None = None) -> None:
         self._path, self._indices, self._text = path, indices, open_table(path).column("row")
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
-        # another process maps the file itself
+        # another process maps the file again instead of receiving its rows
         return ArrowRows, (self._path, self._indices)
 
     def __len__(self) -> int:
@@ -115,8 +112,9 @@ class ArrowRows(Items[Row]):
 
 @dataclass(frozen=True)
 class Rows(Items[Row]):
-    """Checked rows. `ignored` keys belong to no format, `known` is the digest and size of large
-    rows, `content` chose their formats, and `files` counts rows per file if a source has several.
+    """Checked rows. `ignored` are keys that belong to no format, `known` is the digest and size of
+    large rows, `content` is the kind of data by which formats were chosen, and `files` is the
+    number of rows per file for sources with several files.
     """
 
     rows: Sequence[Row]
@@ -135,7 +133,7 @@ class Rows(Items[Row]):
         return Rows(rows, (SourcePart(len(rows)),), content=content)
 
     def __getstate__(self) -> dict[str, Any]:
-        # drops the cached formats, which have functions that can't be pickled
+        # without the cached formats, whose functions can't be pickled
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __len__(self) -> int:
@@ -156,7 +154,7 @@ class Rows(Items[Row]):
 
     @property
     def identity(self) -> str:
-        """The digest, with weights if any is not 1."""
+        """The digest, followed by weights if one of them is not 1."""
         if all(part.weight == 1 for part in self.parts):
             return self.digest_and_size[0]
         return f"{self.digest_and_size[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
@@ -168,7 +166,7 @@ class Rows(Items[Row]):
 
     @cached_property
     def digest_and_size(self) -> tuple[str, int]:
-        """The digest, and the bytes as JSON."""
+        """The SHA-256 and the number of bytes of the rows as JSON."""
         if self.known:
             return self.known
         digest, size = sha256(), 0
@@ -188,7 +186,9 @@ class Rows(Items[Row]):
         return any(first is not None and content in first.provides for first in self.formats[:1])
 
     def extract(self, content: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
-        """Applies `RowFormat.extract` to all rows, or to `some` from index `first` on."""
+        """Applies `RowFormat.extract` to all rows, or to the rows `some`, which start at index
+        `first`.
+        """
         rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
@@ -199,12 +199,12 @@ class Rows(Items[Row]):
         return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_JSON.encode, self)
 
     def select(self, indices: Array) -> Rows:
-        """Selects ascending indices."""
+        """Returns the rows at these indices, which must be ascending."""
         parts, origins = parts_of(indices, self.parts), self.origins.select(indices)
         of = replace(self, parts=parts, origins=origins)
         if not isinstance(self.rows, ArrowRows):
             return replace(of, rows=[self.rows[i] for i in indices])
-        # derives the digest from the indices instead of reading the rows again
+        # the digest is derived from the indices, which avoids reading the rows again
         digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
         size = self.digest_and_size[1] * len(indices) // len(self.rows)
         return replace(of, rows=self.rows.select(indices), known=(digest, size))
@@ -216,7 +216,7 @@ def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Writes JSON text to an Arrow file; returns `Rows.digest_and_size`."""
+    """Writes rows as JSON text to an Arrow file. Returns `Rows.digest_and_size`."""
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0

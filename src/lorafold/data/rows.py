@@ -1,6 +1,6 @@
-"""Reads rows and checks that each file's are valid and of one format.
+"""Reads rows and checks that the rows of each file are valid and have one format.
 
-One message lists all problems. Large data is checked once and cached under the files' digest.
+One message lists all problems. Large data is checked once and cached under the digest of its files.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ ANSWERS = {
     *("completion", "answer", "response", "output", "reply", "assistant", "a"),
     *("antwort", "ausgabe"),
 }
-LETTER = re.compile(r"[^\W\d_]")  # text with a letter, not a number or a date
+LETTER = re.compile(r"[^\W\d_]")  # distinguishes text from numbers and dates
 BY_ORDER = " (guessed by their order, if the file has a header)"
 ROLES = {"system", "user", "assistant", "tool", "developer"}
-# written by databases, spreadsheets and pandas for empty cells and errors in formulas
+# texts that databases, spreadsheets and pandas write for empty cells and formula errors
 EMPTY_TEXTS = {
     *("NULL", "null", "None", "NaN", "nan", "\\N"),
     *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!"),
@@ -63,17 +63,17 @@ UNKNOWN_ROLE = "messages have an unknown role, passed to the chat template, and 
 @dataclass
 class RowRemarks:
     """Collects remarks on valid rows: `ignored` keys, such as messages[].id, and other `lines`.
-    `content` is the kind that formats must provide.
+    `content` is the kind of data that formats must provide.
     """
 
     content: str = ""
     ignored: dict[str, None] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
-    _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by their treatment
+    _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by the remark about them
 
     def is_skipped(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
-        """Whether to skip a row: it is empty, or has an empty answer where one is needed."""
+        """Whether to skip a row, because it is blank or because a required answer is empty."""
         if row_format is None:
             values = row.values() if isinstance(row, dict) else [row]
             filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
@@ -131,7 +131,7 @@ class RowRemarks:
 
 
 def propose_columns(row: Row) -> str:
-    """Proposes `--columns` by known names, or by order if there are two text columns."""
+    """Proposes `--columns` by known names, or by order if the row has two text columns."""
     texts = [key for key, value in row.items() if isinstance(value, str) and LETTER.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (QUESTIONS, ANSWERS))
     guess = ""
@@ -142,15 +142,15 @@ def propose_columns(row: Row) -> str:
     names = {"prompt": prompts[0], "completion": answers[0]}
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
-        return ""  # not expressible in `--columns`
+        return ""  # `--columns` can't express it
     return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
 def rename_columns(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Renames `columns[name]` to `name`, and drops keys without a new name. A row that can't be
-    converted becomes an error message.
+    """Renames `columns[name]` to `name`, and drops each `name` whose column is empty. A row that
+    can't be converted becomes an error message.
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
@@ -190,11 +190,11 @@ def check_each(
     none: bool = False,
     remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, RowFormat, Row]]:
-    """Yields (number, format, row) of valid rows of the first one's format, normalized. Unreadable
-    rows come as error messages.
+    """Yields (number, format, row) of valid rows that have the format of the first row, normalized.
+    Unreadable rows are passed as error messages.
 
-    Raises at the end, or after the first bad row with `at_once`; also without any row, unless
-    `none` allows it.
+    Raises at the end if a row is bad, or at the first bad row with `at_once`. Also raises if there
+    are no rows, unless `none` is true.
     """
     bad: dict[str, list[int]] = {}  # row numbers by problem
     first = None
@@ -264,7 +264,7 @@ def check_provided(formats: Iterable[RowFormat | None], content: str) -> None:
 
 @dataclass
 class RowsRead:
-    """Counts of rows per source part and per file, and the runs of `Origins`."""
+    """The numbers of rows per source part and per file, and the runs of `Origins`."""
 
     parts: list[list[int]] = field(default_factory=list)
     files: list[list[int]] = field(default_factory=list)
@@ -311,11 +311,11 @@ def read_rows(
     notice: Notice = lambda text: None,
     content: str = "",
 ) -> Rows:
-    """Reads files, directories, patterns or hub datasets (their train split). SOURCE:0.3 sets a
-    weight.
+    """Reads files, directories, patterns or datasets from the Hugging Face Hub (their train split).
+    SOURCE:0.3 sets a weight.
 
-    `columns` renames keys, as in {"prompt": "question"}. `content` is the kind that formats must
-    provide; it chooses among matching formats.
+    `columns` renames keys, as in {"prompt": "question"}. `content` is the kind of data that formats
+    must provide; it selects among matching formats.
     """
     parsed = [parse_source(text) for text in ([sources] if isinstance(sources, str) else sources)]
     columns, read, known = columns or {}, RowsRead(), None

@@ -1,6 +1,6 @@
-"""Streaming: rows read during training, for data of any size.
+"""Streaming: rows are read during training, for data of any size.
 
-Sources are sampled by weight and restart at their end; rows pass through a shuffle buffer. Sampling
+Sources are sampled by weight and restart at their end. Rows pass through a shuffle buffer. Sampling
 is seeded, so a resumed run skips the same rows.
 """
 
@@ -30,8 +30,6 @@ NUM_PEEKED = 100  # rows of each source that are checked before a run starts
 
 @dataclass(frozen=True)
 class RowStream:
-    """Sources, renamed columns, and the wanted kind, as in `read_rows`."""
-
     sources: tuple[DataSource, ...]
     columns: Mapping[str, str]
     content: str = ""
@@ -85,7 +83,7 @@ class RowStream:
 
 @dataclass(eq=False)
 class StreamFeed(BatchFeed):
-    """Encodes rows on demand; `rows(seed)` yields them without end."""
+    """Encodes rows on demand. `rows(seed)` yields rows endlessly."""
 
     rows: Callable[[int], Iterator[NamedRow]]
     encoder: Encoder

@@ -1,7 +1,7 @@
-"""Tokenizes rows into tables: large data in worker processes, cached under the digests of rows and
-encoder.
+"""Tokenizes rows to tables. Large data is tokenized in worker processes, and cached under the
+digests of the rows and the encoder.
 
-`datasets.map` is not used, because a killed run would leave its workers and manager behind.
+`datasets.map` is not used, because its workers and manager survive if the run is killed.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-CODE_PATHS = ("data", "models/built_in_templates")  # code that determines the tokens
+CODE_PATHS = ("data", "models/built_in_templates")  # code that affects the tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 
 class Encoder(ABC):
-    """Converts rows of the kind `row_content` to examples. Copied into worker processes."""
+    """Converts rows of the kind `row_content` to examples. It is copied to worker processes."""
 
     row_content: str
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that examples depend on besides the rows, as JSON."""
+        """Everything that examples depend on besides the rows, as JSON."""
 
     @abstractmethod
     def encode(self, contents: Sequence[Any], first: int) -> pa.RecordBatch:
-        """Encodes rows, the first with index `first`. Columns: `row` (the index), `ids` (T,),
-        `problem`, and others.
+        """Encodes rows, of which the first has index `first`. The columns include `row` (index),
+        `ids` (T,) and `problem`.
         """
 
 
@@ -77,7 +77,7 @@ class Report:
 
 
 def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
-    """Returns all examples in the order of the rows; raises for rows with a problem."""
+    """Returns the examples of all rows, in order. Raises if a row has a problem."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -148,7 +148,6 @@ def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]
 def _chunks(
     rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Yields (index of the first row, rows), with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())

@@ -1,5 +1,5 @@
-"""Parses tool calls in generated text, with a grammar inferred from the chat template's rendering
-of probe calls.
+"""Parses tool calls in generated text. The grammar is inferred from how the chat template renders
+test calls.
 
 Arguments are JSON or key-value pairs. Whitespace may differ, and special tokens may be missing.
 """
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 PROBE_NAMES = ("probe_first", "probe_second")
 PROBE_TEXTS = {"probe_key": "probe value", "probe_other": "probe text"}
 PROBE_NUMBERS = {"probe_key": 7131, "probe_other": 8242}
-# the bound keeps matching linear on a text in which no name ends
+# the limit of 256 keeps matching linear if no name ends in a text
 NAME_PATTERN = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 class Pairs(NamedTuple):
-    """The text between, after and around keys and values."""
+    """The syntax of key-value arguments: the texts between key and value, between pairs, after the
+    last pair, and around quoted values.
+    """
 
     equals: str
     comma: str
@@ -40,9 +42,9 @@ class Pairs(NamedTuple):
 
 
 class Grammar(NamedTuple):
-    """The text before the first name; between calls (None if a turn has at most one); before
-    arguments; after a name without arguments; the syntax of pairs, or None for JSON; and
-    the text after JSON. PROBE_NAMES[0] stands for a repeated name.
+    """The syntax of calls: the text before the first name, between calls (None if a turn has at
+    most one call), after a name, and after a name without arguments; the syntax of pairs, or None
+    if arguments are JSON; and the text after JSON. PROBE_NAMES[0] stands for a repeated name.
     """
 
     before: str
@@ -64,7 +66,6 @@ class Grammar(NamedTuple):
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
-    """Infers the grammar; None if the template shows no calls."""
     return _grammar_of(template_of(tokenizer))
 
 
@@ -96,7 +97,7 @@ def _grammar_of(template: Template) -> Grammar | None:
     if between is not None:
         two_numbers = _render_calls([PROBE_NUMBERS] * 2, tokenizer).partition(PROBE_NAMES[1])[0]
         shared = prefix_of(str(_split_arguments(two_numbers, PROBE_NUMBERS)[-1]), plain_end)
-        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # drop half a tag
+        plain_end = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # removes an incomplete tag
         between = between.removeprefix(ending).removeprefix(plain_end)
     elif at := min((plain_end.find(word) for word in special if word in plain_end), default=0):
         plain_end = plain_end[:at]
@@ -110,7 +111,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Renders a turn of calls, without the generation prompt and reasoning."""
     calls = list(map(tool_call, PROBE_NAMES, arguments))
     prompt = try_apply([USER], tokenizer, for_generation=True)
     text = try_apply([USER, {"role": "assistant", "tool_calls": calls}], tokenizer)
@@ -119,7 +119,9 @@ def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
 
 
 def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Returns the texts before keys, between key and value, between pairs, and after."""
+    """Splits rendered arguments into the texts before keys, between key and value, between pairs,
+    and after the pairs.
+    """
     pieces = [str(part) for pair in arguments.items() for part in pair]
     parts = re.split("({})".format("|".join(map(re.escape, pieces))), text)
     if parts[1::2][-4:] != pieces:
@@ -129,7 +131,9 @@ def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, An
 
 
 def _json_at(text: str, arguments: dict[str, Any]) -> tuple[int, str] | None:
-    """Returns the position of the arguments and the text after it."""
+    """Returns the position at which the text contains the arguments as JSON, and the text after
+    them.
+    """
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -143,17 +147,18 @@ def _json_at(text: str, arguments: dict[str, Any]) -> tuple[int, str] | None:
 def parse_calls(
     text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()
 ) -> list[dict[str, Any]]:
-    """Returns the calls in a completion in OpenAI's format, with arguments as an object; [] if
-    none.
+    """Returns the tool calls in a completion in OpenAI's format, with arguments as an object.
+
+    Returns [] if the completion contains no call.
 
     Args:
         text: A completion, with or without its special tokens.
         tokenizer: The tokenizer whose chat template defines the syntax of calls.
-        tools: The tools that were offered. Some templates don't quote strings, so 7 and "7" look
-            the same; an argument that these tools declare as a string stays one.
+        tools: The tools that the prompt offered. Some templates don't quote strings, so 7 and "7"
+            look the same; if a tool declares an argument as a string, it remains a string.
 
     Raises:
-        LorafoldError: if the template shows no calls, or if arguments can't be parsed.
+        LorafoldError: If the template doesn't render calls, or if arguments can't be parsed.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:
@@ -185,7 +190,7 @@ def _parse_calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator
     if grammar.without_arguments.strip() and pairs is not None:
         name_end += f"|(?P<bare>{_regex(grammar.without_arguments)})"
     name_re = f"{NAME_PATTERN}(?:{name_end})"
-    # if nothing precedes a name, only a whole text can be a call
+    # if no text precedes a name, only the whole text can be a call
     begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + name_re)
     further = re.compile(_regex(grammar.between) + name_re) if grammar.between else None
     at, match = 0, begin.search(text)
@@ -233,7 +238,6 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
 
 
 def _is_balanced(value: str) -> bool:
-    """Whether the brackets of a list or an object are balanced."""
     if not value.lstrip().startswith(("[", "{")):
         return True
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))

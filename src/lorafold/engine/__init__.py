@@ -1,4 +1,4 @@
-"""Continuous batching of requests with any mixture of adapters; results are batch invariant."""
+"""Continuous batching of requests with any mixture of adapters. Results are batch invariant."""
 
 from lorafold.engine.engine import Engine
 from lorafold.engine.request import Ended, EngineSettings, EventStream, Request, Sampling, Token

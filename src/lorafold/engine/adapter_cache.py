@@ -1,11 +1,11 @@
-"""An engine's adapters, and their loading and eviction.
+"""Loading and eviction of an engine's adapters.
 
-Loading other files under a name creates a new entry; requests keep the one they were submitted
-with. An entry has a reference per waiting or running request, and a lease per running one. If
-memory is limited, the least recently used adapters without lease, pin or reservation are evicted.
+Loading other files under an existing name creates a new entry; earlier requests keep their entry.
+An entry counts a reference per waiting or running request, and a lease per running request. If
+memory is limited, the least recently used adapters without a lease, pin or reservation are evicted.
 
-The checksum that detects changes in memory is the sum of all bytes as 64-bit integers, which any
-single bit flip changes; it is faster than CRC-32.
+A checksum detects changes in memory. It is the sum of all bytes as 64-bit integers, which is faster
+than CRC-32 and changes with any single bit flip.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ AdapterStatus = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class AdapterCache:
-    """Holds at most `budget` bytes. `on_change` is called, also from the worker, when waiting
-    requests may continue. Thread-safe.
+    """Holds adapters of at most `budget` bytes. It calls `on_change`, also from its worker thread,
+    when waiting requests may be able to run. Thread-safe.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class AdapterCache:
         self._reader = reader
         self.budget, self._on_change, self.strikes = budget, on_change, strikes
         self.reads = self.evictions = self.damaged = 0
-        self.seconds: dict[str, float] = {}  # duration of the last load by name
+        self.seconds: dict[str, float] = {}  # duration of the last load, by name
         self._lock = threading.RLock()
         self._by_name: dict[str, KnownAdapter] = {}
         self._entries: set[KnownAdapter] = set()
-        # entries that found no room; cleared when something may be evicted
+        # entries that did not fit into memory; cleared when an adapter may have become evictable
         self._without_room: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=use_one_thread)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
@@ -54,8 +54,9 @@ class AdapterCache:
     def load(
         self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter] = ()
     ) -> Future[None]:
-        """Registers and reads an adapter; on failure, the future raises and the name is unchanged.
-        Without a `stack`, the files are not compared with expected digests.
+        """Reads an adapter and registers it under a name. If this fails, the future raises and the
+        name keeps its adapter. `stack` is the expected digests of the files; if empty, the current
+        files are accepted.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -65,7 +66,7 @@ class AdapterCache:
             if known is not None and (known.path, known.stack) == (Path(path), verified):
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), verified, next(self._generations))
-            entry.references = 1  # until it is named
+            entry.references = 1  # until `_set_name`
             self._entries.add(entry)
             return self._start(entry, set_name=True)
 
@@ -74,14 +75,14 @@ class AdapterCache:
             self._set_name(KnownAdapter(name, Path(path), tuple(stack), next(self._generations)))
 
     def adopt(self, name: str, make: Callable[[str], LoadedAdapter]) -> None:
-        """Registers an adapter without files, which stays in memory until `unload`."""
+        """Registers an adapter without files, which is never evicted."""
         with self._lock:
             entry = KnownAdapter(name, None, (), next(self._generations))
             self._set_loaded(entry, make(entry.key))
             self._set_name(entry)
 
     def unload(self, name: str) -> None:
-        """Removes a name. Requests with its adapter finish."""
+        """Removes a name. Requests that use its adapter continue."""
         with self._lock:
             entry = self.entry(name)
             del self._by_name[name]
@@ -119,7 +120,7 @@ class AdapterCache:
                 self._forget(entry)
 
     def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
-        """Returns the adapter, kept in memory until `release`, or None while it is loading."""
+        """Returns the adapter and keeps it in memory until `release`, or None while it loads."""
         with self._lock:
             self._check_strikes(entry)
             if entry.error is not None:
@@ -139,11 +140,11 @@ class AdapterCache:
         self._on_change()
 
     def check_memory(self) -> None:
-        """Verifies the checksum of the idle adapter that was checked least recently; evicts it on a
-        mismatch.
+        """Compares the checksum of the idle adapter that was checked least recently, and evicts it
+        if its memory changed.
         """
         with self._lock:
-            # adapters without files can't be read again
+            # an adopted adapter has no file to read again
             read = [e for e in self._entries if e.loaded and e.path]
             if idle := [e for e in read if not (e.leases or e.reserved)]:
                 entry = min(idle, key=lambda e: e.checked)
@@ -152,7 +153,7 @@ class AdapterCache:
                     entry.loaded, self.damaged = None, self.damaged + 1
 
     def statuses(self) -> dict[str, tuple[AdapterStatus, int]]:
-        """Returns the status and bytes of all adapters that are not cold, by name."""
+        """Returns (status, bytes) by name, without adapters that are cold."""
         statuses: dict[str, tuple[AdapterStatus, int]] = {}
         with self._lock:
             for name, e in self._by_name.items():
@@ -168,7 +169,7 @@ class AdapterCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of resident adapters that were read from files."""
+        """The bytes of adapters in memory that were read from files."""
         with self._lock:
             return sum(e.loaded.nbytes for e in self._entries if e.loaded and e.path)
 
@@ -237,7 +238,7 @@ class AdapterCache:
             self._on_change()
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evicts least recently used adapters, or nothing if that is not enough."""
+        """Evicts the least recently used adapters, or none if that would not free enough memory."""
         excess = 0 if self.budget is None else self.nbytes + nbytes - self.budget
         evictable = [entry for entry in self._entries if self._evictable(entry)]
         sizes = [(entry, entry.loaded.nbytes) for entry in evictable if entry.loaded]
@@ -249,7 +250,7 @@ class AdapterCache:
         return True
 
     def _evictable(self, entry: KnownAdapter) -> bool:
-        # without a path, it could not be read again
+        # an adopted adapter has no path to read it from again
         needed = entry.leases or entry.reserved or entry.pinned or entry.path is None
         return entry.loaded is not None and not needed
 
@@ -264,7 +265,7 @@ def checksum(loaded: LoadedAdapter) -> int:
         content = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         content = content.set_(tensor.detach().untyped_storage())
         whole = len(content) // 8 * 8
-        # torch would wake its threads, which then spin for longer than this takes
+        # numpy, because torch would wake its threads, which then spin for longer than the sum takes
         values = content.cpu().numpy()
         total += int(values[:whole].view(np.int64).sum()) + int(values[whole:].sum())
     return total

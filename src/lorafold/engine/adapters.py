@@ -1,8 +1,8 @@
-"""Verification of an adapter's files, and adapters in memory.
+"""Reading of adapters into memory for the engine.
 
-Each file is read once, and the same bytes are hashed and parsed, with all checks of `lf.load`. The
-adapter is built for a shadow of the model, with separate modules and the same tensors, so a worker
-can read while the engine computes.
+Each file is read once, and the same bytes are hashed and parsed, with all checks of `lf.load`.
+Adapters are built for a shadow model, which has separate modules and shares the tensors, so that a
+worker thread can read an adapter while the engine computes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from lorafold.peft.adapter_directory import FILES
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.provenance import DIGEST_FILES, expected_path, missing_message, parse_over
 
-MANIFEST_BYTES = 8 << 20  # not part of an identity
-# a larger rank takes longer than the base's matmul, and all adapters would be padded to it
+MANIFEST_BYTES = 8 << 20  # allowed for the manifest, which `VerifiedAdapter.nbytes` excludes
+# a larger rank would be slower than the base's matmul, and all adapters would be padded to it
 MAX_STACKED_RANK = 64
 
 
@@ -50,21 +50,21 @@ class VerifiedAdapter(NamedTuple):
 
 @dataclass(eq=False)
 class KnownAdapter:
-    """A registered adapter, its users and its state. Other files under the same name are another
-    entry.
+    """A registered adapter, its state and its users. Loading other files under the same name
+    creates another entry.
     """
 
     name: str
     path: Path | None  # None if attached to the model
-    stack: tuple[VerifiedAdapter, ...]  # base adapters, the lowest first, and itself
-    generation: int  # a unique number
+    stack: tuple[VerifiedAdapter, ...]  # of the base adapters, the lowest first, and this one
+    generation: int  # unique per entry
     references: int = 0  # waiting or running requests
     leases: int = 0  # running requests
     pinned: bool = False
     reserved: bool = False  # loaded for a request that has not run yet
     loaded: LoadedAdapter | None = None
-    future: Future[None] | None = None  # while loading
-    error: LorafoldError | None = None  # of the last load
+    future: Future[None] | None = None  # set while loading
+    error: LorafoldError | None = None  # from the last load
     used: int = 0  # logical time of the last lease
     checked: int = 0  # logical time of the last checksum
     checksum: int = 0
@@ -78,25 +78,26 @@ class KnownAdapter:
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank updates of n matrices of one shape: indices among the shape's paths (n,), down
-    (n, in, r) and up (n, r, out). up includes all scales, and is zero beyond a matrix's rank.
+    """Low-rank updates of n matrices of one shape: down (n, in, r) and up (n, r, out). `at` (n,)
+    contains the matrices' indices in `MatrixShapes.paths`. `up` includes all scales, and is zero
+    beyond a matrix's rank.
     """
 
     at: Tensor
     down: Tensor
     up: Tensor
-    index: Mapping[int, int]  # from an index among the shape's paths to one among the n
+    index: Mapping[int, int]  # the inverse of `at`
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
     key: str  # a unique name for its deltas
-    factors: Mapping[int, Factors]  # by index of the shape
+    factors: Mapping[int, Factors]  # by index in `Structure.shapes`
     low_rank: frozenset[str]  # paths with factors
-    gains: Mapping[str, tuple[Tensor, Tensor | None]]  # (gain, offset) (out,) by path
+    gains: Mapping[str, tuple[Tensor, Tensor | None]]  # (gain, offset), each (out,), by path
     deltas: Mapping[str, Delta]  # other deltas by path
-    separate: bool  # can't share a pass with other adapters
-    vocabulary: int | None
+    separate: bool  # needs forward passes without other adapters
+    vocabulary: int | None  # size, if the adapter adds tokens
     nbytes: int
     seconds: float = 0.0  # duration of loading
 
@@ -106,7 +107,7 @@ class LoadedAdapter:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors, of any shape: scalars, vectors or matrices."""
+        """All tensors, which may be scalars, vectors or matrices."""
         for factors in self.factors.values():
             yield from (factors.down, factors.up)
         yield from (t for gain in self.gains.values() for t in gain if t is not None)
@@ -115,7 +116,9 @@ class LoadedAdapter:
 
 
 def deltas_of(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
-    """Returns the deltas of adapters on the model, the lowest first, combined per module path."""
+    """Returns the combined delta of each adapted module by path. `names` are adapters, the lowest
+    first.
+    """
     deltas = {path: deltas_on(module, names) for path, module in adapted_modules(model)}
     return {path: d[0] if len(d) == 1 else Stack(d) for path, d in deltas.items() if d}
 
@@ -143,7 +146,9 @@ def _check_unchanged(read: Sequence[Contents], verified: Sequence[VerifiedAdapte
 
 
 class Reader:
-    """Reads adapters for one model, with factors in `dtype`; `room` limits their total bytes."""
+    """Reads adapters for one model and converts their factors to `dtype`. Rejects adapters that
+    would exceed `room` bytes.
+    """
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype,
@@ -153,7 +158,7 @@ class Reader:
         self.max_parameters = None if room is None else room // dtype.itemsize  # per adapter
         self.shadow = twin(model)
         self.base = InMemory.of_model(self.shadow)
-        self._lock = threading.Lock()  # for torch's global random state
+        self._lock = threading.Lock()  # guards torch's global random state
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:
         assert entry.path is not None
@@ -173,8 +178,8 @@ class Reader:
         return replace(loaded, seconds=time.perf_counter() - start_time)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
-        """Returns the current stack of the adapter in a directory, without missing base adapters,
-        since `read` reports them.
+        """Returns the stack of the adapter in a directory with the current digests. Omits missing
+        base adapters, because `read` reports them.
         """
         origins = self._base_adapters(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
@@ -188,8 +193,8 @@ class Reader:
         return tuple(verified)
 
     def _base_adapters(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
-        """Returns the base adapters. If adapters are active on the model, they are part of the
-        base, and so may be these.
+        """Returns the adapter's base adapters, or none if adapters are active on the model, because
+        the engine's base may then include them.
         """
         return () if selection_of(self.shadow).active else parse_over(record)
 
@@ -219,15 +224,16 @@ class Reader:
         vocabulary: int | None,
         separate: bool = False,
     ) -> LoadedAdapter:
-        """Sorts deltas by the way in which they are computed; with `separate`, all by their own
-        code. `vocabulary` is the size if the adapter adds tokens.
+        """Groups deltas by how the engine computes them: as stacked factors, as gains or with the
+        delta's own code; with `separate`, all with their own code. `vocabulary` is the size if the
+        adapter adds tokens.
         """
         separate = separate or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()
         pairs = dict[str, tuple[Tensor, Tensor]]()
         for path in () if separate else self.structure.index_of:
             delta = deltas.get(path)
-            # a gain for the base's weight alone would differ with active adapters
+            # the gain is for the base's weight without active adapters
             if delta is not None and not active:
                 gain = delta.eval().gained(layer_of(module_at(self.shadow, path)))
                 if gain is not None:
@@ -255,10 +261,12 @@ class Reader:
 def factors_of(
     shape: MatrixShapes, pairs: Mapping[int, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> Factors:
-    """Packs up factors (out, r) and down factors (r, in), by index among a shape's matrices."""
+    """Pads factors up (out, r) and down (r, in) to one rank and stacks them. The keys of `pairs`
+    are indices in `MatrixShapes.paths`.
+    """
     rank = max(len(down) for _, down in pairs.values())
     like = next(iter(pairs.values()))[0]
-    # in the layout of files, since a transposing copy takes six times as long
+    # in the files' layout, because a transposing copy takes six times as long
     down = like.new_zeros(len(pairs), rank, shape.in_features, dtype=dtype)
     up = like.new_zeros(len(pairs), shape.out, rank, dtype=dtype)
     for k, (u, d) in enumerate(pairs.values()):

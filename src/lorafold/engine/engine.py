@@ -6,9 +6,9 @@
         engine.run()                        # or engine.start(), which steps in a thread
         print(stream.result().text)
 
-Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward pass raises, it is split in
-halves until the failing requests are isolated; others lose nothing, because a row counts its tokens
-as computed only after the pass.
+Continuous batching is from Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward
+pass raises, the engine splits its batch in halves until the failing requests are isolated. The
+other requests lose no work, because a row counts tokens as computed only after a successful pass.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ DEFAULT = EngineSettings()
 
 
 class Engine:
-    """Takes over the model until `close`, which restores it; it runs in evaluation mode without
-    gradients. Active adapters belong to the base; others can be adopted. Without a tokenizer,
-    events have no texts. `changes` override settings.
+    """Runs requests on a model, which it takes over until `close`: the model is in evaluation mode
+    and without gradients. Adapters that are active on the model are part of the base; others can be
+    registered with `adopt`. Without a tokenizer, events have no text. `changes` override fields of
+    `settings`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Engine:
             stack.enter_context(evaluating(model, gradients=True))
             stack.enter_context(sleep_if_busy())
             self.structure: Structure = structure_of(model)
-            self.is_batched = not self.structure.unbatched_reason  # requests can be batched
+            self.is_batched = not self.structure.unbatched_reason
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
@@ -119,9 +120,9 @@ class Engine:
         stack: Sequence[VerifiedAdapter] = (),
         wait: bool = True,
     ) -> None:
-        """Reads and verifies an adapter and registers it under a name. Running requests keep
-        theirs. `stack` has the expected files as in `KnownAdapter`; `wait` blocks until it is in
-        memory.
+        """Reads and verifies an adapter and registers it under a name. Running requests keep the
+        previous adapter of that name. `stack` is the expected files (`KnownAdapter.stack`). With
+        `wait`, returns when the adapter is in memory.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
@@ -131,7 +132,7 @@ class Engine:
         self._reader.read(entry)
 
     def adopt(self, name: str, on_model: Sequence[str]) -> None:
-        """Registers adapters attached to the model, the lowest first, under one name."""
+        """Registers adapters that are attached to the model, the lowest first, under one name."""
         only(self.model, *on_model)  # raises unless they are attached
         if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
@@ -146,7 +147,6 @@ class Engine:
         self.adapters.unload(name)
 
     def submit(self, request: Request) -> EventStream:
-        """Queues a request."""
         entry, sampling = None, request.sampling
         try:
             if request.adapter is not None:
@@ -198,7 +198,9 @@ class Engine:
         )
 
     def cancel(self, id: str) -> bool:
-        """Ends a request within a step; False if there is none."""
+        """Ends a request within the next step. Returns False if no such request is running or
+        waiting.
+        """
         with self._lock:
             row = self._rows.get(id)
             if row is not None:
@@ -242,11 +244,11 @@ class Engine:
         self._runner.rebuild()
 
     def start(self, after: Callable[[], None] = lambda: None) -> None:
-        """Steps in a thread until `close`. Calls `after` after every step, or every second without
-        one. An error in either ends the thread.
+        """Starts a thread that steps until `close`. It calls `after` after each step, and at least
+        once per second when idle. An error in a step or in `after` ends the thread.
         """
         assert self._thread is None
-        end_team()  # the engine's thread creates its own OpenMP team
+        end_team()  # because the engine's thread creates another OpenMP team
         self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
         with stack_size():
             self._thread.start()
@@ -331,7 +333,7 @@ class Engine:
             n = len(rows) // 2
             self._pass(Batch(rows[:n], counts[:n]))
             self._pass(Batch(rows[n:], counts[n:]))
-            if all(row.stream.ended for row in rows):  # not a single request's fault
+            if all(row.stream.ended for row in rows):  # the cause may be the cache
                 self._runner.rebuild()
                 for row in self._scheduler.running:
                     row.computed = row.cached = 0

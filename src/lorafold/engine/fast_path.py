@@ -1,9 +1,10 @@
-"""The fast path: faster replacements for modules, recognized by their computation.
+"""The fast path: faster replacements of modules, which are recognized by their computation.
 
-Norms, rotary embeddings and gated MLPs are training's (`lorafold.training_step.fused_modules`).
-On CPUs, 16-bit matrices are copied into oneDNN's blocked layout, concatenated if they have the same
-input, in bf16 if the processor multiplies bf16 and else in fp32. The kernel adds adapters' updates,
-so there is one matmul and one rounding.
+Norms, rotary embeddings and gated MLPs are fused as in training
+(`lorafold.training_step.fused_modules`). On CPUs, 16-bit matrices are copied into oneDNN's blocked
+layout, in bf16 if the processor has bf16 matmuls and otherwise in fp32. Matrices with the same
+input are concatenated. The kernel adds the adapters' updates, so there is one matmul and one
+rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replaces modules of a frozen model until the stack is closed, for passes of `rows` rows."""
+    """Replaces modules of a frozen model until the stack is closed. `rows` is the expected rows per
+    pass.
+    """
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))
     min_rows_by_shape: dict[Any, int] = {}
@@ -59,7 +62,7 @@ def fast_path(
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for matmuls with 16-bit matrices, for any number of rows."""
+    """Returns the dtype of matmuls with 16-bit matrices."""
     return dtype if dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
 
@@ -76,15 +79,15 @@ def is_packable(module: nn.Module) -> bool:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """The maximum bytes of a model's matrices in the kernel's layout."""
+    """Returns the maximum bytes of the copies of a model's matrices in the kernel's layout."""
     modules = [module for _, module in Anatomy.of(model).modules]
     weights = [m.get_parameter("weight") for m in modules if is_linear(m) and is_packable(m)]
     return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 
 class PackedMatrices:
-    """Matrices with the same input, concatenated in the kernel's layout; the first call computes
-    all outputs.
+    """Matrices with the same input, concatenated in the kernel's layout. For each input, the first
+    call computes the outputs of all matrices.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class PackedMatrices:
         shape = (tuple(w.shape), w.dtype)
         if shape not in min_rows_by_shape:
             x = random_rows(w.shape[1], w.dtype)
-            # subtract the product itself, which leaves the rounding errors
+            # adding the negative product leaves rounding errors, which 16-bit rounding would hide
             min_rows_by_shape[shape] = min_invariant_rows(self._kernel, x, -self._kernel(x))
             if min_rows_by_shape[shape] > FEW:
                 log.warning(
@@ -119,7 +122,7 @@ class PackedMatrices:
                 )  # fmt: skip
         self._min_rows = min_rows_by_shape[shape]
         self._x: Tensor | None = None
-        self._outputs: dict[str, Tensor] = {}  # outputs for x not yet returned
+        self._outputs: dict[str, Tensor] = {}  # outputs for x that are not returned yet
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         deltas, module = self.deltas, self.modules[path]
@@ -142,7 +145,7 @@ class PackedMatrices:
         return y
 
     def product(self, x: Tensor, onto: Tensor | None) -> Tensor:
-        """W x + b + onto (..., out + ...), rounded once."""
+        """Returns W x + b + onto (..., out + ...) with a single rounding."""
         rows = x.numel() // x.shape[-1]
         inputs = [t.reshape(rows, -1).to(self._w.dtype) for t in (x, onto) if t is not None]
         if self._min_rows > FEW:

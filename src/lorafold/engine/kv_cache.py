@@ -1,11 +1,11 @@
-"""The KV cache of running requests, one buffer per layer: (slots, Hk, columns, D).
+"""The KV cache of running requests, with buffers (slots, Hk, columns, D) for each layer.
 
-A forward pass gets a `SlotView` as its cache, which writes T tokens per row at that row's position
-and reads up to the longest row. A slot is zeroed before reuse, because 0 times a stale NaN at a
-masked position is NaN.
+The model receives a `SlotView` as its cache. It writes T tokens per row at the row's position, and
+reads as many columns as the longest row has. A slot is zeroed before reuse, because a stale NaN at
+a masked position would be multiplied by 0, which is NaN.
 
-Prefixes are cached under a `PrefixKey`: matching by tokens alone would mix adapters (vLLM #30931),
-and by adapter name would use stale files (#42125).
+Cached prefixes are found by `PrefixKey` and tokens. Tokens alone would mix adapters (vLLM issue
+30931), and the adapter's name would reuse results of older files (vLLM issue 42125).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lorafold.ops.host_tensors import on_host, send
 
 # (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
-WIDTH_STEP = 32  # widths are rounded up to this, so that few shapes occur
+WIDTH_STEP = 32  # widths are rounded up to multiples, so that few shapes occur
 
 
 class SlotCache:
-    """Buffers of all layers, created on a layer's first write, which grow up to `length` tokens and
-    `padding` more; with `whole`, all passes read whole slots.
+    """The KV buffers of all layers. A layer's first write creates them; they grow up to `length +
+    padding` tokens. With `whole`, all passes read whole slots, so that their shapes are equal.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
 
     def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Returns a layer's keys and values (slots, Hk, columns, D) with at least `width` columns.
-        """
+        """Returns keys and values (slots, Hk, columns, D) with `width` or more columns."""
         for buffers, like in ((self.keys, key), (self.values, value)):
             old = buffers.get(layer)
             if old is None or old.shape[2] < width:
@@ -51,7 +50,7 @@ class SlotCache:
 
     def _grow(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
         before = 0 if old is None else old.shape[2]
-        # only long prompts write padding
+        # only chunks at the end of a slot write padding beyond `filled`
         most = self.filled if width <= self.filled else self.length
         shape = (self.slots, like.shape[1], min(most, max(width, 2 * before)), like.shape[3])
         with torch.inference_mode(False):
@@ -74,7 +73,7 @@ class SlotCache:
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
     def all_buffers(self) -> Iterator[Tensor]:
-        """All keys and values, each (slots, Hk, columns, D)."""
+        """Returns the keys and values of all layers, each (slots, Hk, columns, D)."""
         return chain(self.keys.values(), self.values.values())
 
     def width(self, longest: int) -> int:
@@ -91,14 +90,16 @@ def round_up(tokens: int) -> int:
 
 
 class SlotView(Cache):
-    """Rows of a `SlotCache` as transformers' cache; `select` chooses them."""
+    """A transformers cache over the slots of a `SlotCache` that `select` chooses."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__(layers=[])
         self.cache = cache
 
     def select(self, rows: slice | Tensor, start_B: Tensor, tokens: int) -> SlotView:
-        """Selects the slots of a pass that writes `tokens` to each at start_B."""
+        """Selects the slots for a forward pass, which writes `tokens` tokens to each from start_B
+        on.
+        """
         self.rows, self.start_B = rows, start_B
         self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.cache.width(self.longest)
@@ -110,7 +111,7 @@ class SlotView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes keys and values (B, Hk, T, D), and returns the rows' (B, Hk, width, D)."""
+        """Writes keys and values (B, Hk, T, D), and returns all of these rows (B, Hk, width, D)."""
         keys, values = self.cache.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
             self.cache.operations.write(buffer, new, self.row_B, self.start_B)
@@ -120,8 +121,7 @@ class SlotView(Cache):
         return int(self.start_B.max())
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override] # (B,)
-        """Returns the number of tokens of each row (B,); transformers' own caches return a scalar.
-        """
+        """Returns the cached tokens of each row (B,). transformers' own caches return a scalar."""
         return self.start_B
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -132,7 +132,7 @@ class SlotView(Cache):
 
 
 class CachedSlot(NamedTuple):
-    """The content of a free slot; newer ones have a larger `age`."""
+    """The reusable KV cache in a free slot. A larger `age` is more recent."""
 
     prefix: PrefixKey
     tokens: tuple[int, ...]
@@ -148,8 +148,8 @@ class CachedPrefixes:
         self.slots[slot] = CachedSlot(prefix, tuple(tokens), next(self._clock))
 
     def find(self, prefix: PrefixKey, prompt: Sequence[int]) -> tuple[int, int]:
-        """Returns the slot with the longest common prefix and its length, or (-1, 0). Excludes the
-        prompt's last token.
+        """Returns the slot with the longest common prefix and the prefix's length, or (-1, 0). The
+        last token never counts, because its logits must be computed.
         """
         best, most = -1, 0
         for slot, cached in self.slots.items():

@@ -1,12 +1,12 @@
-"""Mixed adapters in one pass: each row of a batch has its own.
+"""Batches whose rows use different adapters in one forward pass.
 
     y_b = g (W x_b + up down x_b + bias) + c        with the factors at the place p(b) of row b
 
-Updates are accumulated onto the base's matmul before its single rounding. Factors, gains and
-offsets are in `Stacks`, so a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547;
-Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Other deltas are computed for their rows on the base's
-output. Adapters that can't be mixed have separate passes with their deltas attached to the model,
-so every method works.
+The low-rank update is added to the base's matmul before its single rounding. Factors, gains and
+offsets of all adapters are in `Stacks`, so a step copies no factors (Chen et al. 2023, Punica,
+arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Other deltas are computed for their
+rows from the base's output. Adapters that can't be mixed run in separate passes with their deltas
+attached to the model, so that every method works.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from lorafold.ops.decoding import Product, SlotFactors
 from lorafold.ops.host_tensors import send
 
 log = logging.getLogger(__name__)
-ENGINE_DELTA = "lorafold-engine"  # the name of the engine's deltas
+ENGINE_DELTA = "lorafold-engine"  # adapter name of the engine's deltas
 EMPTY_VALUES = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # values of free places
-BASE_PLACE = 0  # the place of the base, always zero
+BASE_PLACE = 0  # rows without an adapter use this place, whose factors are zero
 
 
 class AdapterRows:
-    """The adapters of the B rows of a pass (None: the base), and the places of their factors. With
-    `invariant`, rows are computed separately, so that shapes don't depend on other rows.
+    """The adapter of each row of a forward pass (None for the base), and the index of its factors
+    in `Stacks`. With `invariant`, rows are computed separately, so that shapes don't depend on
+    other rows.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class AdapterRows:
         self.places = torch.tensor(
             [places.get(a, BASE_PLACE) if a else BASE_PLACE for a in adapters]
         )
-        self.matmuls: dict[tuple[str, ...], Product] = {}  # by paths
+        self.matmuls: dict[tuple[str, ...], Product] = {}  # by module paths
         self._place_index: int | slice | Tensor | None = None
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
-        """Returns other deltas at a module, each with its rows (n,), on the device."""
+        """Returns a module's deltas that are not low-rank, each with its rows' indices (n,)."""
         if path not in self._by_path:
             rows: dict[Any, tuple[Delta, list[int]]] = {}
             for b, adapter in enumerate(self.adapters):
@@ -78,7 +79,9 @@ class AdapterRows:
         return self._by_path[path]
 
     def at(self, device: torch.device) -> int | slice | Tensor:
-        """Returns an index of the rows' places in a stack (places, ...), a view if possible."""
+        """Returns the index of the rows' adapters in a tensor (places, ...), as a slice if
+        possible.
+        """
         if self._place_index is None:
             first, n = int(self.places[0]), len(self.places)
             if torch.equal(self.places, torch.full_like(self.places, first)):
@@ -98,7 +101,8 @@ class AdapterRows:
 class EngineDelta(Opaque):
     def __init__(self, slot_adapters: SlotAdapters, path: str) -> None:
         super().__init__()
-        self._slot_adapters, self.path = (slot_adapters,), path  # a tuple, to not be a submodule
+        # a tuple, because nn.Module would register it as a submodule
+        self._slot_adapters, self.path = (slot_adapters,), path
 
     def forward(self, layer: Layer, x: Tensor, *args: Any, onto: Tensor | None = None) -> Tensor:
         slot_adapters = self._slot_adapters[0]
@@ -116,7 +120,7 @@ class SlotAdapters:
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}
         self._min_rows: dict[torch.dtype, int] = {}
-        self.in_blocks = False  # torch's own matmuls are not batch invariant for any size
+        self.in_blocks = False  # PyTorch's matmuls need `BlockMatmuls` to be batch invariant
 
     def place(self, slot: int, adapter: LoadedAdapter) -> None:
         assert slot not in self.placed
@@ -145,7 +149,9 @@ class SlotAdapters:
             self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
-        """Returns the low-rank updates (B, T, out + ...) of matrices that read x (B, T, in)."""
+        """Returns the low-rank updates (B, T, out + ...) of matrices with the same input x (B, T,
+        in).
+        """
         plan = self.plan
         if plan.invariant:
             updates = [self._product_by_row(*at, x) for at in zip(paths, layers, strict=True)]
@@ -156,7 +162,9 @@ class SlotAdapters:
         return plan.matmuls[paths](x.reshape(len(x), -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def apply_deltas(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """Applies gains and other deltas to a module's output y (B, T, out) of x (B, T, in)."""
+        """Applies gains, and deltas that are not low-rank, to a module's output y (B, T, out) for
+        its input x (B, T, in).
+        """
         if path in self.plan.gains:
             shape, index = self.index_of[path]
             tensors, at = self.stacks[shape].tensors, self.plan.at(y.device)
@@ -165,7 +173,7 @@ class SlotAdapters:
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
             x_n, y_n = x[rows], y[rows]
-            # kernels sum in another order for few tokens
+            # repeated, because kernels sum in another order for few tokens
             repeats = -(-self.min_rows(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
             if repeats > 1:
                 x_n, y_n = (torch.cat([t] * repeats) for t in (x_n, y_n))
@@ -175,8 +183,9 @@ class SlotAdapters:
         return y
 
     def min_rows(self, dtype: torch.dtype, device: torch.device) -> int:
-        """Returns the number of tokens from which torch's own matmuls with the model's matrices are
-        batch invariant; 2 if unknown, or if they are computed in blocks because no number is.
+        """Returns the number of tokens from which PyTorch's matmuls with the model's matrices are
+        batch invariant. Returns 2 if it is unknown, or if none is small enough and matmuls run in
+        blocks.
         """
         if device.type != "cpu":
             return 2
@@ -214,8 +223,8 @@ class SlotAdapters:
 
 
 class Stacks:
-    """Factors, gains and offsets by place, for the n matrices of one shape. Copied when an
-    adapter's first request gets a slot.
+    """Factors, gains and offsets of all adapters for the n matrices of one shape. An adapter's
+    factors are copied here when its first request gets a slot.
     """
 
     def __init__(self, shape: MatrixShapes, operations: Operations) -> None:
@@ -225,7 +234,7 @@ class Stacks:
         self.tensors: dict[str, Tensor] = {}
 
     def place(self, place: int, factors: Factors) -> None:
-        """Copies an adapter's factors to a zeroed place."""
+        """Copies an adapter's factors to index `place`, which must be cleared."""
         rank, tensors = factors.down.shape[2], self.tensors
         if "down" not in tensors or tensors["down"].shape[2] < rank:
             self._grow(rank, factors.down)
@@ -234,7 +243,7 @@ class Stacks:
         self.ranks[place] = rank
 
     def set_gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
-        """Copies a gain and an offset (out,) to a place, for one matrix."""
+        """Copies one matrix's gain and offset (out,) to index `place`."""
         shape = len(self.shape.paths), len(self.ranks), self.shape.out
         for name, value in (("gains", g), ("offsets", c)):
             if value is not None:
@@ -272,14 +281,14 @@ class ActiveDeltas:
         self.model, self.slot_adapters = model, slot_adapters
         self.selection = selection_of(model)
         self.base = self.selection.names
-        self.mixing = False  # a pass with the plan is running
+        self.mixing = False  # a pass with `slot_adapters.plan` is running
         self.aware: set[str] = set()  # modules whose fast forward applies the plan
-        self._targets: set[str] = set()  # modules with the engine's deltas
+        self._targets: set[str] = set()  # modules with an `EngineDelta`
         self._fused: dict[str, Any] = {}  # modules whose fast forward ignores deltas
         self._num_attached: Counter[LoadedAdapter] = Counter()
 
     def attach(self, adapter: LoadedAdapter) -> None:
-        """Prepares for passes with this adapter, until `detach`."""
+        """Attaches the deltas that forward passes with this adapter need."""
         if adapter.separate:
             self._num_attached[adapter] += 1
             if self._num_attached[adapter] == 1:

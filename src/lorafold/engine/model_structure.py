@@ -1,7 +1,8 @@
-"""Detects how a model can be batched by running it, independent of its class.
+"""Detects how a model can be batched by running it, independently of its class.
 
-Three prompts run in slots, in chunks and token by token; logits must equal each prompt's alone. If
-this fails (recurrent state, own positions, custom attention), requests run one at a time.
+Three prompts run together in slots, in chunks and then token by token. Their logits must equal the
+logits of each prompt alone, up to rounding. If they don't (for example because of recurrent state
+or custom attention), the engine runs one request at a time.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from lorafold.layers import is_linear, layer_of
 from lorafold.training_step.packed_attention import attending
 
 ATTENTION_NAME = "lorafold_slots"
-STRUCTURE_ATTRIBUTE = "lorafold_structure"  # attribute of the model: its structure
-IN_USE_ATTRIBUTE = "lorafold_engine"  # attribute of the model: used by an engine
+STRUCTURE_ATTRIBUTE = "lorafold_structure"  # attribute of the model that caches its structure
+IN_USE_ATTRIBUTE = "lorafold_engine"  # attribute of the model while an engine uses it
 PROBE_LENGTHS, PROBE_CHUNK = (11, 5, 8), 4
 
 
 @dataclass(frozen=True)
 class MatrixShapes:
-    """Matrices (out, in) of one size, by module path in the order of the model."""
+    """The module paths of all matrices (out, in) of one shape, in the model's order."""
 
     out: int
     in_features: int
@@ -43,11 +44,11 @@ class MatrixShapes:
 
 @dataclass(frozen=True)
 class Structure:
-    unbatched_reason: str  # the reason for which requests can't be batched, or ""
-    rowwise: frozenset[str] = frozenset()  # modules whose inputs have one row per request
+    unbatched_reason: str  # why requests can't be batched, or ""
+    rowwise: frozenset[str] = frozenset()  # paths of modules whose inputs have one row per request
     shapes: tuple[MatrixShapes, ...] = ()  # matrices among `rowwise`, by shape
     groups: tuple[tuple[str, ...], ...] = ()  # matrices with the same input, such as q, k, v
-    routed: bool = False  # has experts, which compute tokens of all rows together
+    routed: bool = False  # mixture of experts, which computes tokens of all rows together
 
     @cached_property
     def index_of(self) -> dict[str, tuple[int, int]]:
@@ -59,7 +60,7 @@ class Structure:
 
 
 def structure_of(model: Any) -> Structure:
-    """Caches `probe` until modules or kinds of active deltas change."""
+    """Returns `probe`'s result, cached until the modules or types of active deltas change."""
     names = selection_of(model).names
     modules = [
         (
@@ -78,7 +79,7 @@ def structure_of(model: Any) -> Structure:
 
 
 def slotted(model: Any, operations: Operations) -> Any:
-    """A context in which attention takes rows at different positions."""
+    """Returns a context in which the model's attention accepts rows at different positions."""
     name = f"{ATTENTION_NAME}_{operations.name}"
     return attending(model, slot_mask, slot_attention(operations), name)
 
@@ -86,7 +87,9 @@ def slotted(model: Any, operations: Operations) -> Any:
 def forward_pass(
     model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
-    """Returns the logits (B, n, V) of a pass over ids_BT, of which counts_B are not padding."""
+    """Returns the logits (B, n, V) at the n positions `keep` of a pass over ids_BT. In each row,
+    the first counts_B tokens are real, and the others are padding.
+    """
     positions_BT = torch.minimum(view.position_BT, (view.start_B + counts_B - 1)[:, None])
     out = model(
         input_ids=ids_BT, position_ids=positions_BT, cache=view, use_cache=True, logits_to_keep=keep
@@ -95,7 +98,6 @@ def forward_pass(
 
 
 def probe(model: Any) -> Structure:
-    """Runs a causal language model on short prompts to find out how it can be batched."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (n,), generator=generator) for n in PROBE_LENGTHS]
@@ -126,8 +128,8 @@ def probe(model: Any) -> Structure:
 
 
 def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
-    """Returns the logits (B, V) after each prompt's last token, fed in chunks and then one by one;
-    rows of short prompts compute unused tokens, as idle slots do.
+    """Returns the logits (B, V) after each prompt's last token. Prompts run in chunks, then token
+    by token.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(PROBE_LENGTHS), PROBE_CHUNK, Operations()))
@@ -146,7 +148,7 @@ def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
 
 
 class _InputRecorder:
-    """Records the inputs of modules with a matrix; `rows` is True for modules whose inputs always
+    """Records the inputs of modules with a matrix. `rows[path]` is True if all inputs of the module
     have one row per request.
     """
 
@@ -178,7 +180,7 @@ class _InputRecorder:
 
 
 def reserve(model: Any, stack: ExitStack) -> None:
-    """Reserves a model for one engine, without gradients, until the stack is closed."""
+    """Reserves a model for one engine and disables its gradients, until the stack is closed."""
     if IN_USE_ATTRIBUTE in vars(model):
         raise LorafoldError(
             "engine: another engine is using this model; close that engine, or read its completion"
@@ -195,12 +197,12 @@ def reserve(model: Any, stack: ExitStack) -> None:
 def separate_rows(model: nn.Module, stack: ExitStack) -> None:
     """Makes modules compute rows independently, until the stack is closed. bitsandbytes' int8
     matmul chooses outliers from all rows of a batch (LLM.int8: Dettmers et al. 2022, arXiv
-    2208.07339, section 3.2); the engine multiplies by the dequantized matrix instead, as adapted
+    2208.07339, section 3.2), so the engine multiplies by the dequantized matrix instead, as adapted
     layers do in training.
     """
     for _, module in Anatomy.of(model).modules:
         layer = layer_of(module)
-        adapted = isinstance(module, Adapted)  # already runs the layer's forward
+        adapted = isinstance(module, Adapted)  # its forward already runs `layer`
         if layer.mixes_rows and not adapted and "forward" not in vars(module):
             module.forward = layer
             stack.callback(vars(module).pop, "forward", None)

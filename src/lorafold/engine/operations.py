@@ -1,15 +1,15 @@
-"""The operations of a pass for one kind of device (`kernels.registry`), and batch invariance.
+"""The operations of a forward pass for one device type (`kernels.registry`), and batch invariance.
 
-Masks and attention are for rows at different positions: q (B, H, T, D), k (B, Hk, K, D), v
-(B, Hk, K, Dv) -> (B, T, H, Dv), with a mask of 0 if the model's predicate
-(causal, sliding, chunked) lets position start + t attend to j, else -inf.
+Masks and attention support rows at different positions: q (B, H, T, D), k (B, Hk, K, D), v (B, Hk,
+K, Dv) -> (B, T, H, Dv). The additive mask is 0 if the model's mask function (causal, sliding,
+chunked) lets position start + t attend to j, else -inf.
 
-Kernels sum in another order for few rows, so bits could depend on the batch:
+Kernels sum in another order for few rows, so the bits of a row could depend on the batch:
 
     m = min_invariant_rows(kernel, x)   kernel(x[:n]) has the bits of kernel(x)[:n] for n >= m
     with BlockMatmuls(16): ...          matmuls of 16 rows at a time, for processors without an m
 
-With `as_trained`, results are bit-identical to training: attention sums in a document's order.
+With `as_trained`, results are bit-identical to training, because attention sums in the same order.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from lorafold.ops.scale_and_add import SCALE, plain_scale_and_add
 from lorafold.training_step.packed_attention import attend
 
 log = logging.getLogger(__name__)
-# numbers of rows that `min_invariant_rows` tries: all up to FEW, since with blocks of 4 rows a
-# kernel may sum 8 like 12, but not 9
+# numbers of rows that `min_invariant_rows` tries; all up to FEW + 1, because a kernel with blocks
+# of 4 rows may sum 8 rows like 12 rows, but not 9
 NUM_ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
-MAX_OUT = 4096  # rows of a matrix that suffice to measure; an LM head has many more
+MAX_OUT = 4096  # rows of a matrix that `unsteady` measures; an LM head has many more
 
 
 class Operations:
@@ -52,21 +52,21 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """See `lorafold.ops.elementwise.rms_norm`: x (..., d) normalized, times the gain (d,)."""
+        """Normalizes x (..., d) and multiplies it by the gain (d,) (`ops.elementwise.rms_norm`)."""
         return self._norm(x.contiguous(), gain, eps)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
-        """See `ops.scale_and_add`: y (B, T, k) times gains plus offsets, (k,) or (B, k)."""
+        """Returns y (B, T, k) times gains plus offsets, (k,) or (B, k) (`ops.scale_and_add`)."""
         if g.dim() > 1:
             g, c = g[:, None], None if c is None else c[:, None]
-        # avoids torch's dispatcher, whose overhead matters on a CPU only
+        # on CPUs, the call avoids the overhead of PyTorch's dispatcher
         fast = SCALE if y.is_cuda else self._scale
         return (fast if y.dtype is torch.bfloat16 else plain_scale_and_add)(
             y.contiguous(), g, c, None
         )
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `lorafold.ops.elementwise.rotary`: x (..., D) rotated by halves."""
+        """Rotates x (..., D) by halves (`ops.elementwise.rotary`)."""
         return self._rotary(x, cos, sin, False)
 
 
@@ -84,8 +84,8 @@ def slot_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     **protocol: Any,
 ) -> Tensor | None:
-    """Implements transformers' mask protocol: an additive mask (B, 1, T, K) if the offset has a
-    position per row (B,), else transformers' boolean mask.
+    """Implements transformers' mask function. Returns an additive mask (B, 1, T, K) if `q_offset`
+    has one position per row (B,), else transformers' boolean mask.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
         others = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
@@ -102,8 +102,8 @@ def slot_mask(
 
 
 def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
-    """Implements transformers' attention protocol without dropout, for additive masks (B, 1, T, K),
-    boolean ones, or none. Softcaps, sinks and position biases use the general attention.
+    """Implements transformers' attention function, without dropout, for additive masks (B, 1, T,
+    K), boolean masks or none. Softcaps, sinks and position biases use the general attention.
     """
 
     def attention(
@@ -130,7 +130,7 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
 
 def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
     """Returns the least number of rows of the inputs (n, ...) from which the kernel is batch
-    invariant; the last of ROWS if there is none.
+    invariant, or the last of NUM_ROWS if there is none.
     """
     whole, min_rows = kernel(*inputs), NUM_ROWS[-1]
     for n in reversed(NUM_ROWS[:-1]):
@@ -142,13 +142,13 @@ def min_invariant_rows(kernel: Callable[..., Tensor], *inputs: Tensor) -> int:
 
 
 def random_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """Returns fixed random rows (n, width) for `min_invariant_rows`."""
+    """Returns random rows (n, width) with a fixed seed, for `min_invariant_rows`."""
     return torch.randn(NUM_ROWS[-1], width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """Applies `min_invariant_rows` to torch's own matmuls with matrices (out, in), in the dtype
-    and in the one that `lorafold.ops.arithmetic` uses for it.
+    """Applies `min_invariant_rows` to PyTorch's matmuls with matrices (out, in), in `dtype` and in
+    the dtype that `lorafold.ops.arithmetic` uses for it.
     """
     min_rows = 1
     for out, in_features in shapes:
@@ -156,7 +156,7 @@ def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> in
         for each in {dtype, matmul_dtype(x)}:
             m = random_rows(in_features, each).repeat(-(-out // NUM_ROWS[-1]), 1)[:out]
             wide = x.to(each)
-            # 16-bit rounding hides most differences, but not those of the rounding errors
+            # adding the negative product leaves rounding errors, which 16-bit rounding would hide
             left = -F.linear(wide, m)
             kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
             min_rows = max(min_rows, *(min_invariant_rows(k, wide, left) for k in kernels))
@@ -164,8 +164,8 @@ def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> in
 
 
 class BlockMatmuls(TorchDispatchMode):
-    """Computes matmuls (n, k) x (k, m) in the block `rows` rows at a time; the last block is padded
-    with the first row.
+    """A context that computes matmuls (n, k) x (k, m) in blocks of `rows` rows. The last block is
+    padded with its first row.
     """
 
     def __init__(self, rows: int) -> None:
@@ -177,7 +177,7 @@ class BlockMatmuls(TorchDispatchMode):
     ) -> Any:
         aten, kwargs = torch.ops.aten, dict(kwargs or {})
         if func in (aten.linear.default, aten.matmul.default):
-            with self:  # inference mode doesn't decompose them
+            with self:  # because inference mode doesn't decompose it
                 return func.decompose(*args, **kwargs)
         if func is aten.mm.default:
             return self._blocks(torch.mm, args[:1], args[1:], kwargs)
@@ -207,12 +207,14 @@ def lacks(device: str) -> str:
 
 
 def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether matmuls of these shapes (out, in) depend on the batch even with FEW rows."""
+    """Whether matmuls with matrices (out, in) are not batch invariant even with FEW rows."""
     return min_matmul_rows({(min(out, MAX_OUT), size) for out, size in shapes}, dtype) > FEW
 
 
 def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention (B, T, H, Dv) in the order of documents; with windows, `ATTEND`'s."""
+    """Returns attention (B, T, H, Dv) with the summation order of training. If the mask is not
+    causal, for example with a sliding window, it uses `ATTEND`.
+    """
     rows, heads, tokens, _ = q.shape
     at = torch.arange(k.shape[2])
     lens = (mask[:, 0] == 0).sum(-1)  # (B, T)

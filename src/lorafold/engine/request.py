@@ -1,5 +1,5 @@
 """Requests to the engine, their events, and the engine's settings. A completion never depends on
-other requests in the batch. Every request has exactly one `Ended`, its last event.
+other requests in the batch. Each request has exactly one `Ended`, which is its last event.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lorafold.ops.arithmetic import FEW
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 2048  # default maximum tokens of a request
-LARGEST = 3.4028234663852886e38  # of float32
+LONGEST = 2048  # default for the maximum tokens of a request
+LARGEST = 3.4028234663852886e38  # the largest float32
 NUMBERS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
@@ -26,23 +26,21 @@ Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters."""
-
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # keep the fewest tokens whose probabilities sum to at least this
-    min_p: float = 0.0  # keep tokens at least this times as probable as the most likely one
-    # divides the positive and multiplies the negative logits of tokens in the prompt or the
+    top_p: float = 1.0  # keep the fewest most likely tokens whose probabilities sum to this
+    min_p: float = 0.0  # minimum probability relative to the most likely token
+    # divides positive logits and multiplies negative logits of tokens in the prompt or the
     # completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1)
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
-    frequency_penalty: float = 0.0  # the same, times the number of occurrences
+    frequency_penalty: float = 0.0  # multiplied by the token's number of occurrences
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
-    stop: tuple[str, ...] = ()  # texts that end the completion, excluded from it
-    schema: str | None = None  # a JSON schema for the completion, as text
+    stop: tuple[str, ...] = ()  # strings that end the completion and are excluded from it
+    schema: str | None = None  # a JSON schema for the completion, as a JSON string
     regex: str | None = None  # a regular expression for the whole completion
     lark: str | None = None  # a grammar for the completion in llguidance's Lark dialect
-    # number of most likely tokens to report (0: only the token's logprob; None: no logprobs)
+    # number of most likely tokens to return with logprobs; 0: only the sampled token; None: nothing
     logprobs: int | None = None
     seed: int = 0
 
@@ -82,7 +80,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether sampling is greedy and needs nothing besides the logits."""
+        """Whether sampling is greedy and depends only on the logits."""
         return (
             self.temperature == 0
             and self.repetition_penalty == 1
@@ -103,12 +101,12 @@ class Request:
     max_new_tokens: int
     adapter: str | None = None  # None for the base
     sampling: Sampling = Sampling()
-    # end tokens, excluded from the completion; `keep_end` includes them, without text
+    # end tokens; the completion contains them only with `keep_end`, and its text never does
     ends: frozenset[int] = frozenset()
     tenant: str = ""  # cached prefixes are not shared between tenants
     tokenizer: PreTrainedTokenizerBase | None = None  # None: the engine's
     keep_end: bool = False
-    # like `Sampling.logprobs` for the prompt's tokens, in `EventStream.prompt`; with it,
+    # like `Sampling.logprobs`, for the prompt's tokens (`EventStream.prompt`); if it is set,
     # max_new_tokens may be 0
     prompt_logprobs: int | None = None
 
@@ -117,10 +115,10 @@ class Request:
 class Token:
     id: str
     token: int
-    text: str = ""  # added text; empty while a character or a stop text may be incomplete
+    text: str = ""  # new text; empty while a character or a stop string may be incomplete
     logprob: float | None = None  # before penalties, temperature and filters
-    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their logprobs
-    drawn_logprob: float | None = None  # in the distribution from which it was sampled
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens with their logprobs
+    drawn_logprob: float | None = None  # after penalties, temperature and filters
 
 
 @dataclass(frozen=True)
@@ -129,24 +127,24 @@ class Ended:
     reason: Reason
     tokens: tuple[int, ...] = ()
     text: str = ""
-    message: str = ""  # the error; may contain texts of the request
-    cached: int = field(default=0, compare=False)  # cached tokens of the prompt
-    fault: str = field(default="", compare=False)  # the error without texts of the request
-    setting: str = field(default="", compare=False)  # the field of `Sampling` that caused it
+    message: str = ""  # the error; may contain text of the request
+    cached: int = field(default=0, compare=False)  # prompt tokens in the prefix cache
+    fault: str = field(default="", compare=False)  # the error without text of the request
+    setting: str = field(default="", compare=False)  # the field of `Sampling` that caused the error
 
 
 class EventStream:
-    """The events of a request, up to its `Ended`. Any threads may iterate, each from the first
-    event. `prompt` has the prompt's tokens with log probabilities if requested, set before the
-    first event; the first token has none.
+    """The events of a request up to its `Ended`. Several threads may iterate; each gets all events.
+    `prompt` contains the prompt's tokens with logprobs if requested, and is set before the first
+    event. Its first token has no logprob.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.began: float | None = None  # time.monotonic() when it got a slot
+        self.began: float | None = None  # time.monotonic() when the request got a slot
         self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
-        self.ended: Ended | None = None  # the last event
+        self.ended: Ended | None = None
         self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
@@ -186,26 +184,26 @@ class EngineSettings:
     length: int | None = None  # max_model_len (None: the model's, at most LONGEST)
     chunk: int = 256  # prefill tokens per prompt and pass
     budget: int = 512  # prefill tokens per step
-    adapter_bytes: int | None = None  # limit for adapters in memory
-    fast: bool = True  # `engine.fast_path`, which copies the matrices
-    # allow lengths beyond max_position_embeddings, except for a table of positions
+    adapter_bytes: int | None = None  # maximum bytes of adapters in memory
+    fast: bool = True  # use `engine.fast_path`, which copies the matrices
+    # allow lengths beyond max_position_embeddings, unless the model has position embeddings
     beyond: bool = False
-    # use the same shapes in all passes, which makes logits batch invariant without the fast path
-    # (experts: one row at a time)
+    # batch invariance from equal shapes in all passes instead of the fast path; mixture-of-experts
+    # models then run one row at a time
     invariant: bool = False
-    as_trained: bool = False  # bit-identical to training; no fast path
-    # prefix caching within a tenant and an adapter; waiting requests with the same prompt share
-    # its prefill in any case
+    as_trained: bool = False  # make results bit-identical to training, without the fast path
+    # prefix caching within a tenant and an adapter; even without it, simultaneous requests with the
+    # same prompt share its prefill
     prefix_reuse: bool = True
     strikes: int = 3  # requests with NaN or infinite logits before an adapter is quarantined
-    # limit of running requests per tenant; at most half of the slots while there are other tenants
+    # maximum running requests per tenant; at most half of the slots if there are other tenants
     tenant_slots: int | None = None
-    weights: Mapping[str, float] | None = None  # shares of tenants; default 1
+    weights: Mapping[str, float] | None = None  # weights of tenants in fair scheduling; default 1
     allow_other_base: bool = False  # accept adapters that were trained on another base
 
     def fitted(self, positions: int | None, table: int | None) -> tuple[Self, int]:
-        """Returns the settings for a model with these numbers of positions, and the length. Raises
-        for sizes that are too small or too large.
+        """Returns the settings and the maximum length for a model with this max_position_embeddings
+        (`positions`) and size of a position-embedding table (`table`). Raises for invalid sizes.
         """
         positions = min(positions or LONGEST, table or sys.maxsize)
         most = sys.maxsize if self.beyond and table is None else positions

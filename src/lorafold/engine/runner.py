@@ -1,9 +1,9 @@
 """Forward passes of running requests.
 
-A decoding pass runs over a view of the first slots; idle slots compute an unused token at a
-position that is overwritten before it is read. With `invariant`, all passes have the same shapes:
-all slots decode, prompts are prefilled one row at a time in chunks of one size, and a model with
-experts also decodes one row at a time.
+A decoding pass runs over a view of the first slots. Idle slots among them compute an unused token
+at a position that is overwritten before it is read. With `invariant`, all passes have the same
+shapes: all slots decode together, prompts are prefilled one row at a time in chunks of one size,
+and a mixture-of-experts model also decodes one row at a time.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from lorafold.ops.host_tensors import select_rows, send
 
 
 class Runner(ABC):
-    """Computes the logits of rows."""
-
     slots: int
     deltas: ActiveDeltas
 
     @abstractmethod
     def admit(self, row: Row) -> None:
-        """Assigns a free slot."""
+        """Assigns a free slot to a request."""
 
     @abstractmethod
     def release(self, row: Row, ended_normally: bool) -> None:
-        """Frees a row's slot; `ended_normally`: not cancelled or failed."""
+        """Frees a request's slot. `ended_normally` is False after a failure or a cancellation."""
 
     def share(self, row: Row, others: Sequence[Row]) -> None:
-        """Copies a row's prefilled prompt to others that wait for it."""
+        """Copies the prefilled prompt of a request to the others that wait for it."""
         return None
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
-        """Returns the logits (B, V) after these numbers of pending tokens; the rows have the same
-        `separate_adapter`.
+        """Returns the logits (B, V) after the given numbers of pending tokens. All rows must have
+        the same `separate_adapter`.
         """
 
     def rebuild(self) -> None:
-        """Replaces the cache by an empty one."""
+        """Replaces the KV cache by an empty one."""
         return None
 
     def compact(self) -> None:
-        """Closes gaps between used slots."""
+        """Moves requests to the first slots, so that decoding passes have few idle slots."""
         return None
 
 
 def separate_adapter(row: Row) -> LoadedAdapter | None:
-    """The key of rows that can share a pass: an adapter that can't be mixed, or None."""
+    """Returns the request's adapter if it can't be mixed with others, else None. Requests with the
+    same result can share a forward pass.
+    """
     return row.adapter if row.adapter is not None and row.adapter.separate else None
 
 
@@ -78,7 +78,7 @@ class SlotRunner(Runner):
         self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._planned: list[int] | None = None  # the plan's adapters, by id
+        self._planned: list[int] | None = None  # ids of the adapters in `_plan`
         self._plan = AdapterRows([], {})
 
     def admit(self, row: Row) -> None:
@@ -102,8 +102,8 @@ class SlotRunner(Runner):
         self._planned = None
 
     def _cached(self, row: Row) -> tuple[int, int]:
-        """Returns the slot, free or running, with the longest common prefix, and its length;
-        (-1, 0) if there is none. The last token is always computed.
+        """Returns the free or running slot with the longest common prefix, and the prefix's length,
+        or (-1, 0). The last token never counts, because its logits must be computed.
         """
         if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return -1, 0
@@ -135,7 +135,7 @@ class SlotRunner(Runner):
         self._planned = None
 
     def _reusable(self, row: Row) -> bool:
-        """Whether the row's KV cache depends only on its prefix key and tokens."""
+        """Whether the row's KV cache depends only on its tokens and `PrefixKey`."""
         return self.prefix_reuse and separate_adapter(row) is None
 
     def rebuild(self) -> None:
@@ -197,7 +197,7 @@ class SlotRunner(Runner):
             yield
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
-        # `fast_path` pads its own matmuls
+        # `fast_path` pads matmuls itself
         packed = self.as_trained or self.structure.index_of.keys() <= self.deltas.aware
         blocks = BlockMatmuls(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
         with override_widening(widened=widened, rows=1), blocks:
@@ -252,7 +252,7 @@ class SlotRunner(Runner):
 
 
 class SoloRunner(Runner):
-    """Runs one row at a time, for models that can't be batched."""
+    """Runs one request at a time with `generate`, for models that can't be batched."""
 
     slots = 1
 

@@ -1,10 +1,10 @@
-"""Samples the next tokens of all rows from logits (B, V), with structured output by llguidance.
+"""Samples the next tokens of all rows from logits (B, V). llguidance constrains structured output.
 
     l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
     token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
 
-The order is transformers'. A row's result is independent of the others. Noise is Philox4x64-10
-(Salmon et al. 2011) from numpy, since `lorafold.ops.philox` needs a hundred torch operations.
+The order is the same as in transformers. Rows don't affect each other. The noise is Philox4x64-10
+(Salmon et al. 2011) from numpy, because `lorafold.ops.philox` needs a hundred PyTorch operations.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lorafold.ops.host_tensors import select_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# maps the tokens so far to a mask (V,) of allowed next ones, or None for any
+# maps a completion's tokens to a mask (V,) of allowed next tokens, or None if all are allowed
 AllowedTokens = Callable[[Sequence[int]], Tensor | None]
-ROWS_AT_ONCE = 4  # rows computed together: 16 exceed a CPU cache and run at half the speed
-TOP_P_CANDIDATES = 1024  # tokens that top-p tries first, since sorting all takes five times as long
+ROWS_AT_ONCE = 4  # 16 rows exceed the CPU's cache and run at half the speed
+TOP_P_CANDIDATES = 1024  # tried first, because sorting all tokens takes five times as long
 NEG_INF = float("-inf")
 NOT_FINITE = "the model's logits are NaN or infinite"
 
 
 class NotFinite(LorafoldError):
-    """A request's logits hold NaN or infinity."""
+    """The logits of a request contain NaN or infinity."""
 
 
 class GrammarError(LorafoldError):
@@ -57,14 +57,14 @@ class Sampler:
     ) -> None:
         self.sampling, self.allowed = sampling, allowed
         self.plain = sampling.plain and allowed is None
-        self.tokens: list[int] = []  # of the completion
+        self.tokens: list[int] = []  # the completion
         self.prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def process_logits_(self, logits_V: Tensor) -> None:
-        """Applies penalties, biases and the grammar to logits_V in place. Raises Unfit."""
+        """Applies penalties, biases and the grammar to logits_V in place."""
         changed_V = self._penalize(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
-            # an adapter's new tokens are in no grammar
+            # grammars don't contain tokens that an adapter adds
             mask_V = pad(mask_V, (0, len(changed_V) - len(mask_V)))
             if not mask_V.any():
                 setting = (self.sampling.grammar or ("grammar", ""))[0]
@@ -74,7 +74,6 @@ class Sampler:
             logits_V.copy_(changed_V)
 
     def _penalize(self, logits_V: Tensor) -> Tensor:
-        """Returns logits (V,) after penalties and biases, clipped to float32's range."""
         sampling = self.sampling
         if (rate := sampling.repetition_penalty) != 1:
             ids = torch.tensor(sorted(self.prompt | set(self.tokens)))
@@ -94,7 +93,7 @@ class Sampler:
 
 
 def sample_tokens(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
-    """Returns a token for each row of logits (B, V), or the error that ends the row."""
+    """Returns for each row of logits (B, V) a token, or the error that ends the request."""
     choices: dict[int, SampledToken | Exception] = {}
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
@@ -128,7 +127,7 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
     filtered_nV = torch.zeros(0)
     if sampled:
         samplers_n = [samplers[b] for b in sampled]
-        # below 1e-30 all but the likeliest overflow, above 1e30 all are equal
+        # below 1e-30 all but the largest logit overflow; above 1e30 all are equal
         rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
         least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
         scaled_nV = least_nV / torch.tensor(rates)[:, None]
@@ -156,14 +155,14 @@ def _with_logprobs(
 
 
 def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
-    """Returns exponential noise (V,) for a position of a completion."""
+    """Returns exponential noise (V,) for one position of a completion."""
     words = np.random.Philox(key=[seed % (1 << 64), position]).random_raw(-(-vocabulary // 2))
     u_V = torch.from_numpy(words.view(np.uint32)[:vocabulary].astype(np.float32))
     return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
 
 
 def filter_logits(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Returns logits (B, V) with -inf for tokens excluded by top-k, top-p or min-p."""
+    """Sets the logits (B, V) that top-k, top-p or min-p exclude to -inf, in a copy."""
     out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
     if ks:
@@ -182,10 +181,10 @@ def filter_logits(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
-    """Applies each row's top-p in place, trying `few` tokens first."""
+    """Applies each row's top-p in place. Sorts only the `few` largest logits if they suffice."""
     p_nV, sums = torch.softmax(out_BV[[*ps]], -1), torch.tensor([*ps.values()])[:, None]
     values, ids = p_nV.topk(few)
-    before = values.cumsum(-1) - values  # mass of likelier tokens
+    before = values.cumsum(-1) - values  # total probability of more likely tokens
     within = (before < sums).index_fill(1, torch.tensor([0]), True)
     enough = (~within[:, -1] | torch.tensor(few == out_BV.shape[1])).tolist()
     in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, within)
@@ -242,7 +241,7 @@ class Grammars:
 
 
 def guidance(grammar: tuple[str, str]) -> str:
-    """Converts a setting and its text to an uncompiled grammar of llguidance."""
+    """Converts a setting of `Sampling` and its text to an uncompiled llguidance grammar."""
     from llguidance import LLMatcher
 
     name, text = grammar
@@ -271,5 +270,4 @@ class _GrammarState:
 
 
 def _error_of(matcher: Any) -> str:
-    """Returns the grammar's error without the dump of the parser's state."""
     return truncate(" ".join(str(matcher.get_error()).partition("<state>")[0].split()), 300)

@@ -1,13 +1,14 @@
-"""Chooses the rows of the next passes.
+"""Chooses the rows of the next forward passes.
 
-Every step decodes all rows with one pending token, then prefills at most `budget` tokens, which
-bounds the delay by long prompts. Of running rows with the same prompt, the first prefills it for
-all.
+Each step decodes all rows that have one pending token, and then prefills at most `budget` tokens,
+so that long prompts don't delay decoding for long. If running rows have the same prompt, the first
+of them prefills it for all.
 
-`WaitingQueue` is the virtual token counter of Sheng et al. 2024, Fairness in Serving Large Language
-Models (OSDI), algorithm 2: it serves the tenant with the smallest counter, which grows by its
-tokens, with completions counted OUT times, divided by its weight; a tenant that starts to wait
-again starts no lower than the others.
+`WaitingQueue` implements the virtual token counter of Sheng et al. 2024, Fairness in Serving Large
+Language Models (OSDI), algorithm 2. It serves the tenant with the smallest counter. A tenant's
+counter grows by its tokens divided by its weight, with completion tokens counted COMPLETION_COST
+times. When a tenant starts to wait again, its counter is raised to the smallest counter of the
+waiting tenants.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorafold.engine.request import EngineSettings
 from lorafold.engine.runner import separate_adapter
 from lorafold.engine.sequence import Row
 
-PRESENCE_SECONDS = 30.0  # seconds after its last row for which a tenant counts as present
+PRESENCE_SECONDS = 30.0  # a tenant counts as present for this time after its last request
 COMPLETION_COST = 2  # cost of a completion token relative to a prompt token (paper, sec. 4)
 
 
@@ -30,8 +31,8 @@ class WaitingQueue:
         self._weights = dict(weights or {})
         self._rows: dict[str, deque[Row]] = {}  # only tenants with waiting rows
         self._used: dict[str, float] = {}
-        self._last_arrival: dict[str, float] = {}  # arrival of each tenant's last row
-        self._last = 0.0  # counter of the tenant that last stopped waiting
+        self._last_arrival: dict[str, float] = {}  # time of each tenant's last request
+        self._last = 0.0  # counter of the tenant whose last row left the queue most recently
 
     def add(self, row: Row) -> None:
         tenant = row.request.tenant
@@ -57,8 +58,8 @@ class WaitingQueue:
         self._used[tenant] = self._used.get(tenant, 0.0) + tokens / self._weights.get(tenant, 1.0)
 
     def next_row(self, unready: Collection[Row], full: Collection[str]) -> Row | None:
-        """Returns the next row: the oldest ready row of the tenant with the least usage; tenants
-        with fewer `unready` rows come first. `full` tenants get no more slots.
+        """Returns the oldest ready request of the tenant with the fewest requests in `unready` or,
+        among equals, the smallest counter. Tenants in `full` get no more slots.
         """
         tenants = [row.request.tenant for row in unready]
         free = [tenant for tenant in self._rows if tenant not in full]
@@ -113,9 +114,7 @@ class Scheduler:
         ]
 
     def decode_batches(self) -> list[Batch]:
-        """Returns decoding passes: one for all rows that can be mixed, and one for each other
-        adapter.
-        """
+        """Returns a batch of requests whose adapters can be mixed, and one per other adapter."""
         decoded = [row for row in self.running if row.prefiller is None and row.num_pending == 1]
         for row in decoded:
             self.waiting.charge(row.request.tenant, COMPLETION_COST)
@@ -135,8 +134,8 @@ class Scheduler:
         return batches
 
     def share_prefill(self, row: Row) -> None:
-        """Lets a row wait for another that prefills the same prompt. Not for rows that can't be
-        mixed, whose caches have more than keys and values.
+        """Lets a request wait for another that prefills the same prompt. Adapters that can't be
+        mixed are excluded, because their requests' cache may contain more than keys and values.
         """
         if separate_adapter(row) is not None:
             return
@@ -147,7 +146,7 @@ class Scheduler:
         return [row for row in self.running if row.prefiller is prefiller]
 
     def remove(self, row: Row) -> None:
-        """Removes a running row; the first row waiting for it prefills the prompt instead."""
+        """Removes a running request. If others wait for its prefill, one of them takes over."""
         self.running.remove(row)
         waiting = self.waiting_for(row)
         for other in waiting:
@@ -162,14 +161,14 @@ class Scheduler:
                 break
             taken, width = [*taken, row], wider
         if len(taken) == 1 and width > left < self.budget:
-            return Batch([], [])  # wait for the next step's budget
+            return Batch([], [])  # the row waits for the next step's budget
         return Batch(taken, [min(row.num_pending, self.chunk) for row in taken])
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             is_only_tenant = separate_adapter(row)
-            # rows that need the logits of a whole chunk get separate passes
+            # rows that need logits of all their tokens run in separate passes
             key: tuple[object, ...] = (is_only_tenant, row.to_score(row.num_pending) > 0)
             if self.single or (self.invariant and is_only_tenant):
                 key = (*key, row.request.id)

@@ -1,8 +1,9 @@
-"""A running request, and incremental detokenization.
+"""Running requests, and incremental detokenization.
 
-`Detokenizer` holds text back while a character is incomplete, or while its end may begin a stop
-text, so output is never retracted. Only tokens since the last complete character are decoded again,
-after enough others that the decoder doesn't treat them as the start of a text.
+`Detokenizer` withholds text while a character is incomplete or while the text may end with the
+start of a stop string, so that output is never retracted. It decodes only the tokens since the last
+complete character again, together with enough earlier tokens that the decoder doesn't treat them as
+the start of a text.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-POSITIONS_AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are computed together
-# a token's log probability, and the most likely tokens at its position with theirs
+POSITIONS_AT_ONCE = 32  # positions whose log-softmax over the vocabulary is computed at once
+# a token's logprob, and the most likely tokens at its position with their logprobs
 Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Row:
-    """A request with its tokens, adapter and slot. `ends` are end tokens besides the request's."""
+    """A waiting or running request with its tokens, adapter and slot. `ends` is added to the
+    request's end tokens.
+    """
 
     def __init__(
         self,
@@ -47,26 +50,25 @@ class Row:
         self.text = None if known is None else Detokenizer(known, request.sampling.stop)
         self.tokens = list(request.prompt)
         self.computed = 0  # tokens in the KV cache
-        self.scores: list[Score] = []  # of the prompt's tokens from the second on
-        self.prefiller: Row | None = None  # the row that prefills this prompt for it
-        self.cached = 0  # tokens of the prompt found in the prefix cache
+        self.scores: list[Score] = []  # of the prompt's tokens, without the first
+        self.prefiller: Row | None = None  # another row that prefills the same prompt
+        self.cached = 0  # prompt tokens from the prefix cache
         self.adapter: LoadedAdapter | None = None
         self.slot = -1
-        self.state: Any = None  # its cache, if the model can't run in slots
+        self.state: Any = None  # transformers' cache, if the model can't be batched
         self.cancelled = False
 
     @property
     def num_pending(self) -> int:
-        """The number of tokens that are not in the KV cache."""
         return len(self.tokens) - self.computed
 
     @property
     def prefix(self) -> PrefixKey:
-        """The key under which its KV cache may be reused."""
+        """The key under which other requests may reuse this request's KV cache."""
         return self.entry.generation if self.entry else 0, self.request.tenant
 
     def can_prefill_for(self, other: Row) -> bool:
-        """Whether it prefills a prompt whose KV cache and logits the other can use."""
+        """Whether this request prefills a prompt whose KV cache and logits the other can use."""
         return (
             self.prefiller is None
             and len(self.tokens) == len(self.request.prompt)
@@ -76,12 +78,14 @@ class Row:
         )
 
     def to_score(self, n: int) -> int:
-        """Returns how many of the next n tokens predict a prompt token to be scored."""
+        """Returns how many of the next n tokens predict a prompt token that needs a logprob."""
         wanted = self.request.prompt_logprobs is not None
         return max(0, min(n, len(self.request.prompt) - 1 - self.computed)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Stores scores of prompt tokens from logits_TV, after the cached ones."""
+        """Stores the logprobs of prompt tokens from logits_TV, which follow `computed` cached
+        tokens.
+        """
         del self.scores[self.computed :]
         for logits_nV in logits_TV.split(POSITIONS_AT_ONCE):
             first = len(self.scores) + 1
@@ -140,7 +144,7 @@ class Row:
 
 
 class Detokenizer:
-    """Detokenizes a completion; `special` includes special tokens."""
+    """Detokenizes a completion token by token. With `special`, the text contains special tokens."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
@@ -152,7 +156,7 @@ class Detokenizer:
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """Returns the text that a token adds; sets `stopped` if a stop text is complete."""
+        """Returns the text that a token adds. Sets `stopped` if a stop string is complete."""
         self._ids.append(token)
         before = self._decode(self._ids[self._from : self._read])
         after = self._decode(self._ids[self._from :])
@@ -188,6 +192,6 @@ class Detokenizer:
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
-    """Counts characters at the end of a text that may begin one of the marks."""
+    """Returns the number of characters at the text's end that may begin one of the marks."""
     ends = range(min(max(map(len, marks), default=1) - 1, len(text)), 0, -1)
     return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

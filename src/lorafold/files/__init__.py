@@ -1,2 +1,3 @@
-"""Files and directories that lorafold writes: atomic directories, records, model cards, HTML pages.
+"""Files that lorafold writes: atomic directories, records, model cards and HTML pages, and its
+cache.
 """

@@ -1,7 +1,8 @@
-"""Directories that are written completely or not at all, with a manifest.
+"""Atomic directories with a manifest.
 
-The block writes to a temporary sibling on the same file system, which is flushed and renamed on
-success, and removed on failure. The next attempt removes the sibling of a killed process.
+A `with` block writes into a temporary directory next to the target. On success, the directory is
+flushed and renamed to the target; on failure, it is removed. If the process was killed, the next
+attempt removes its temporary directory.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from lorafold.errors import LorafoldError, join_problems
 from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
-HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"  # part of temporary names
+HOST_ID = f"{zlib.crc32(platform.node().encode()):08x}"  # names this machine in temporary names
 
 
 @contextmanager
 def atomic_directory(
     path: str | Path, overwrite: bool = False, durable: bool = True
 ) -> Iterator[Path]:
-    """Yields an empty directory that becomes `path` if the block succeeds, possibly replacing one
-    by lorafold. Reproducible content need not be `durable` (flushed), since `verify` detects files
-    torn by a power cut.
+    """Yields an empty directory that is renamed to `path` if the block succeeds. With `overwrite`,
+    it may replace a directory that lorafold wrote. Reproducible content need not be `durable`
+    (flushed), because `verify` detects files that a power failure truncated.
     """
     check_out(path, overwrite)
     target = Path(path).expanduser().resolve()
@@ -56,9 +57,9 @@ def atomic_directory(
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raises unless `path` can be written, and is free or may be replaced; also clears leftovers of
-    killed runs. A directory with files but no manifest is never replaced, since lorafold did not
-    write it.
+    """Raises unless `path` can be written and is free or may be replaced. Never replaces a
+    directory that has files but no manifest, because lorafold did not write it. Also removes
+    leftovers of killed runs.
     """
     target = Path(path).expanduser()
     check_name(path)
@@ -79,7 +80,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raises unless files can be written into a directory, which may not exist yet."""
+    """Raises unless files can be created in the directory, which may not exist yet."""
     _check_creatable(path, Path(path).expanduser().resolve())
 
 
@@ -100,7 +101,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
-    """Parses a JSON object; `path` is for error messages."""
+    """Parses a JSON object. `path` appears in error messages only."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -133,9 +134,10 @@ def verify(
     read: Mapping[str, tuple[int, str]] | None = None,
     required: bool = True,
 ) -> list[str]:
-    """Compares files that match a pattern with the manifest; returns a line per difference.
-    `manifest` is its content if already read, and `read` the (bytes, SHA-256) of files already
-    read. Unless `required`, the manifest may be missing, or another program's, without "files".
+    """Compares the files that match a pattern with the manifest, and returns a line per difference.
+    `manifest` is the manifest's content, and `read` the (bytes, SHA-256) of files, if the caller
+    has read them. Unless `required`, the manifest may be missing, or be another program's file
+    without "files".
     """
     root, problems = Path(path), []
     try:
@@ -172,7 +174,7 @@ def sha256(path: Path) -> str:
 
 
 def is_abandoned(name: str) -> bool:
-    """Whether the name is a temporary one of a dead process of this machine."""
+    """Whether a dead process on this machine made this temporary name."""
     found = re.fullmatch(rf"\..+\.{HOST_ID}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
@@ -196,7 +198,7 @@ def _check_no_directory(path: str | Path) -> None:
 
 
 def _check_creatable(path: str | Path, folder: Path) -> None:
-    """Raises if nothing can be created in a folder, or in its first existing parent."""
+    """Raises if nothing can be created in the folder or its nearest existing parent."""
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
         made = _temporary(there / Path(path).name, "partial")
@@ -208,9 +210,7 @@ def _check_creatable(path: str | Path, folder: Path) -> None:
 
 
 def _publish(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
-    """Writes the manifest, flushes and renames. At every moment `target` is the old directory,
-    absent, or the new one.
-    """
+    """Writes the manifest, flushes and renames. At any moment, `target` is complete or absent."""
     files = sorted(p for p in tmp.rglob("*") if p.is_file())
     for path in files:  # safetensors creates files that only the owner can read
         if path.stat().st_nlink == 1:
@@ -239,12 +239,11 @@ def _publish(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
 
 
 def _temporary(target: Path, kind: str) -> Path:
-    """Returns a hidden name next to `target`, with this machine and process."""
     return target.with_name(f".{target.name}.{HOST_ID}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def remove(path: str | Path) -> None:
-    """Removes a directory as far as possible, after renaming it, so it never appears incomplete."""
+    """Renames a directory before removing it, so that it never appears incomplete."""
     target = Path(path).resolve()
     gone = _temporary(target, "partial")
     with suppress(OSError):
@@ -253,8 +252,8 @@ def remove(path: str | Path) -> None:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Removes leftovers of dead processes of this machine next to `target`, an absolute path.
-    Restores the old directory if one was killed between its two renames.
+    """Removes leftovers of dead processes on this machine next to `target`, an absolute path.
+    Restores the old directory if the process died between the two renames of `_publish`.
     """
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         if not (path.name.startswith(f".{target.name}.{HOST_ID}-") and is_abandoned(path.name)):
@@ -281,7 +280,7 @@ def check_intact(
     manifest: bytes | bytearray | None = None,
     read: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """Raises if files differ from lorafold's manifest, if any (`verify`)."""
+    """Raises if files differ from lorafold's manifest. A directory may have no manifest."""
     if problems := verify(directory, patterns, manifest, read, required=False):
         raise LorafoldError(
             f"{directory}: {join_problems(problems)}: the files were damaged or edited; restore"

@@ -1,5 +1,5 @@
-"""The cache of reproducible files, LORAFOLD_CACHE/KIND/KEY. Entries appear atomically. A key must
-contain everything that its entry depends on, except lorafold's version, which is added.
+"""The cache of reproducible files, in `LORAFOLD_CACHE/KIND/KEY`. Entries appear atomically. A key
+must contain everything that affects its entry, except lorafold's version, which is added.
 """
 
 import os
@@ -23,7 +23,7 @@ KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """`used` is the last use, in seconds since 1970."""
+    """An entry of the cache. `used` is the time of its last use, in seconds since 1970."""
 
     kind: str
     path: Path
@@ -34,8 +34,8 @@ class CacheEntry:
 def cache_entry(
     kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
 ) -> Path:
-    """Returns the directory of an intact entry, which `write` fills if necessary; `notice` receives
-    the reason for a delay.
+    """Returns the directory of an intact entry, after `write` has filled it if necessary. `notice`
+    receives a message if this takes longer than a look-up.
     """
     return fill_once(_entry_path(kind, key), write, notice)
 
@@ -67,7 +67,9 @@ def _entry_path(kind: str, key: str) -> Path:
 
 
 def entries() -> list[CacheEntry]:
-    """Lists entries and leftovers of killed processes, by kind, most recently used first."""
+    """Returns entries and leftovers of killed processes, sorted by kind, the most recently used
+    first.
+    """
     found = []
     for kind in KINDS:
         for path in (cache_directory() / kind).glob("*"):
@@ -79,8 +81,8 @@ def entries() -> list[CacheEntry]:
 
 
 def clear(chosen: Iterable[CacheEntry]) -> list[CacheEntry]:
-    """Removes entries, and returns those that a process is creating. Processes with an entry open
-    keep its data.
+    """Removes entries. Skips entries that a process is creating, and returns them. Processes that
+    have an entry's files open keep their data.
     """
     busy = []
     for entry in chosen:

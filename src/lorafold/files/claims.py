@@ -1,10 +1,10 @@
 """Work shared by several processes or machines through one directory.
 
-Each path is made by one process, which holds `<path>.claim` meanwhile. A claim is created
-exclusively and touched regularly. Another process takes it if its holder is dead
-(on the same machine), or has not touched it for LEASE seconds by the waiting process's clock, since
-clocks differ (filelock's `SoftFileLease`). Claims are in the same directory as their paths, so that
-on NFS whoever creates a claim sees what its previous holder wrote.
+One process makes each path and holds `<path>.claim` meanwhile. It creates the claim exclusively and
+touches it regularly. A waiting process takes over the claim if its holder is a dead process on the
+same machine, or has not touched it for LEASE seconds by the waiting process's clock, because
+machines' clocks differ (filelock's `SoftFileLease`). A claim is in the same directory as its path,
+so that on NFS the process that creates it sees all files of the previous holder.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_json
 
 SUFFIX = ".claim"
-LEASE = 60.0  # seconds; a claim is touched three times in it
+LEASE = 60.0  # seconds; its holder touches a claim three times in each lease
 POLL_SECONDS = 1.0  # seconds between checks for others' results
-TOKEN = "token"  # a file in the shared directory; its expected content is in VARIABLE
+TOKEN = "token"  # a file in the shared directory; VARIABLE contains its expected content
 VARIABLE = "LORAFOLD_TOKEN"
 DIGITS = 12
 Result = TypeVar("Result")
@@ -46,8 +46,9 @@ def share_work(
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
 ) -> None:
-    """Returns when every path exists, made by `work` here or in another process. `done` is called
-    with each path; `say` receives the processes that this one waits for.
+    """Makes every path with its function in `work`, here or in another process that shares the
+    work, and calls `done` with each path. If this process has to wait, `say` receives a message
+    that names the other processes.
     """
     claims = {
         path: SoftFileLease(f"{path}{SUFFIX}", lease_duration=LEASE, on_compromise=_stop)
@@ -68,7 +69,7 @@ def share_work(
 
 
 def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> None:
-    """Reports claims next to `work` on paths that this process doesn't share."""
+    """Reports claims next to the paths in `work` for paths that are not in it."""
     own = set(work)
     claims = {claim for folder in {p.parent for p in own} for claim in folder.glob(f"*{SUFFIX}")}
     found = {claim.name.removesuffix(SUFFIX) for claim in claims} - {path.name for path in own}
@@ -80,8 +81,8 @@ def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> N
 
 
 def check_token(folder: Path) -> None:
-    """Raises unless the directory contains the token in the environment: otherwise each worker has
-    a separate directory of the same name.
+    """Raises unless the directory contains the token in the environment. If not, workers have
+    different directories of the same name, and can't share work.
     """
     expected = os.environ.get(VARIABLE)
     if expected is None:
@@ -105,7 +106,7 @@ def _make_claimed(path: Path, claim: SoftFileLease, make: Callable[[], object]) 
     except OSError as error:
         raise LorafoldError(f"{path}{SUFFIX}: can't be written: {error.strerror}") from error
     try:
-        if not path.exists():  # the previous holder may have finished it
+        if not path.exists():  # the previous holder may have made it
             make()
     finally:
         claim.release()
@@ -113,8 +114,8 @@ def _make_claimed(path: Path, claim: SoftFileLease, make: Callable[[], object]) 
 
 
 def _stop(found: LeaseCompromise) -> None:
-    """Ends this process like SIGTERM, because another took its claim while it was suspended or its
-    file system hung, and no two may do the same work.
+    """Ends this process with SIGTERM. Another process took over its claim while this one was
+    suspended or its file system hung, and two processes must not do the same work.
     """
     reason = f"taken over by another worker ({found.reason}); this worker stops"
     print(f"{found.lock_file}: {reason}", file=sys.stderr, flush=True)
@@ -132,8 +133,9 @@ def measure_all(
     done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
 ) -> dict[Path, Result]:
-    """Returns the result of each cell, a dataclass of this kind, in order. Missing ones are
-    computed here or by another process; `done` is called with each.
+    """Returns the result of each cell of a study, a dataclass of type `kind`, in order. Missing
+    results are computed, here or by another process, and stored as JSON. `done` is called with
+    each.
     """
     stored, results = TypeAdapter(kind), {}
 

@@ -1,7 +1,8 @@
-"""Files that are read once, so that the verified bytes are those that are used, and cached digests.
+"""Files that are read once, so that the verified bytes are also the bytes used; and cached digests.
 
-Digests of files are cached by stamp in CACHE/digests/known/DEVICE-INODE. A file in the hub's cache
-that is named by its SHA-256 is not read. Digests identify files; they are no integrity check.
+Digests are cached by file stamp in `CACHE/digests/known/DEVICE-INODE`. A file in the Hugging Face
+cache whose name is its SHA-256 is not read. Digests identify files and don't protect against
+corruption.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from lorafold.files.atomic import sha256 as file_sha256
 from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
 
-READ_BYTES = 1 << 20  # bytes
-HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large blob in the hub's cache
-FRESH_SECONDS = 2.0  # seconds within which another write may keep the stamp
+READ_BYTES = 1 << 20
+HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # name of a large file in the Hugging Face cache
+FRESH_SECONDS = 2.0  # within this time, another write may not change the stamp
 NUM_THREADS = 4
 
 
@@ -41,7 +42,9 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a file, with its size; raises OSError for anything else, for example a pipe."""
+    """Opens a regular file and yields it with its size. Raises OSError for anything else, such as a
+    pipe, which would block.
+    """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -61,8 +64,8 @@ def _bytes(path: Path, most: float) -> bytearray | None:
 
 
 class Contents:
-    """The bytes of existing files and the manifest, hashed in a thread. Raises if a file can't be
-    read, or before reading more than `most` bytes.
+    """The bytes of the named files that exist and of the manifest, hashed in a thread. Raises if a
+    file can't be read, or before reading more than `most` bytes in total.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:
@@ -89,7 +92,7 @@ class Contents:
 
     @property
     def named(self) -> str:
-        """SHA-256 over names and contents, without the manifest, which covers other files too."""
+        """SHA-256 of names and contents, without the manifest, which also covers other files."""
         return self.digest_of(self.names)
 
     def digest_of(self, names: Iterable[str]) -> str:
@@ -116,7 +119,7 @@ class Contents:
 
 
 class FileStamp(NamedTuple):
-    """Changes when a file is written; times in nanoseconds."""
+    """The file's identity, size and times in nanoseconds, which change with the file's content."""
 
     device: int
     inode: int
@@ -135,7 +138,7 @@ class FileStamp(NamedTuple):
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """Returns the (bytes, SHA-256) of a file."""
+    """Returns the (bytes, SHA-256) of a file, from the cache if possible."""
     try:
         real = path.resolve(strict=True)
         stamp = FileStamp.of(real.stat())
@@ -160,8 +163,8 @@ def file_digest(path: Path) -> tuple[int, str]:
 def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
-    """Hashes names, sizes and contents of existing files that match these names or patterns. `read`
-    has the (bytes, SHA-256) of files already read.
+    """Hashes the names, sizes and contents of existing files that match `names`, which may be
+    patterns. `read` is the (bytes, SHA-256) of files that the caller has read.
     """
     found = {path for name in names for path in directory.glob(name) if path.is_file()}
     shown = sorted(path.relative_to(directory).as_posix() for path in found)

@@ -1,6 +1,6 @@
-"""Self-contained HTML reports, and results in notebooks.
+"""Self-contained HTML reports, and tables for notebooks.
 
-Templates have the macros of `parts.html` (tables, sections, notes, cards, grids) as globals.
+The macros of `parts.html` (tables, sections, notes, cards, grids) are globals of all templates.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lorafold.files.templates import environment, format_value, interval_text
 
 STYLES = ("look.css", "page.css")
 MACROS = ("table", "section", "notes", "cards", "grid")
-MAX_LINES = 30  # maximum lines of a table
-MAX_ENTRIES = 16  # larger mappings are only counted
+MAX_LINES = 30  # of a table
+MAX_ENTRIES = 16  # for a larger mapping or list, only the number of entries is shown
 INTERVAL_SUFFIX = "_interval"
 
 
@@ -40,14 +40,13 @@ def _environment() -> Any:
 def html_table(
     head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", most: int | None = None
 ) -> str:
-    """Returns an HTML table. Cells are escaped unless they are Markup; `kind` is a CSS class; lines
-    after `most` are only counted.
+    """Returns an HTML table with a CSS class. Cells are escaped unless they are Markup. After
+    `most` lines, only the number of further lines is shown.
     """
     return str(_environment().globals["table"](head, lines, kind, most))
 
 
 def section(title: str, about: str = "") -> str:
-    """Returns a section's heading and introduction; both are escaped."""
     return str(_environment().globals["section"](title, about))
 
 
@@ -56,7 +55,9 @@ def notes(texts: Iterable[str]) -> str:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Renders a template by its path in the package. Values are escaped unless they are Markup."""
+    """Renders a template, given by its path in the package. Values are escaped unless they are
+    Markup.
+    """
     return str(_environment().get_template(template).render(values))
 
 
@@ -66,7 +67,7 @@ def write_page(title: str, body: str, path: str | Path) -> None:
 
 
 class ShownInNotebooks:
-    """A dataclass that notebooks display as tables."""
+    """Base class of dataclasses that notebooks display as tables."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]

@@ -16,22 +16,22 @@ CARD = "README.md"
 # keys of an adapter's record
 CLASSES = "classes"  # a classifier's classes, in the order of its logits
 REWARD = "reward"  # true for a reward model, whose head has one output
-JUDGED_BY = "judged_by"  # weights of its rewards by name
-# figures of each step by name, figures of held-out rows with their steps, sample completions
+JUDGED_BY = "judged_by"  # the weight of each reward function, by name
+# metrics of each step by name, metrics on held-out rows with their steps, sample completions
 STEPS, HELD_OUT, SAMPLES = "steps", "held_out", "samples"
-VOCABULARY = "vocabulary"  # the size, if the adapter has new tokens
-OVER = "over"  # base adapters, the lowest first
+VOCABULARY = "vocabulary"  # the vocabulary size, if the adapter has new tokens
+OVER = "over"  # adapters below this one in its stack, the lowest first
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = "smollm2"  # a model in a package of lorafold; other libraries don't know the name
+EMBEDDED = "smollm2"  # a model inside a package of lorafold; other libraries can't load it by name
 
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """Files to write next to a result's weights, and whether it may replace another."""
+    """Files to write next to a result's weights. `overwrite` allows replacing an older result."""
 
     record: Mapping[str, Any]  # for lorafold.json
     card: str | None = None  # the model card; None for a short one
-    tokenizer: Any = None  # None: the base's
+    tokenizer: Any = None  # None for the base's
     overwrite: bool = False
 
 
@@ -44,8 +44,8 @@ def training_card(
     opened_by: str = "AutoModelForCausalLM",
     in_peft: bool = True,
 ) -> str:
-    """Returns Markdown with YAML front matter. `whole`: a full model; `opened_by`: the base's auto
-    class; `in_peft`: PEFT can read the adapter.
+    """Returns Markdown with YAML front matter. `whole` is True for full fine-tuning, `opened_by` is
+    the base's auto class, and `in_peft` is True if PEFT can load the adapter.
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"

@@ -1,4 +1,4 @@
-"""Paths: the cache, suggestions for missing names, and checks of output paths."""
+"""Paths: the cache, suggestions for misspelled names, and checks of output paths."""
 
 import os
 from collections.abc import Iterable
@@ -9,18 +9,18 @@ from pathlib import Path
 from lorafold.errors import LorafoldError
 
 MIN_SIMILARITY = 0.8
-MAX_ENTRIES = 2000  # entries of a directory to compare
+MAX_ENTRIES = 2000  # entries of a directory that are compared
 
 
 def cache_directory() -> Path:
-    """LORAFOLD_CACHE, or `lorafold` in the user's cache directory."""
+    """Returns LORAFOLD_CACHE, or `lorafold` in the user's cache directory."""
     if own := os.environ.get("LORAFOLD_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
 def nearest_name(path: Path) -> str:
-    """Suggests the most similar entry of the directory, or returns ""."""
+    """Returns a message with the most similar path in the same directory, or ""."""
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), MAX_ENTRIES)]
     except OSError:
@@ -35,7 +35,7 @@ def check_name(out: str | Path) -> None:
 
 
 def check_not_replaced(out: str | Path, read: Iterable[str | Path]) -> None:
-    """Raises if writing a directory would replace one that is read."""
+    """Raises if the output directory contains an input, which writing would delete."""
     target = Path(out).expanduser().resolve()
     for path in read:
         if Path(path).expanduser().resolve().is_relative_to(target):

@@ -1,5 +1,5 @@
-"""Plots in one style, as inline SVG. Colours are placeholders for the page's (`page.css`), so plots
-follow its light and dark theme.
+"""Plots in one style, as inline SVG. Their colours are placeholders that `figure_html` replaces by
+the page's CSS variables, so that plots follow its light or dark theme.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from unicodedata import east_asian_width
 
 log = logging.getLogger(__name__)
-NAME_WIDTH, LINE_WIDTH = 24, 16  # characters of a one-line name, and per line of a folded one
-FILLER = "\u200b"  # invisible, follows a double-width character so that it counts twice
+NAME_WIDTH, LINE_WIDTH = 24, 16  # characters of a name on one line, and per line of a wrapped name
+FILLER = "\u200b"  # zero-width; after a double-width character, it makes len() count columns
 Interval = tuple[float, float]
 SIZE = (4.5, 3.2)  # inches
 SMALL_SIZE = (3.4, 2.7)  # for plots side by side
@@ -28,11 +28,11 @@ COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
 _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-FONT_SIZE = 10  # font size in points
-LINE_HEIGHT = 1.4 * FONT_SIZE  # line height in points
+FONT_SIZE = 10  # points
+LINE_HEIGHT = 1.4 * FONT_SIZE  # points
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
+    "svg.fonttype": "none",  # keeps text as text in the page's font, which is no wider
     "svg.hashsalt": "lorafold",
     "text.parse_math": False,  # a name may have dollar signs
     "font.size": FONT_SIZE,
@@ -60,12 +60,12 @@ STYLE: dict[Any, Any] = {
 
 
 def pad_wide(name: str) -> str:
-    """Pads double-width characters, so that the length is the width in columns."""
+    """Pads double-width characters, so that the string's length is its width in columns."""
     return "".join(c + FILLER * (east_asian_width(c) in "WF") for c in name.replace(FILLER, ""))
 
 
 def fit_name(name: str, most: int) -> str:
-    """Truncates a name in its middle to a width."""
+    """Truncates a name in the middle to at most `most` columns."""
     name, half = pad_wide(name), (most - 1) // 2
     if len(name) <= most:
         return name
@@ -75,7 +75,7 @@ def fit_name(name: str, most: int) -> str:
 
 
 def truncate_distinct(names: Sequence[str], most: int) -> list[str]:
-    """Truncates names to a width, or a larger one at which they differ."""
+    """Truncates names to `most` columns, or to the smallest larger width at which they differ."""
     shown = [fit_name(name, most) for name in names]
     differ = len({*shown}) == len({*map(pad_wide, names)})
     return shown if differ else truncate_distinct(names, most + 2)
@@ -87,7 +87,7 @@ def wrap_name(name: str, most: int) -> str:
 
 
 def without_common(names: Sequence[str]) -> list[str]:
-    """Removes common words from the start and end of names, if one is too long for a line."""
+    """Removes the words that all names start or end with, if one name is too long for a line."""
     if len(names) < 2 or all(len(pad_wide(name)) <= NAME_WIDTH for name in names):
         return [*names]
     both = [*names], [name[::-1] for name in names]
@@ -101,7 +101,7 @@ def figure_html(
     draw: Callable[[Any], str | None], title: str, caption: str, size: tuple[float, float] = SIZE
 ) -> str:
     """Returns an HTML figure with inline SVG. `draw` draws on matplotlib's axes and may return a
-    sentence for the caption; the size is in inches.
+    sentence to append to the caption. `size` is in inches.
     """
     if find_spec("matplotlib") is None:
         warn_not_drawn()
@@ -130,7 +130,6 @@ def _figure(title: str, caption: str, svg: str) -> str:
 
 @cache
 def warn_not_drawn() -> None:
-    """Log once a process that pages have no plots."""
     log.warning("matplotlib is missing, so pages have no plots; install lorafold[plots]")
 
 
@@ -146,7 +145,9 @@ def mix_colours(one: str, other: str, percent: float) -> str:
 
 
 def ordered_colour(share: float) -> str:
-    """The colour of a line in an ordered set, from 0 (first) to 1 (last)."""
+    """Returns the colour of a line in an ordered set. `share` is 0 for the first line, 1 for the
+    last.
+    """
     return f"#0001{round(100 * share):02x}"
 
 
@@ -172,7 +173,9 @@ def tick_label(value: float, position: Any = None, digits: int = 6) -> str:
 
 
 def set_scales(axes: Any, **scales: str) -> None:
-    """Sets log or linear scales for `x` and `y`, with few ticks. Call it after drawing."""
+    """Sets log or linear scales for `x` and `y`, with few ticks. Call it after drawing, because it
+    reads the axes' limits.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     for name, scale in scales.items():
@@ -193,7 +196,6 @@ def error_bars(values: Sequence[float], intervals: Sequence[Interval | None]) ->
 
 
 def draw_level(axes: Any, name: str, **at: float) -> None:
-    """Draws a labelled line at a value of `y` or `x`."""
     [(way, value)] = at.items()
     down = way == "x"
     (axes.axvline if down else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
@@ -210,8 +212,8 @@ class Series(NamedTuple):
 
 
 def draw_rows(axes: Any, names: Sequence[str], marks: Sequence[Series], width: int = 24) -> str:
-    """Draws figures of named rows as points with intervals. With several figures, their names are
-    next to their first points; the returned sentence counts names that don't fit.
+    """Draws a row of points with intervals for each name. If there are several series, labels their
+    first points, and returns a sentence that counts the labels that don't fit.
     """
     first = []
     for n, one in enumerate(marks):
@@ -238,7 +240,9 @@ class LineEnd(NamedTuple):
 
 
 def label_ends(axes: Any, ends: Sequence[LineEnd]) -> None:
-    """Writes labels to the right of the axes without overlaps. Call it after drawing."""
+    """Writes labels to the right of the axes without overlaps. Call it after drawing, because it
+    reads the layout.
+    """
     axes.figure.draw_without_rendering()  # computes the layout
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
@@ -262,8 +266,8 @@ def label_ends(axes: Any, ends: Sequence[LineEnd]) -> None:
 
 
 def label_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
-    """Writes labels near points without overlaps, inside of the frame; returns a sentence with the
-    number that don't fit. Call it after drawing.
+    """Writes labels near points, inside the frame and without overlaps. Returns a sentence that
+    counts the labels that don't fit. Call it after drawing, because it reads the layout.
     """
     from matplotlib.transforms import Bbox
 

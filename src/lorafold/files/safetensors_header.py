@@ -1,6 +1,7 @@
-"""The header of a safetensors file, without the data.
+"""Reads the header of a safetensors file without its data.
 
-8 bytes: h | h bytes of JSON: name -> dtype, shape, data_offsets | the data, without gaps
+The file contains 8 bytes with the header's length h, h bytes of JSON (name -> dtype, shape,
+data_offsets), and the tensors' data without gaps.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import open_regular
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the library
+MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
-# bytes per element, by safetensors' names of PyTorch's dtypes
+# bytes per element of the dtypes that PyTorch supports
 ELEMENT_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -26,8 +27,6 @@ ELEMENT_BYTES = {
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """A tensor's dtype, shape and position in the file's bytes."""
-
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -37,8 +36,9 @@ class TensorSpan:
 def check_num_elements(
     path: Path, most: int, longest: int = MAX_HEADER, read: Callable[[bytes], Any] = json.loads
 ) -> None:
-    """Raises if tensors have more than `most` elements, or the header more than `longest` bytes.
-    `read` parses JSON. A file of at most `most` bytes is not read.
+    """Raises if the tensors have more than `most` elements in total, or the header more than
+    `longest` bytes. `read` parses JSON. Skips files of at most `most` bytes, which can't have more
+    elements.
     """
     try:
         with open_regular(path) as (file, end):
@@ -66,8 +66,8 @@ def check_num_elements(
 def tensor_spans(
     content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
 ) -> dict[str, TensorSpan]:
-    """Returns tensors by name, from a file's content or, with its size `end`, its header. Raises,
-    without the file's name, if header and file don't match exactly.
+    """Returns tensors by name. `content` is the whole file or, if the file's size `end` is given,
+    its header. Raises, without the file's name, unless the header describes the file exactly.
     """
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:

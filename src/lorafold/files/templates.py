@@ -1,4 +1,4 @@
-"""Templates by their path in the package, and formatting of numbers."""
+"""Jinja templates, named by their path in the package, and the formatting of numbers in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lorafold.files.terminal import formatted
 
 @cache
 def environment(escape: bool) -> Any:
-    """Jinja's environment, with or without HTML escaping."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(

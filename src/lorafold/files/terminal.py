@@ -1,4 +1,5 @@
-"""Messages, progress bars, tables and paragraphs for 80 columns; long texts wrap and are never cut.
+"""Messages, progress bars, tables and paragraphs for 80 columns. Long texts are wrapped and never
+truncated.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 WIDTH = 80
 MISSING = "–"  # a missing figure
 Progress = Callable[[int, int], None]  # called as progress(done, total)
-FIRST_COLUMN, MIN_FIRST_COLUMN = 20, 8  # widths before and after wrapping figures
+FIRST_COLUMN, MIN_FIRST_COLUMN = 20, 8  # minimum widths before and after wrapping other columns
 
 
 def print_lines(console: Console | None, *lines: object) -> None:
-    """Prints non-empty lines without markup, colours and wrapping."""
+    """Prints the non-empty lines without markup, colours or wrapping."""
     if console is not None:
         for line in filter(None, lines):
             console.print(str(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
-    """Formats a table of names and figures. Headings wrap; names, and figures of several words,
-    only if it is wider than `width`.
+    """Formats a table whose first column contains names. Headings always wrap; names, and cells of
+    several words, wrap only if the table is wider than `width`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -59,7 +60,7 @@ def format_bytes(n: float) -> str:
 
 
 def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
-    """Wraps a text after `opening`, keeping long words such as paths whole."""
+    """Wraps a text after `opening`, without breaking long words such as paths."""
     return wrap(
         text,
         width,
@@ -75,7 +76,7 @@ def formatted(value: float | None, form: str) -> str:
 
 
 def values_of(items: Iterable[Any], path: str) -> list[Any]:
-    """Returns each item's value at a dotted path of attributes, or None."""
+    """Returns each item's value at a dotted path, or None if an attribute is None."""
 
     def inner(value: Any, name: str) -> Any:
         return None if value is None else getattr(value, name)
@@ -89,9 +90,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def mean_range(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
-    """Formats the mean of known values; with lowest and highest if `ranged`, by default if they
-    differ.
-    """
+    """Formats the mean of the known values, with their range if `ranged` or if they differ."""
     known = [value for value in values if value is not None]
     if not known:
         return MISSING
@@ -101,12 +100,12 @@ def mean_range(values: Iterable[float | None], form: str, ranged: bool | None = 
 
 
 def no_progress(done: int, total: int) -> None:
-    """Progress without output."""
+    """Ignores the progress."""
 
 
 @contextmanager
 def progress_bars(console: Console | None) -> Iterator[Callable[[str], Progress]]:
-    """Yields a function that creates named progress bars, visible on terminals only."""
+    """Yields a function that creates named progress bars, visible only in terminals."""
     from rich import progress
 
     quiet = console is None or not console.is_terminal

@@ -1,2 +1,1 @@
-"""The server: an OpenAI-compatible API over the engine, for many tenants and adapters on one base.
-"""
+"""The server: an OpenAI-compatible API for many tenants and adapters of one base model."""

@@ -1,7 +1,7 @@
-"""The application, with limits on requests and connections.
+"""The web application, and limits on requests and connections.
 
-uvicorn has no time limit for receiving a request and no size limit for headers, so `bounded` adds
-both.
+uvicorn limits neither the time to receive a request nor the size of headers, so `bounded` adds both
+limits.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ REQUEST_BODIES: dict[str, type[Body]] = {
 SCHEMES = {"key": {"type": "http", "scheme": "bearer"}}
 UNLOGGED_PATHS = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 COMPLETION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-POLLED_PATHS = ("/v1/models", "/v1/models/events")  # polled by the page; only errors are logged
+POLLED_PATHS = ("/v1/models", "/v1/models/events")  # the page polls them; only errors are logged
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ORIGIN = re.compile(r"^[^/?]*://[^/]*")
-MAX_HEAD_BYTES = 1 << 16  # bytes of an address and headers
+MAX_HEAD_BYTES = 1 << 16  # bytes of the request line and headers
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -137,8 +137,8 @@ def openapi_description(routes: list[Any]) -> dict[str, Any]:
 
 
 class Gate:
-    """Assigns request ids, limits bodies before they are read, counts and logs requests at their
-    end.
+    """Middleware that assigns request ids, rejects large bodies before they are read, and counts
+    and logs requests when they end.
     """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
@@ -152,7 +152,7 @@ class Gate:
         method = scope["method"] if scope["method"] in METHODS else "other"
         path = scope["path"].rstrip("/") or "/"
         record = RequestRecord(f"req-{secrets.token_hex(8)}", method, path, raw_path)
-        # HEAD is routed as GET; uvicorn leaves out the body of the answer
+        # HEAD is routed as GET; uvicorn omits the body of the response
         method = "GET" if method == "HEAD" else scope["method"]
         scope = {**scope, "record": record, "path": path, "method": method}
         read, response_started = 0, False
@@ -181,7 +181,7 @@ class Gate:
                 await error_response(record, refusal)(scope, receive, send_with_id)
             else:
                 await self.app(scope, bounded, send_with_id)
-        except ClientDisconnect:  # while sending the body
+        except ClientDisconnect:  # the client disconnected while sending the body
             record.outcome, record.status = "client_left", 499
         except SendTimeoutError:
             record.outcome = "slow_reader"
@@ -206,14 +206,14 @@ class Gate:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
             host = None
-        # DNS rebinding: without keys, a page of another site that resolves to this address could
-        # act as the user
+        # DNS rebinding: without keys, a page of another site whose name resolves to this address
+        # could act as the user
         keys = self.server.keys
         if keys.file is None and host not in (*LOOPBACK, self.server.settings.host):
             expected = f"expected one of {', '.join(LOOPBACK)}, because the server has no API keys"
             raise Refusal(403, "wrong_host", f"host: found {host!r:.80}, {expected}")
         if record.path in COMPLETION_PATHS and record.method == "POST":
-            # refuse before reading the body
+            # checked before the body is read
             caller = keys.caller(authorization(headers))
             record.tenant = caller.tenant
             self.server.admission.check_caller(caller, 1)
@@ -245,15 +245,15 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
-    arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, oldest first
-    trims: list[asyncio.TimerHandle] = []  # at most one pending
+    arriving: dict[Bounded, asyncio.TimerHandle] = {}  # incomplete requests, the oldest first
+    trims: list[asyncio.TimerHandle] = []  # at most one is pending
 
     class Bounded(HttpToolsProtocol):
-        """A connection, with a deadline for its first request, and for each one from its first
-        byte.
+        """A connection with a time limit for receiving a request. The limit starts with the
+        request's first byte or, for the first request, with the connection.
         """
 
-        read, head = 0, True  # bytes of the request, and whether its headers are still arriving
+        read, head = 0, True  # bytes of the request, and whether headers are incomplete
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -288,7 +288,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_message_complete()
 
         def on_response_complete(self) -> None:
-            # free the unread part of a body, and the memory of a large one
+            # frees the unread part of a body, and later the memory of a large body
             if self.read > MAX_HEAD_BYTES:
                 self._trim_later()
             if not self.pipeline:
@@ -308,7 +308,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 timer.cancel()
 
         def _on_timeout(self) -> None:
-            if self.flow.read_paused or self._busy:  # reading is paused by the server
+            if self.flow.read_paused or self._busy:  # the server paused reading
                 self._start_timer()
             else:
                 message = f"expected the whole request within {limits.receive_seconds:g} s"
@@ -320,7 +320,8 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, trim_heap)]
 
         def _refuse(self, status: int, code: str, message: str) -> None:
-            """Closes the connection; sends an error if a request has begun and has no answer yet.
+            """Closes the connection. If a request has begun and has no response yet, sends an error
+            first.
             """
             self._stop_timer()
             if self.read and not self._busy and (self.head or not self.cycle.response_started):

@@ -1,5 +1,5 @@
-"""The interface between the server and an engine, implemented by `engine_backend`. All methods are
-thread-safe; `length`, `not_ready` and `states` don't block.
+"""The interface between the server and an engine, which `engine_backend` implements. All methods
+are thread-safe. `length`, `not_ready` and `states` don't block.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ __all__ = [
     "Request", "Sampling", "Stage", "States", "Token", "guidance", "overlap", "running",
 ]  # fmt: skip
 
-CRASHED = "the engine stopped"  # a message of `Ended`, like NOT_FINITE
+CRASHED = "the engine stopped"  # a possible `Ended.message`, like NOT_FINITE
 Stage = Literal["checked", "known", "begun", "resident"]
 
 
 class AdapterFiles(Strict):
-    """A verified version of an adapter; `key` is its name in the engine."""
+    """A verified version of an adapter. `key` is its name in the engine."""
 
     name: str
     path: Path
-    digest: str  # the identity of the adapter and its base adapters
+    digest: str  # of the adapter and its base adapters
     old: str  # the digest in the old format, without tokenizer and base adapters
-    manifest: bool  # whether it has a manifest
-    stack: tuple[str, ...]  # digests of the loaded files, of its base adapters first
-    sizes: tuple[int, ...] = ()  # in bytes; without them, it is verified again
+    manifest: bool  # whether the directory has a manifest
+    stack: tuple[str, ...]  # digests of the loaded files: base adapters first, then the adapter
+    sizes: tuple[int, ...] = ()  # bytes for each of `stack`; if empty, it is verified again
     over: tuple[Path, ...] = ()  # base adapters, the lowest first
     method: str
     rank: int | None = None
-    base: str = ""  # the base model's name, if there is no fingerprint
-    other_base: str = ""  # difference between its base and the served one
+    base: str = ""  # the base model's name, if the record has no fingerprint
+    other_base: str = ""  # difference between its base and the served base
     other_storage: str = ""
-    form: str = ""  # a digest of everything except the values of tensors
-    tokenizer: str = ""  # digest, or "" for the base's tokenizer
+    form: str = ""  # digest of everything except the values of tensors
+    tokenizer: str = ""  # digest of its tokenizer, or "" for the base's
     words: Path | None = None  # the directory of its tokenizer
-    note: str = ""  # for the administrator
+    note: str = ""  # a warning for the administrator
 
     @property
     def key(self) -> str:
@@ -57,28 +57,26 @@ class AdapterFiles(Strict):
 class Output:
     id: str
     events: Sequence[Token | Ended]
-    began: float | None  # time.monotonic() when it got a slot; None while it waits
-    prompt: Sequence[Token] = ()  # with log probabilities, if requested
+    began: float | None  # time.monotonic() when the request got a slot; None while it waits
+    prompt: Sequence[Token] = ()  # with logprobs, if requested
 
 
 @dataclass(frozen=True)
 class States:
-    # by key: (loading, resident or quarantined; bytes in memory); others are cold
+    # (loading, resident or quarantined; bytes in memory) by key, without cold adapters
     adapters: Mapping[str, tuple[str, int]]
     seconds: Mapping[str, float]  # duration of the last load, by key
     nbytes: int
     reads: int
     evictions: int
     damaged: int  # adapters whose memory was corrupted
-    alone: str  # the reason for running one request at a time; empty if they are batched
+    alone: str  # why requests run one at a time; "" if they are batched
 
     def is_quarantined(self, name: str) -> bool:
         return self.adapters.get(name, ("", 0))[0] == "quarantined"
 
 
 class Backend(ABC):
-    """Computes completions of one base under its adapters."""
-
     @property
     @abstractmethod
     def length(self) -> int:
@@ -87,42 +85,42 @@ class Backend(ABC):
     @property
     @abstractmethod
     def not_ready(self) -> str:
-        """The reason for which nothing is computed, or an empty text."""
+        """Why requests are not computed, or ""."""
 
     @abstractmethod
     def events(
         self, notify: Callable[[Sequence[Output]], None]
     ) -> AbstractAsyncContextManager[None]:
-        """Computes while the context is open; at its end, all requests end. `notify` is called on
-        the event loop with the updates since its last call. Every request gets one `Ended`, with
-        the message CRASHED if the backend failed.
+        """Returns a context in which requests are computed; when it closes, all requests end.
+        `notify` is called on the event loop with the updates since its last call. Each request gets
+        exactly one `Ended`, with the message CRASHED if the backend failed.
         """
 
     @abstractmethod
     def submit(self, request: Request) -> None:
-        """Queues a request; may block. Raises if it is refused."""
+        """Queues a request. May block. Raises if the request is invalid."""
 
     @abstractmethod
     def cancel(self, id: str) -> None:
-        """Ends a request within a step, if it exists."""
+        """Ends a request within the next step. Unknown ids are ignored."""
 
     @abstractmethod
     def load(self, adapter: AdapterFiles, until: Stage) -> None:
-        """Registers an adapter under its key, also after a restart of the engine. Running requests
-        keep their version. The files must have these digests whenever they are read.
+        """Registers an adapter under its key; it remains registered if the engine restarts. Running
+        requests keep their version. Whenever the files are read, they must have these digests.
 
-        `until` `known`: loads on demand, and resets strikes; `begun`: starts loading; `resident`:
-        waits until loaded; `checked`: only checks that the files fit the model. The last two raise
-        for wrong files.
+        `until` is `known` (loads on demand and resets strikes), `begun` (starts loading),
+        `resident` (waits until the adapter is in memory) or `checked` (only checks that the files
+        fit the model). The last two raise if the files are wrong.
         """
 
     @abstractmethod
     def unload(self, key: str) -> None:
-        """Raises for an unknown adapter."""
+        """Removes an adapter. Raises for an unknown key."""
 
     @abstractmethod
     def pin(self, key: str, pinned: bool) -> None:
-        """Keeps an adapter in memory once loaded, or no longer. Raises for an unknown one."""
+        """Pins an adapter in memory once it is loaded, or unpins it. Raises for an unknown key."""
 
     @abstractmethod
     def states(self) -> States:

@@ -1,4 +1,4 @@
-"""The next turn of a conversation, for the chat completions, responses and messages APIs."""
+"""Requests for the next turn of a conversation, for the chat, responses and messages APIs."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class ChatBody(Generation):
 
     @property
     def names(self) -> dict[str, str]:
-        """The client's names of fields that differ from ours."""
+        """The client's names of fields that have other names in lorafold."""
         newer = self.max_completion_tokens is not None
         return {"max_tokens": "max_completion_tokens"} if newer else {}
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables of the chat template, which must support them."""
+        """The variables for the chat template, which must support them."""
         verbosity = None if self.verbosity == "medium" else self.verbosity
         named = {"reasoning_effort": self.reasoning_effort, "verbosity": verbosity}
         return {k: v for k, v in named.items() if v is not None} | self.chat_template_kwargs
@@ -83,7 +83,8 @@ class ChatBody(Generation):
         )
 
     def offered_tools(self, limits: Limits) -> tuple[tuple[Tool, ...], list[str] | None]:
-        """Returns the allowed tools, and the names of those of which one must be called, or None.
+        """Returns the allowed tools, and the names of the tools of which one must be called, or
+        None.
         """
         check_count("tools", len(self.tools), limits.tools)
         _check(tool_problems(self.tools))
@@ -105,7 +106,7 @@ class ChatBody(Generation):
             raise invalid("tool_choice", f"found {choice!r}, expected {expected}")
         if choice.get("type") != "allowed_tools":
             return names, [_tool_name(choice, names)]
-        inner = choice.get("allowed_tools", choice)  # flat in the responses API
+        inner = choice.get("allowed_tools", choice)  # the responses API has no nested object
         tools = inner.get("tools") if isinstance(inner, Mapping) else None
         if not isinstance(tools, list) or inner.get("mode") not in ("auto", "required"):
             message = "expected allowed_tools with a list of tools and the mode auto or required"
@@ -138,7 +139,7 @@ def as_chat(
     **fields: Any,
 ) -> tuple[ChatBody, dict[str, str]]:
     """Converts a request of another API. Each message comes with its field, for error messages.
-    Also returns that API's names of fields.
+    Also returns the other API's names of fields.
     """
     chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
     for name, with_client_names in names.items():
@@ -171,8 +172,8 @@ def as_call(
 
 
 def join_text(parts: Sequence[Any], kinds: Collection[str], where: str, message: str) -> str:
-    """Joins text parts; refuses other parts with `where` and `message`, in which `{}` stands for
-    index and type.
+    """Joins the texts of text parts. Raises for other parts; `{}` stands for the index in `where`,
+    and for the type in `message`.
     """
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -182,7 +183,7 @@ def join_text(parts: Sequence[Any], kinds: Collection[str], where: str, message:
 
 
 def drop_oldest(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
-    """Drops the fewest oldest exchanges that make the rest fit."""
+    """Drops as few of the oldest exchanges as necessary to make the rest fit."""
     units = _units(messages)
 
     def without(n: int) -> list[Message]:
@@ -193,8 +194,9 @@ def drop_oldest(messages: list[Message], fits: Callable[[list[Message]], bool]) 
 
 
 def _units(messages: list[Message]) -> list[list[int]]:
-    """Groups indices of messages that are dropped together, oldest first: a user message and the
-    replies; after the last user message, an assistant message and its tool results.
+    """Groups the indices of messages that must be dropped together, the oldest first. A group is a
+    user message and its replies or, after the last user message, an assistant message and its tool
+    results.
     """
     roles = [message["role"] for message in messages]
     last = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
@@ -210,8 +212,8 @@ def _units(messages: list[Message]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class MessageDelta:
-    """One event's addition to a completion: texts by field of the message and, at the end, calls in
-    OpenAI's format. `field` is the token's field.
+    """The text that one event adds, by field of the message. The last delta also contains the tool
+    calls in OpenAI's format. `field` is the field to which the token belongs.
     """
 
     index: int
@@ -239,7 +241,8 @@ class GeneratedMessage:
 
 
 class NextTurn(DialectRequest):
-    """`names` are the API's names of fields, `wishes` optional variables of the chat template;
+    """A request for the next turn of a conversation. `names` are the API's names of fields.
+    `wishes` are variables for the chat template that are dropped if it doesn't support them.
     `shorten` allows dropping the oldest messages.
     """
 
@@ -269,7 +272,7 @@ class NextTurn(DialectRequest):
             self._schema = schema_of(body.response_format, "response_format")
             if body.top_logprobs is not None and not body.logprobs:
                 raise invalid("top_logprobs", "this field requires logprobs: true")
-            # with tools, the schema is part of their grammar
+            # with tools, the schema is part of the tools' grammar
             self._sampling = body.sampling(
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
                 schema=self._schema if self._forced is None and not self.tools else None,
@@ -294,7 +297,7 @@ class NextTurn(DialectRequest):
         text, prompts = self.render_prompts(renderer)
         lark = self._grammar(renderer)
         sampling = self._sampling if lark is None else replace(self._sampling, lark=lark)
-        # slow, so not on the event loop: it probes the template
+        # here, because analysing the template would block the event loop
         reader = PartReader(renderer.tokenizer, text, self.tools)
         return Resolved(chosen, text, prompts, sampling, reader)
 

@@ -1,7 +1,7 @@
-"""A completion on the event loop, all completions of a request, and their parsing.
+"""The completions of a request on the event loop, and the parsing of their text.
 
-`PartReader` holds text back while it may be the start of a tag, and after the start of a call, so
-streamed text is never retracted. A call that can't be parsed becomes content.
+`PartReader` withholds text while it may be the start of a tag, and after the start of a tool call,
+so streamed text is never retracted. A call that can't be parsed becomes content.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Prompts = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request to the engine, with its adapter chosen."""
+    """A request to the engine after its adapter was chosen."""
 
     chosen: ServedModel
     text: object  # the prompts as text, for the log
     prompts: Prompts
-    sampling: Sampling  # for all completions, except the seed
-    reader: Any = None  # a PartReader to copy for each completion; None for plain text
+    sampling: Sampling  # for all completions, which have different seeds
+    reader: Any = None  # a PartReader that is copied for each completion; None for plain text
     prompt_logprobs: int | None = None  # see `engine.Request`
 
 
 class DialectRequest(ABC):
-    """A request in any API. `names` are the client's names by ours, `field` is the field of the
-    prompts.
+    """A completion request in any API. `names` maps lorafold's names of fields to the client's, and
+    `field` is the client's field that contains the prompts.
     """
 
     def __init__(
@@ -57,31 +57,31 @@ class DialectRequest(ABC):
 
     @abstractmethod
     def render_prompts(self, renderer: Renderer) -> tuple[object, Prompts]:
-        """Returns the prompts as text and as tokens. Slow."""
+        """Returns the prompts as text and as tokens. Too slow for the event loop."""
 
     @abstractmethod
     def resolve(self, chosen: ServedModel) -> Resolved:
-        """Returns the request for a model. Slow."""
+        """Returns the request for a model. Too slow for the event loop."""
 
 
 @dataclass(eq=False)
 class CompletionJob:
-    """One completion: its request and events. Times are from time.monotonic()."""
+    """One completion of a request. Times are from time.monotonic()."""
 
     request: Request
-    adapter: str  # or the base's name
-    received_at: float  # the arrival of its request
+    adapter: str  # the adapter's or the base's name
+    received_at: float  # arrival of the HTTP request
     arrived: asyncio.Event
     count: Callable[[int], None]  # receives the number of new tokens
-    began: float | None = None  # the time at which it got a slot
-    admitted: bool = False  # until then its request counts as waiting
-    prompt: Sequence[Token] = ()  # with log probabilities, if requested
+    began: float | None = None  # when it got a slot
+    admitted: bool = False  # until then, the HTTP request counts as waiting
+    prompt: Sequence[Token] = ()  # with logprobs, if requested
     tokens: int = 0
     events: deque[Token | Ended] = field(default_factory=deque)
     end: Ended | None = None
-    refusal: Refusal | None = None  # the server's reason for ending it
-    previous_time: float | None = None  # the arrival of the previous events
-    token_times: Sequence[float] = ()  # the first and the last token's
+    refusal: Refusal | None = None  # why the server ended it
+    previous_time: float | None = None  # arrival of the previous events
+    token_times: Sequence[float] = ()  # of the first and the last token
 
     def add_events(self, events: Sequence[Token | Ended]) -> None:
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
@@ -129,11 +129,9 @@ class CompletionJob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; `cached` are part of the prompt."""
-
     prompt: int
     completion: int
-    cached: int  # of the prompt
+    cached: int
 
     @property
     def openai(self) -> dict[str, object]:
@@ -146,13 +144,11 @@ class Usage:
 
 
 class Reply:
-    """The completions of a request, in the order of the choices."""
-
     def __init__(self, id: str) -> None:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
         self.resolved: Resolved  # set on admission
-        self.jobs: list[CompletionJob] = []  # equally many for each prompt
+        self.jobs: list[CompletionJob] = []  # the same number for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
         unfinished = len(self.jobs)
@@ -179,13 +175,13 @@ class Reply:
 
 
 class PartReader:
-    """Splits a completion by the tags of the chat template."""
+    """Splits a completion into reasoning, content and calls by the tags of the chat template."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
     ) -> None:
         self._tokenizer, self._tools, self._buffer = tokenizer, tools, ""
-        self.length = 0  # of the text so far
+        self.length = 0  # characters so far
         block = template_of(tokenizer).block
         self._opening, self._closing = block.opening, block.closing
         opened = prompt.rstrip().endswith(block.opening)
@@ -193,12 +189,12 @@ class PartReader:
         grammar = grammar_of(tokenizer) if tools else None
         words = special_tokens(tokenizer)
         self._call_tag = grammar.without(words).before.strip() if grammar else ""
-        # calls without a tag: any text may be one
+        # calls have no tag, so any text may be a call
         self._untagged_calls = bool(grammar) and not self._call_tag
 
     @property
     def field(self) -> str:
-        """The field of the message for new text; empty for calls."""
+        """The field of the message for new text, or "" for calls."""
         if self._state == "calling":
             return ""
         return REASONING if self._state == "thinking" else CONTENT
@@ -230,8 +226,7 @@ class PartReader:
         return [part for part in parts if part[1]]
 
     def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
-        """Returns the remaining parts, and the calls in OpenAI's format with arguments as objects.
-        """
+        """Returns the remaining parts, and the calls in the form of `parse_calls`."""
         calls = []
         if self._state == "calling" or self._untagged_calls:
             with suppress(LorafoldError, RecursionError, MemoryError):  # endless nesting
@@ -241,7 +236,7 @@ class PartReader:
         return [(REASONING if self._state == "thinking" else CONTENT, self._buffer)], []
 
     def _release(self, mark: str) -> str:
-        """Releases the text before a possible start of the tag and white space before it."""
+        """Releases the text before a possible start of the tag and its leading whitespace."""
         text = self._buffer
         taken = text[: len(text) - overlap(text, [mark])].rstrip() if mark else text
         self._buffer = text[len(taken) :]

@@ -1,8 +1,8 @@
-"""The directory of adapters. Only listed entries are read.
+"""The directory of adapters. The server reads only entries that `names` lists.
 
-Links that lead outside are refused, because someone who may write one adapter could use them to
-read or replace another's files. A hard link could too, but doesn't show which file is the original,
-so the verifier accepts files with several links only if they are unchanged.
+Links that lead outside are rejected, because otherwise a user who may write one adapter could read
+or replace files of another. Hard links have the same risk, but don't show which file is the
+original, so the verifier accepts files with several links only if they are unchanged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lorafold.peft.config import CONFIG
 from lorafold.peft.provenance import expected_path
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-MAX_FILE_BYTES, MAX_PAGE_BYTES = 4 << 30, 32 << 20  # of an adapter
-MAX_TOKENIZER_BYTES, MAX_FILES = 64 << 20, 1000  # of an adapter
-# seconds between listings of a directory that changed just now, whose next change may have the
-# same mtime, and of others
+MAX_FILE_BYTES, MAX_PAGE_BYTES = 4 << 30, 32 << 20
+MAX_TOKENIZER_BYTES, MAX_FILES = 64 << 20, 1000  # per adapter
+# seconds between listings of the directory; the first applies if it has just changed, because
+# another change may not alter its mtime
 FRESH_INTERVAL, LISTING_INTERVAL = 0.25, 2.0
 
 
@@ -47,8 +47,8 @@ class Directory:
         self._listed = -math.inf, -1  # time of the listing, mtime of the directory
 
     def names(self) -> frozenset[str]:
-        """Lists the entries that look like adapters. Repeated after changes and periodically,
-        because an entry may get its config later.
+        """Returns the entries that look like adapters. The directory is listed again after changes
+        and periodically, because an entry may get its config later.
         """
         if self._single:
             return frozenset({self.path.resolve().name})
@@ -58,7 +58,7 @@ class Directory:
         if changed != listed or now - when > (FRESH_INTERVAL if fresh else LISTING_INTERVAL):
             entries = [name for name in os.listdir(self.path) if not name.startswith(".")]
             self._names = frozenset(_utf8(n) for n in entries if _has_config(self.path / n))
-            self._listed = now, changed  # last, so that a failed listing is repeated
+            self._listed = now, changed  # set last, so that a failed listing is repeated
         return self._names
 
     @property
@@ -79,7 +79,7 @@ class Directory:
                 continue
             with os.scandir(place) as listing:
                 entries = list(islice(listing, MAX_FILES + 1))
-            if len(entries) > MAX_FILES:  # changes of the others would be missed
+            if len(entries) > MAX_FILES:  # changes of further files would be missed
                 raise LorafoldError(f"found more than {MAX_FILES:,} files, too many for an adapter")
             for entry in entries:
                 with suppress(OSError):  # a dangling link or a deleted file
@@ -99,7 +99,7 @@ class Directory:
         return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def tokenizer_files(self, path: Path) -> list[str]:
-        """Returns the names of present and possible files of an adapter's tokenizer."""
+        """Returns the names of files that an adapter's tokenizer has or could have."""
         stamps = {name.partition("/")[2]: mark for name, mark in self.stamps(path).items()}
         present = [name for name in stamps if any(fnmatchcase(name, p) for p in WORDS)]
         self._check_own(*(path / name for name in {*present, *TOKENIZER}))
@@ -130,7 +130,7 @@ class Directory:
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
         if name not in self.names():
-            self._listed = -math.inf, -1  # it may be newer than the mtime's resolution shows
+            self._listed = -math.inf, -1  # the entry may be newer than the mtime shows
         if name not in self.names():
             raise LorafoldError(f"the directory of adapters has no adapter {name}")
         path = self.path if self._single else self.path / name
@@ -159,7 +159,7 @@ class Directory:
 
 
 def _utf8(name: str) -> str:
-    """Escapes a name that isn't UTF-8, which then is no valid adapter's."""
+    """Escapes a name that isn't UTF-8. The result is not a valid name of an adapter."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -1,5 +1,6 @@
-"""Runs lorafold's engine in a thread. After every step, all new events go to the event loop in one
-call. If the thread dies, requests end and a new engine on the same model reloads the adapters.
+"""Runs lorafold's engine in a thread. After each step, all new events are passed to the event loop
+in one call. If the thread dies, all requests end, and a new engine on the same model reloads the
+adapters.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from lorafold.serving.backend import CRASHED, AdapterFiles, Backend, Output, Sta
 from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-CHECK_INTERVAL = 0.25  # seconds between two checks of the thread
-BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next restart after failures
-STABLE_SECONDS = 60.0  # seconds after which a start counts as successful
+CHECK_INTERVAL = 0.25  # seconds between checks of the thread
+BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the next restart, by number of failures
+STABLE_SECONDS = 60.0  # seconds after which a restart counts as successful
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ActiveRequest:
 
 
 class EngineBackend(Backend):
-    """Calls `restarted` before it restarts the engine."""
+    """A backend that calls `restarted` before it restarts the engine."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class EngineBackend(Backend):
         self._known: dict[str, AdapterFiles] = {}
         self._pinned: set[str] = set()
         self._resident: set[str] = set()
-        self._idle_seconds = 0.0  # seconds without a step, excluding pauses of the process
+        self._idle_seconds = 0.0  # seconds without a step, not counting pauses of the process
         self._started = time.monotonic()
         self._failures, self._restarting = 0, False
 
@@ -111,7 +112,7 @@ class EngineBackend(Backend):
             with self._lock:
                 self._requests.pop(request.id, None)
             raise
-        engine.wake()  # the thread's last step may precede the assignment of the stream
+        engine.wake()  # the last step may have preceded the assignment of the stream
 
     def cancel(self, id: str) -> None:
         self.engine.cancel(id)
@@ -154,7 +155,7 @@ class EngineBackend(Backend):
         )  # fmt: skip
 
     def _collect_updates(self) -> None:
-        """Called by the engine's thread after every step."""
+        """The engine's thread calls this after each step."""
         with self._lock:
             updates = [update for active in self._requests.values() if (update := active.update())]
         self._idle_seconds = 0.0
@@ -162,7 +163,7 @@ class EngineBackend(Backend):
             self._loop.call_soon_threadsafe(self._deliver, updates)
 
     def _deliver(self, updates: Sequence[Output]) -> None:
-        # removed here, not in `_collect_updates`, so that undelivered ends are reported as lost
+        # requests are removed only here, so that undelivered ends are reported as lost
         with self._lock:
             for update in updates:
                 if update.events and isinstance(update.events[-1], Ended):
@@ -200,7 +201,7 @@ class EngineBackend(Backend):
         log.info("the engine is running again")
 
     def _replace_engine(self) -> None:
-        with suppress(Exception):  # restores the model in any state
+        with suppress(Exception):  # closing restores the model
             self.engine.close()
         engine = self._new_engine()
         with self._lock:

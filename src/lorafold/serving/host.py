@@ -1,6 +1,6 @@
-"""Admission, queue and deadlines of completions on the event loop.
+"""Admission, queue and time limits of completions on the event loop.
 
-Verification, tokenization and grammars run in threads (`Host.in_thread`), so that they block
+Verification, tokenization and grammar compilation run in threads (`Host.in_thread`), so they block
 neither the engine nor the event loop.
 """
 
@@ -33,10 +33,10 @@ from lorafold.verification.checks import Sandbox
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-THREADS, THREADS_PER_TENANT = 4, 2  # threads of `in_thread`, in total and per tenant
-CANCELLED_RATIO = 4  # limit of cancelled jobs relative to waiting ones
-MAX_TRIES = 3  # an adapter's version may be replaced between its choice and its use
-CHECK_INTERVAL = 0.25  # seconds between two checks of deadlines
+THREADS, THREADS_PER_TENANT = 4, 2  # threads for `in_thread`, in total and per tenant
+CANCELLED_RATIO = 4  # limit of cancelled completions relative to the limit of waiting ones
+MAX_TRIES = 3  # a version may be replaced after it was chosen
+CHECK_INTERVAL = 0.25  # seconds between checks of time limits
 
 
 class Host:
@@ -66,11 +66,11 @@ class Host:
 
     @property
     def not_ready(self) -> str:
-        """The reason for which requests can't be computed, or an empty text."""
+        """Why requests can't be computed, or ""."""
         return "the server is shutting down" if self.draining else self.backend.not_ready
 
     def submit(self, job: CompletionJob) -> None:
-        """Passes a job to the backend; may block."""
+        """Submits a completion to the backend. May block."""
         self.jobs[job.request.id] = job
         try:
             self.backend.submit(job.request)
@@ -79,13 +79,13 @@ class Host:
             raise
 
     async def in_thread(self, function: Callable[[], T], tenant: str) -> T:
-        """Runs a slow function in a thread, THREADS_PER_TENANT at a time for each tenant."""
+        """Runs a slow function in a thread, at most THREADS_PER_TENANT at once per tenant."""
         with self.count_in_admission(tenant):
             async with self._semaphores.setdefault(tenant, asyncio.Semaphore(THREADS_PER_TENANT)):
                 future = self._loop.run_in_executor(self.pool, function)
                 try:
                     return await asyncio.shield(future)
-                except asyncio.CancelledError:  # keeps the turn until the thread is done
+                except asyncio.CancelledError:  # the tenant's turn ends only with the thread
                     await asyncio.wait({future})
                     raise
                 except Exception as error:
@@ -117,7 +117,7 @@ class Host:
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """Counts requests in admission or waiting for a slot, for one tenant or all."""
+        """Returns the number of requests in admission or waiting for a slot, of a tenant or all."""
         thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.refusal) and tenant in (None, job.request.tenant)
@@ -133,7 +133,7 @@ class Host:
     def _deliver(self, updates: Sequence[Output]) -> None:
         for update in updates:
             job = self.jobs.get(update.id)
-            if job is None:  # it has ended
+            if job is None:  # the completion has ended
                 continue
             job.began = update.began
             if not update.events:
@@ -151,7 +151,7 @@ class Host:
         del self.jobs[job.request.id]
         self._end_times.append(time.monotonic())
         message = " ".join(end.message.split()) if self.settings.log_texts else end.fault
-        if message:  # only logged, because it may contain paths
+        if message:  # the client doesn't receive it, because it may contain paths
             log.error("%s failed: %s", job.request.id, message)
         if end.message == NOT_FINITE:
             self.pool.submit(self._check_quarantine, job)
@@ -188,7 +188,7 @@ class Admission:
     async def admit(
         self, caller: Caller, id: str, received_at: float, request: DialectRequest
     ) -> Reply:
-        """Submits all completions of a request or none; it arrived at `received_at`."""
+        """Submits all completions of a request, or none. `received_at` is the request's arrival."""
         self.check_caller(caller, request.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, received_at, request, reply)
@@ -205,7 +205,7 @@ class Admission:
     def _submit(
         self, caller: Caller, received_at: float, request: DialectRequest, reply: Reply
     ) -> Resolved:
-        """Chooses the model, renders and submits. Slow; runs in a thread."""
+        """Runs in a thread, because choosing the model and rendering the prompts are slow."""
         count, max_choices = partial(self.usage.add, caller.tenant), self.limits.choices
         for _ in range(MAX_TRIES):
             chosen = self.registry.choose(caller, request.body.model)
@@ -215,7 +215,7 @@ class Admission:
                 found = f"found {len(resolved.prompts)} prompts and n = {request.body.n}"
                 expected = f"expected at most {max_choices} completions"
                 raise invalid(request.field, f"{found}, {expected}")
-            self.check_queue(caller.tenant, n - 1)  # `in_thread` already counts one
+            self.check_queue(caller.tenant, n - 1)  # `in_thread` already counts one request
             if grammar := resolved.sampling.grammar:
                 try:
                     self.check_grammar(grammar)
@@ -267,12 +267,12 @@ class Admission:
                 self.host.cancel(job, Refusal(499, "client_left", "the client disconnected"))
 
     def check_caller(self, caller: Caller, n: int) -> None:
-        """Like `check_queue`, and refuses a tenant that has used up its key's limits."""
+        """Applies `check_queue`, and raises if the tenant has used up its key's limits."""
         self.check_queue(caller.tenant, n)
         self.usage.check(caller)
 
     def check_queue(self, tenant: str, n: int) -> None:
-        """Refuses if the queue has no room for n completions, or nothing is computed."""
+        """Raises if the queue has no room for n completions, or if the server is not ready."""
         if why := self.host.not_ready:
             raise Refusal(503, "not_ready", why, retry_after=1)
         host, queue, tenant_queue = self.host, self.limits.queue, self.limits.tenant_queue
@@ -295,7 +295,7 @@ class Admission:
         if new < least <= left:
             raise invalid("max_tokens", f"found {new}, expected {least} or more")
         if left < least or new > left:
-            wanted = max(new, least)  # clients match the first words of this message
+            wanted = max(new, least)  # clients recognize the start of this message
             message = (
                 f"This model's maximum context length is {length} tokens. However, you requested"
                 f" {len(prompt) + wanted} tokens ({len(prompt)} in the {request.field}, {wanted} in"
@@ -309,7 +309,7 @@ class Admission:
     ) -> Refusal:
         if why := self.host.not_ready:
             return Refusal(503, "not_ready", why, retry_after=1)
-        message = str(error).partition(": ")[2]  # without the request's name
+        message = str(error).partition(": ")[2]  # without the request's id
         if chosen.key and self.host.backend.states().is_quarantined(chosen.key):
             return Refusal(423, "adapter_quarantined", message, "model")
         refusal = Refusal(400, "invalid_value", message, message.partition(":")[0])

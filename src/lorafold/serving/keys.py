@@ -1,8 +1,8 @@
-"""API keys, stored as hashes, with their tenants, adapters and limits.
+"""API keys, which are stored as hashes, with their tenants, adapters and limits.
 
-Keys have 32 random bytes, so plain SHA-256 suffices. The file is read for every request, because
-mtime and size don't show every change; deleting an entry revokes its key. Limits are checked when a
-request begins; a running one may exceed them.
+Plain SHA-256 suffices, because keys have 32 random bytes. The file is read for every request,
+because mtime and size don't reflect every change; deleting an entry revokes its key. Limits are
+checked when a request begins, and may be exceeded while it runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorafold.serving.settings import Strict, content_of, parsed, read, read_if_
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LOCAL = "local"  # the tenant of all requests without a key file
+LOCAL = "local"  # the tenant of all requests if there is no key file
 ADMIN = "admin"
 HINT = "create key files with lorafold serve new-key"
 DAY_SECONDS = 86400
@@ -58,7 +58,7 @@ def _end_of_day(value: object) -> object:
 
 
 class Key(Strict):
-    """An entry. A date in `expires` is the last valid day in UTC."""
+    """An entry of a key file. A date in `expires` is the last valid day in UTC."""
 
     tenant: str = Field(pattern=f"^{TENANT.pattern}$")
     adapters: tuple[str, ...] = ("*",)
@@ -74,7 +74,7 @@ class KeyFile(Strict):
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request. `adapters` are globs of allowed names."""
+    """The sender of a request. `adapters` are glob patterns of allowed names."""
 
     tenant: str
     adapters: tuple[str, ...] = ("*",)
@@ -86,8 +86,8 @@ class Caller:
 
 
 class Keys:
-    """Keys of tenants (None: everybody is LOCAL), of the administrator (None: administration is
-    closed), and a key that can only read metrics.
+    """The keys of tenants (without a file, all callers are LOCAL), the administrator's key (without
+    a file, administration is off), and a key that can only read metrics.
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
@@ -135,8 +135,8 @@ class Keys:
         return Caller(ADMIN)
 
     def check_metrics(self, authorization: str | None) -> None:
-        """Refuses callers that may not read metrics, which name tenants: if there are keys, only
-        the metrics key and the administrator's are allowed.
+        """Raises unless the caller may read metrics, because they name tenants. If there are keys,
+        only the metrics key and the administrator's key are allowed.
         """
         if self.file is None and not self._metrics:
             return
@@ -151,7 +151,7 @@ class Keys:
             raise Refusal(401, "invalid_api_key", message)
 
     def refresh(self) -> bool:
-        """Reads the file again; returns True and keeps the old keys if that fails."""
+        """Reads the file again. If this fails, keeps the old keys and returns True."""
         try:
             if self.file is not None:
                 self._read(self.file)
@@ -167,7 +167,7 @@ class Keys:
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
-    """Adds a key to a new or existing file and returns it. It is stored nowhere else."""
+    """Adds a new key to a new or existing file. Returns the key, which is not stored anywhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
             f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, except {ADMIN}"
@@ -219,7 +219,7 @@ def _sent_hash(authorization: str | None) -> str:
 
 
 def _hashes_equal(hashed: str, sent: str) -> bool:
-    """Compares hashes; `hashed` may be empty."""
+    """Compares two hashes in constant time. An empty `hashed` never matches."""
     return hmac.compare_digest(hashed or "-" * 64, sent)
 
 
@@ -233,8 +233,9 @@ class UsageFile(Strict):
 
 
 class TokenUsage:
-    """Tokens per tenant in this UTC minute and day. Used on the event loop only. Saved to a file if
-    a key has a limit (`must_save`), so a restart doesn't reset limits.
+    """The tokens of each tenant in the current UTC minute and day. Used on the event loop only. If
+    a key has a limit (`must_save`), they are saved to a file, so that a restart doesn't reset
+    limits.
     """
 
     def __init__(

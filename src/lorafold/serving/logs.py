@@ -1,7 +1,7 @@
 """The log: one line per request and per event of the server.
 
-Only the first 200 characters of a client's path are logged and, of errors, the type and the stack
-but not the message, which may quote anything. `log_texts` adds texts and messages.
+Only the first 200 characters of a client's path are logged. For errors, the type and the stack are
+logged, but not the message, which may quote any text. `log_texts` adds texts and messages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lorafold.errors import truncate
 from lorafold.serving.server import RequestRecord
 
 log = logging.getLogger(__name__)
-MAX_MESSAGE = 4000  # characters of a message without `log_texts`
-REPEAT_SECONDS = 5.0  # seconds in which a repeated line is suppressed
+MAX_MESSAGE = 4000  # characters, without `log_texts`
+REPEAT_SECONDS = 5.0  # within this time, repeated lines are counted and not logged
 
 
 class LineFormatter(logging.Formatter):
@@ -50,7 +50,9 @@ class LineFormatter(logging.Formatter):
 
 
 class RepeatFilter(logging.StreamHandler[TextIO]):
-    """Counts repetitions within REPEAT_SECONDS, except of lines on requests."""
+    """A handler that counts repetitions within REPEAT_SECONDS instead of logging them, except for
+    lines about requests.
+    """
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -84,7 +86,7 @@ def configure(as_json: bool, texts: bool = False) -> None:
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Logs an unawaited error of the event loop, without the objects involved."""
+    """Logs an unhandled error of the event loop, without the objects involved."""
     log.error("event loop error: %s", context["message"], exc_info=context.get("exception"))
 
 

@@ -1,8 +1,8 @@
-"""Metrics in Prometheus format, and for the page.
+"""Metrics in Prometheus format, and for the web page.
 
-Labels are tenants, adapters and codes of refusals, so clients can't create any; more than
-MAX_LABELS share the label `other`. `Gauges` also has the vLLM metrics that routers use, such as the
-Kubernetes gateway API inference extension.
+Labels are tenants, adapters and codes of refusals, so clients can't create any. Beyond MAX_LABELS,
+all others share the label `other`. `Gauges` also contains the vLLM metrics that routers use, for
+example the Kubernetes Gateway API Inference Extension.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 200
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-COARSE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for each adapter
+COARSE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)  # for metrics per adapter
 FINE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
 
@@ -118,7 +118,7 @@ class Gauges(Collector):
         self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
 
     def describe(self) -> Iterable[Metric]:
-        """Returns nothing, since no other collector has these names."""
+        """Returns no names, because no other collector has the same names."""
         return ()
 
     def collect(self) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""Errors of the API: an HTTP status, a stable code and one line."""
+"""Errors of the API: an HTTP status, a stable code and a one-line message."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error",
 }  # fmt: skip
-MESSAGES_PATH = "/v1/messages"  # answers in Anthropic's format
+MESSAGES_PATH = "/v1/messages"  # responds in Anthropic's format
 ANTHROPIC_ERROR_TYPES = ERROR_TYPES | {
     413: "request_too_large", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
-# the request's fields by the engine's settings
+# the client's fields by the engine's settings
 FIELD_BY_SETTING = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
 
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """An error response: HTTP status, stable code, one-line message, the wrong field, and the
-    seconds after which to retry.
+    """An error response: HTTP status, stable code, one-line message, invalid field, and the seconds
+    after which the client may retry.
     """
 
     status: int
@@ -35,7 +35,9 @@ class Refusal(Exception):
         return self.message
 
     def with_client_names(self, names: Mapping[str, str]) -> Refusal:
-        """Renames the field to the client's name (`names`: ours to theirs)."""
+        """Renames the field to the client's name. `names` maps lorafold's names to the client's
+        names.
+        """
         param = self.param or ""
         above = [n for n in names if param == n or param.startswith((f"{n}.", f"{n}["))]
         if not above:
@@ -54,12 +56,12 @@ class Refusal(Exception):
 
     def anthropic(self, id: str) -> dict[str, Any]:
         other = "api_error" if self.status >= 500 else "invalid_request_error"
-        long = self.code == "context_length_exceeded"  # clients match these words
+        long = self.code == "context_length_exceeded"  # clients match the prefix
         error: dict[str, Any] = {
             "type": ANTHROPIC_ERROR_TYPES.get(self.status, other),
             "message": "prompt is too long: " * long + self.message,
         }
-        if self.param == "thread":  # clients then send the whole conversation
+        if self.param == "thread":  # clients then send the whole conversation again
             error["details"] = {
                 "error_code": "thread_unsupported_request", "unsupported": ["thread"],
             }  # fmt: skip

@@ -1,9 +1,9 @@
 """Names of models: the base, an adapter, `adapter@digest`, or an alias with weighted targets.
 
-The backend knows versions as `adapter@digest`, so running requests keep theirs. Aliases, pins,
-quarantines and unloaded adapters are in a JSON file, written before a change is confirmed. Until
-lorafold 0.3, digests of the old format, without the tokenizer, match too; without a manifest they
-are ambiguous and match nothing, except for a quarantine.
+The backend knows versions as `adapter@digest`, so running requests keep their version. Aliases,
+pins, quarantines and unloaded adapters are stored in a JSON file, which is written before a change
+is confirmed. Until lorafold 0.3, digests in the old format, without the tokenizer, match too.
+Without a manifest, they are ambiguous and match only for a quarantine.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lorafold.serving.verifier import Verifier
 
 V = TypeVar("V")
 log = logging.getLogger(__name__)
-STATE_FILE = ".lorafold-serve.json"  # next to the adapters by default
+STATE_FILE = ".lorafold-serve.json"  # by default next to the adapters
 SCAN_INTERVAL, SAVE_INTERVAL = 1.0, 5.0  # seconds
-NUM_PRELOADED = 16  # adapters that are loaded before a request needs them
+NUM_PRELOADED = 16  # adapters that are loaded before they are requested
 MAX_REASON = 2000  # characters of the reason for a rejection
 
 
@@ -57,8 +57,8 @@ class ServerState(Strict):
     pinned: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
     quarantined: dict[str, tuple[str, str]] = Field({})  # (digest, reason)
-    digests: dict[str, str] = Field({})  # the last seen digest of each adapter
-    base: RecordedBase | None = None  # the base derived by a start without `--model`
+    digests: dict[str, str] = Field({})  # latest digest by adapter
+    base: RecordedBase | None = None  # the base that a start without `--model` derived
 
 
 class Registry:
@@ -76,7 +76,7 @@ class Registry:
         self.directory, self.file, self.verifier = directory, file, verifier
         self._backend = backend
         self.state = read_if_exists(file, ServerState)
-        self._warned: set[str] = set()  # versions that were requested by an old digest
+        self._warned: set[str] = set()  # versions that were requested by a digest in the old format
         self.created = int(time.time())
         self.adapters: dict[str, AdapterFiles] = {}
         self.rejected: dict[str, str] = {}  # reasons
@@ -102,14 +102,14 @@ class Registry:
         return self.unverified
 
     def find(self, name: str) -> AdapterFiles | None:
-        """Returns an adapter, verifying it if necessary, or None if it doesn't exist or was
+        """Returns an adapter, after verifying it if necessary, or None if it doesn't exist or was
         rejected. Raises Busy if resources are exhausted.
         """
         if name in self.rejected or name in self.state.unloaded:
             return None
         if name in self.adapters:
             return self.adapters[name]
-        if name not in self.directory.names():  # made-up names must not create locks
+        if name not in self.directory.names():  # a client's invented names must not create locks
             return None
         with self._name_locks[name]:
             if name in self.adapters or name in self.rejected:
@@ -124,8 +124,8 @@ class Registry:
                 return None
 
     def choose(self, caller: Caller, model: str) -> ServedModel:
-        """Returns a model for a caller. The refusal is the same for missing and for forbidden
-        models, so names are not disclosed.
+        """Returns a model for a caller. The error is the same for missing and for forbidden models,
+        so that it doesn't disclose names.
         """
         if model == self.base and caller.base:
             return self.base_model
@@ -161,7 +161,7 @@ class Registry:
         return adapter
 
     def matches(self, adapter: AdapterFiles, digits: str, allow_ambiguous: bool = False) -> bool:
-        """Whether a digest or its prefix is a version's."""
+        """Whether `digits` is a digest of the adapter, or a prefix of one."""
         if adapter.digest.startswith(digits):
             return True
         if not adapter.old.startswith(digits):
@@ -182,11 +182,13 @@ class Registry:
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Loads a new or changed adapter and lifts its quarantine; an error changes nothing."""
+        """Loads a new or changed adapter and ends its quarantine. After an error, nothing has
+        changed.
+        """
         with self._name_locks[name]:
             adapter = self._verify(name, afresh=True)
             with self.lock:
-                if name in self.state.quarantined:  # reset its strikes
+                if name in self.state.quarantined:  # resets its strikes
                     self._backend.load(adapter, "known")
             self._backend.load(adapter, "resident")
             with self.lock:
@@ -220,7 +222,7 @@ class Registry:
             quarantined = self.state.quarantined | {name: (adapter.digest, why)}
             try:
                 self.save(quarantined=quarantined)
-            except LorafoldError as error:  # keep it at least in memory
+            except LorafoldError as error:  # it is kept in memory at least
                 self.state = self.state.model_copy(update={"quarantined": quarantined})
                 log.error("the quarantine of %s can't be saved: %s", name, error)
 
@@ -286,7 +288,7 @@ class Registry:
             if before is not None and before.key != adapter.key:
                 self._forget(before)
             quarantined = self.state.quarantined.get(name)
-            # a quarantine ends with a change of the files
+            # a quarantine ends when the files change
             if quarantined and not self.matches(adapter, quarantined[0], allow_ambiguous=True):
                 with suppress(LorafoldError):
                     self.save(quarantined=without(self.state.quarantined, name))
@@ -312,8 +314,8 @@ def without(entries: Mapping[str, V], name: str) -> dict[str, V]:
 
 
 class DirectoryWatcher:
-    """Verifies the directory's adapters in the background and polls for new ones. A request for an
-    unverified adapter verifies it first.
+    """Verifies the adapters of the directory in the background and polls for new adapters. A
+    request for an unverified adapter verifies it first.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -328,7 +330,7 @@ class DirectoryWatcher:
         self._thread.start()
 
     def settled(self, timeout: float | None = None) -> bool:
-        """Waits until everything is verified; False after a timeout in seconds."""
+        """Waits until all adapters are verified. Returns False after a timeout in seconds."""
         return self._idle.wait(timeout)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Renders and tokenizes requests with the base's tokenizer, or an adapter's own."""
+"""Renders and tokenizes requests with the base's tokenizer or the adapter's."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lorafold.serving.schema import CheckGrammar, check, compact
 from lorafold.verification.checks import Sandbox
 from lorafold.verification.tokenizer_files import settable_variables
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # marks an incomplete character
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded from an incomplete character
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
-MAX_TAG_CHARACTERS = 2048  # of a template's tags, which every completion is searched for
+MAX_TAG_CHARACTERS = 2048  # of a template's tags, for which all completions are searched
 
 
 class TokenTexts:
@@ -39,7 +39,7 @@ class TokenTexts:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
 
     def text(self, token: int) -> str:
-        """An incomplete character becomes the replacement character."""
+        """Returns a token's text, with the replacement character for an incomplete character."""
         if (text := self._texts.get(token)) is None:
             text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
             self._texts[token] = text
@@ -55,14 +55,15 @@ class TokenTexts:
         return bytes(BYTE_OF[character] for character in piece) if known else text.encode()
 
     def unique_text(self, token: int) -> str:
-        """Returns a token's text, or its bytes for an incomplete character, so that texts are
-        unique.
+        """Returns a token's text or, if a character is incomplete, its bytes, so that each token's
+        text is unique.
         """
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
     def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
-        """Splits a prompt's text by tokens; tokens that the tokenizer added before `text` get none.
+        """Splits a prompt's text by tokens. Tokens that the tokenizer added before `text` get empty
+        texts.
         """
         reader = Detokenizer(self._tokenizer, special=True)
         pieces = [reader.add(token) for token in tokens]
@@ -84,7 +85,7 @@ class TokenTexts:
         ]
 
     def legacy_logprobs(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
-        """In the format of plain completions, whose text begins at `offset`."""
+        """Returns logprobs in the format of `/v1/completions`. The text begins at `offset`."""
         return {
             "tokens": [self.unique_text(t.token) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
@@ -100,7 +101,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.variables = tokenizer, ends, variables
         self.texts = TokenTexts(tokenizer)
-        # fill the caches of template analysis, so that no request waits for it
+        # fills the caches of template analysis, so that no request waits for it
         conversation = Conversation([USER, TOOL_CALL], 0, (PROBE_TOOL,))
         for probe in (
             lambda: check_supported(conversation, tokenizer),
@@ -114,7 +115,7 @@ class Renderer:
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
-        """Renders the prompt of the next turn; refuses if the template hides a part."""
+        """Renders the prompt of the next turn. Raises if the template hides a part of it."""
         for name in variables:
             if name not in self.variables:
                 raise invalid(name, "the model's chat template has no such variable")
@@ -136,7 +137,7 @@ class Renderer:
         return tuple(token_ids(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Decodes tokens; refuses ids outside of the vocabulary."""
+        """Decodes tokens. Raises for ids outside of the vocabulary."""
         size = len(self.tokenizer)
         for token in tokens:
             if not 0 <= token < size:
@@ -147,8 +148,8 @@ class Renderer:
         self, tools: Sequence[Tool], names: Sequence[str], check_grammar: CheckGrammar,
         schema: str | None,
     ) -> str:  # fmt: skip
-        """Builds a grammar for one call of a named tool in the template's syntax, or for the
-        schema.
+        """Returns a grammar for one call of a named tool in the template's syntax, or for an answer
+        that matches the schema.
         """
         calls_of = grammar_of(self.tokenizer)
         if calls_of is None or calls_of.pairs is not None:
@@ -185,7 +186,7 @@ class ServedModel:
     name: str
     key: str | None  # the adapter's key in the engine; None for the base
     renderer: Renderer
-    base: str  # the base's identity
+    base: str  # identity of the base
 
 
 class Renderers:
@@ -194,10 +195,10 @@ class Renderers:
     ) -> None:
         self._model, self._sandbox = model, sandbox
         self.base = Renderer(tokenizer, end_tokens(model, tokenizer), settable_variables(tokenizer))
-        self.by_digest: dict[str, Renderer] = {}  # by digest of the files
+        self.by_digest: dict[str, Renderer] = {}  # by digest of tokenizer files
 
     def of_files(self, files: Contents) -> Renderer:
-        """Returns the renderer of a tokenizer's files, without executing code from them."""
+        """Returns the renderer for tokenizer files, without running code in them."""
         if files.named in self.by_digest:
             return self.by_digest[files.named]
         tokenizer: Any = self._sandbox.open(files)

@@ -1,5 +1,5 @@
-"""Bodies of requests. Unknown fields are refused, because they may change the answer; some are
-ignored, and others accepted with a value that has no effect.
+"""Request bodies. Unknown fields are rejected, because ignoring them could change the result. Some
+known fields are ignored, and others are accepted only with a value that has no effect.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ NEUTRAL_VALUES = {
     "background": (False,), "functions": ([],),
 }  # fmt: skip
 DONE = b"data: [DONE]\n\n"
-PIECE_ITEMS = 16384  # elements of a list serialized at a time
-MAX_ENTRIES = 8192  # maximum entries of an object, since each may cause an error
+PIECE_ITEMS = 16384  # list elements that are serialized at once
+MAX_ENTRIES = 8192  # entries of an object; limited, because each may cause an error
 E = TypeVar("E")
 
 
 class FirstError(FailFast):
-    """Stops at a list's first error, because a million errors take seconds."""
+    """Stops at the first error in a list, because a million errors take seconds."""
 
-    __hash__ = object.__hash__  # for unions
+    __hash__ = object.__hash__  # pydantic hashes it in unions
 
 
 ListOf = Annotated[list[E], FirstError()]
 
 
 class Body(Strict, strict=True):
-    """A strict body: unknown fields and other types are errors."""
+    """A request body in which unknown fields and wrong types are errors."""
 
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool = False  # ignored: events are never padded
+    include_obfuscation: bool = False  # ignored, because events are never padded
 
 
 class Generation(Body):
@@ -90,9 +90,9 @@ B = TypeVar("B", bound=Body)
 
 
 def read_body(kind: type[B], content: bytes) -> B:
-    """Parses a body; a refusal names the first wrong field."""
+    """Parses a body. The error names the first invalid field."""
     try:
-        fields = from_json(content, allow_inf_nan=False)  # at most 200 levels
+        fields = from_json(content, allow_inf_nan=False)  # rejects more than 200 levels
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"body: invalid JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -1,7 +1,8 @@
-"""Start-up and shutdown.
+"""Start-up and shutdown of the server.
 
-The port is bound before the model is loaded, so a used port fails at once. After SIGTERM or Ctrl-C,
-running requests have `drain_seconds` to finish; a second signal ends the process at once.
+The port is bound before the model is loaded, so an occupied port fails immediately. After SIGTERM
+or Ctrl-C, running requests have `drain_seconds` to finish; a second signal ends the process
+immediately.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import VerifiedCache, Verifier
 from lorafold.verification.checks import Sandbox
 
-# code that affects verification: if it changes, all adapters are verified again
+# if this code changes, all adapters are verified again
 VERIFYING_CODE = (
     "adapter", "layers", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "verification", "serving",
@@ -57,12 +58,12 @@ VERIFYING_CODE = (
 VERIFYING_PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 # seconds until a thread yields the GIL to the event loop, which releases it at each system call
 SWITCH_INTERVAL = 5e-4
-BACKLOG = 4096  # connections waiting to be accepted; others retry after a second
+BACKLOG = 4096  # connections waiting to be accepted; further ones retry after a second
 Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def bound_socket(settings: Settings) -> socket.socket:
-    """Binds a socket; without keys, only to a loopback address."""
+    """Binds a socket. Without API keys, only a loopback address is allowed."""
     host, port, loopback = settings.host, settings.port, settings.host == "localhost"
     with contextlib.suppress(ValueError):
         loopback = loopback or ip_address(host).is_loopback
@@ -74,7 +75,7 @@ def bound_socket(settings: Settings) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         at = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        # small kernel buffers, so that unread data stays in this process, which limits it
+        # small kernel buffers keep unread data in this process, which limits it
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
         at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         return at
@@ -94,13 +95,13 @@ def serve(
     open_page: bool = False,
     derived_base: RecordedBase | None = None,
 ) -> None:
-    """Serves until a signal. `derived_base` is the base that the adapters name, if no option did;
-    it is saved for the next start.
+    """Runs the server until a signal. If no option named the base, `derived_base` is the base that
+    the adapters name; it is saved for the next start.
     """
     directory = Directory(adapters)
     keys = Keys(settings.keys, settings.admin_key, settings.metrics_key)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # macOS reports unlimited and rejects it
+    with contextlib.suppress(OSError, ValueError):  # macOS reports `unlimited` and rejects it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with bound_socket(settings) as at:
         server = build_server(base, load, directory, keys, settings)
@@ -114,7 +115,7 @@ def serve(
         _print_summary(server, address, console)
         logs.configure(settings.json_logs, settings.log_texts)
         if open_page:
-            webbrowser.open(f"http://{address}/")  # the socket listens already
+            webbrowser.open(f"http://{address}/")  # the socket is already listening
         with all_frozen():
             asyncio.run(_run(server, at))
 
@@ -122,15 +123,15 @@ def serve(
 def build_server(
     base: Base, load: Load, directory: Directory, keys: Keys, settings: Settings
 ) -> Server:
-    """Loads the model and builds the server; verification starts once it runs. The base's name in
-    requests is the last part of its path, or its name.
+    """Loads the model and builds the server. In requests, the base's name is the last part of its
+    path, or its name if it is not a path. Verification of adapters begins when the server runs.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
     if settings.allow_control_tokens:
         allow_tokens(tokenizer)
-    # the files don't determine the tensors' dtypes
+    # part of the identity, because the files don't determine the dtypes
     tensors = [[path, list(p.shape), str(p.dtype)] for path, p in model.named_parameters()]
     identity = joined([files, sha256(json.dumps(tensors).encode()).hexdigest()])
     state = settings.state or directory.pages_directory / STATE_FILE
@@ -191,14 +192,14 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
     for job in list(server.host.jobs.values()):
         server.host.cancel(job, ended)
     if server.host.jobs:
-        await asyncio.sleep(0.5)  # for their last events
+        await asyncio.sleep(0.5)  # clients receive their last events
     http.should_exit = True
 
 
 class Http(uvicorn.Server):
-    """uvicorn without signal handlers, which would end the process. With a backlog of 1, asyncio
-    accepts one connection at a time; otherwise, without free file descriptors, it would retry and
-    log for every waiting connection.
+    """uvicorn without its signal handlers, which would end the process. It starts with a backlog of
+    1, so that asyncio accepts one connection at a time; otherwise, without free file descriptors,
+    asyncio would retry and log for each waiting connection.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

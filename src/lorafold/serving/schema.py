@@ -1,7 +1,7 @@
-"""JSON schemas for completions and arguments of calls.
+"""JSON schemas for completions and for the arguments of calls.
 
-At most one space separates tokens of the JSON, because small models otherwise write line breaks
-without end. A schema's own `x-guidance` of llguidance overrides this.
+At most one space may separate tokens of the JSON, because small models otherwise generate line
+breaks endlessly. The key `x-guidance` of a schema, an extension by llguidance, overrides this.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lorafold.errors import LorafoldError
 from lorafold.serving.refusals import Refusal, invalid
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-NOT_SCHEMAS = {"const", "enum", "default", "examples"}  # don't contain schemas
-DEFINITIONS = {"$defs", "definitions"}  # only relevant as targets of $ref
-# levels of nesting and $ref; each takes up to 5.6 kB of the compiling thread's stack
+NOT_SCHEMAS = {"const", "enum", "default", "examples"}  # keywords whose values contain no schemas
+DEFINITIONS = {"$defs", "definitions"}  # keywords whose schemas apply only through $ref
+# levels of nesting and $ref; each needs up to 5.6 kB of the compiling thread's stack
 MAX_DEPTH = 2000
 
-# raises LorafoldError for a (setting, text) that can't be compiled to a grammar
+# raises LorafoldError if (setting, text) can't be compiled to a grammar
 CheckGrammar = Callable[[tuple[str, str]], None]
 
 
@@ -47,7 +47,7 @@ def compact(schema: Mapping[str, Any]) -> str:
 
 
 def check_recursion(schema: str, field: str) -> None:
-    """Refuses a schema that requires itself or is nested too deeply."""
+    """Raises for a schema that requires itself or is nested too deeply."""
     whole = json.loads(schema)
     graph = {}
     for subschema, depth in _subschemas(whole):
@@ -63,7 +63,7 @@ def check_recursion(schema: str, field: str) -> None:
 
 
 def check(schema: str, field: str, check_grammar: CheckGrammar) -> None:
-    """Refuses a schema that can't be compiled. Slow for large ones."""
+    """Raises for a schema that can't be compiled. Slow for large schemas."""
     check_recursion(schema, field)
     try:
         check_grammar(("schema", schema))
@@ -72,7 +72,7 @@ def check(schema: str, field: str, check_grammar: CheckGrammar) -> None:
 
 
 def _subschemas(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """Yields all schemas once, with their depth in a traversal that follows $ref first."""
+    """Yields each schema once, with its depth in a traversal that follows $ref first."""
     pending, seen = [(whole, 1)], set[int]()
     while pending:
         subschema, depth = pending.pop()
@@ -87,7 +87,7 @@ def _subschemas(whole: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
 
 
 def _required(subschema: Mapping[str, Any], whole: Any) -> list[Mapping[str, Any]]:
-    """Returns the schemas that a value must also fit, by allOf and $ref."""
+    """Returns the schemas that a value must also match because of allOf and $ref."""
     every, ref = subschema.get("allOf"), subschema.get("$ref")
     required = list(every) if isinstance(every, list) else []
     if isinstance(ref, str) and ref.startswith("#"):

@@ -1,4 +1,4 @@
-"""Shared by the routes: the server's components, authentication, bodies and answers."""
+"""The server's components, and helpers for routes: authentication, request bodies and responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lorafold.serving.request_body import B, new_id, read_body, sse_event
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
-MAX_INLINE_BYTES = 8192  # bytes; larger bodies are parsed in a thread
+MAX_INLINE_BYTES = 8192  # larger bodies are parsed in a thread
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +38,7 @@ class RequestRecord:
     id: str
     method: str
     path: str
-    raw_path: str  # as sent
+    raw_path: str  # as the client sent it
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -51,18 +51,16 @@ class RequestRecord:
 
 @dataclass
 class Dialect(ABC):
-    """Answers a completion request in the format of one API."""
-
     body: Any
-    request: Any  # the body as a DialectRequest
+    request: Any  # a DialectRequest
 
     @abstractmethod
     async def full_answer(self, reply: Reply) -> dict[str, Any]:
-        """Returns the whole answer."""
+        """Returns the response if it is not streamed."""
 
     @abstractmethod
     def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """Streams the answer as server-sent events."""
+        """Yields the response as server-sent events."""
 
 
 @dataclass
@@ -74,7 +72,7 @@ class Server:
     admission: Admission
     metrics: Metrics
     usage: TokenUsage
-    # JSON parsing holds the GIL, so only one body is parsed at a time
+    # only one body is parsed at a time, because JSON parsing holds the GIL
     parsing: Lock = field(default_factory=Lock)
 
     def caller(self, request: Request, header: str | None = None) -> Caller:
@@ -90,12 +88,12 @@ class Server:
     async def body(
         self, request: Request, caller: Caller, kind: type[B], use: Callable[[B], T]
     ) -> T:
-        """Reads a body and calls `use` with it, in a thread if it is large."""
+        """Reads a body and calls `use` with it, in a thread if the body is large."""
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent != "application/json":
             message = f"content-type: found {sent[:80]!r}, expected application/json"
             raise Refusal(415, "unsupported_media_type", message)
-        with self.host.count_in_admission(caller.tenant):  # partial bodies take memory too
+        with self.host.count_in_admission(caller.tenant):  # because partial bodies need memory
             content = await request.body()
 
         def parsed() -> T:
@@ -123,7 +121,7 @@ class Server:
         dialect_of: type[Dialect],
         id: str,
     ) -> Response:
-        """Answers a completion request; `id` is the prefix of its id."""
+        """Responds to a completion request. `id` is the prefix of the response's id."""
         caller, record = self.caller(request), record_of(request)
         dialect = await self.body(
             request, caller, kind, lambda body: dialect_of(body, read(self, body))
@@ -140,11 +138,13 @@ class Server:
                 return self._stream(request, reply, dialect.events(reply))
             try:
                 return json_response(await until_disconnect(request, dialect.full_answer(reply)))
-            finally:  # the client may have left
+            finally:  # the client may have disconnected
                 self.admission.cancel_unfinished(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
-        """Streams events; the completions end if the client leaves or reads too slowly."""
+        """Streams events. If the client disconnects or reads too slowly, the completions are
+        cancelled.
+        """
         record, disconnected, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:
@@ -170,7 +170,7 @@ class Server:
                 self.admission.cancel_unfinished(reply)
                 complete = True
 
-        async def on_disconnect(_: object) -> None:  # maybe before the first event
+        async def on_disconnect(_: object) -> None:  # may be called before the first event
             nonlocal disconnected
             disconnected = True
             if not complete and any(job.events or job.end is None for job in reply.jobs):
@@ -182,7 +182,9 @@ class Server:
     def streaming(
         self, events: AsyncIterator[bytes], on_disconnect: Callable[[object], Awaitable[None]]
     ) -> Response:
-        """Returns a streaming response; `on_disconnect` is also called for a slow reader."""
+        """Returns a streaming response. `on_disconnect` is also called if the client reads too
+        slowly.
+        """
         return EventSourceResponse(
             events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=on_disconnect,
@@ -194,13 +196,13 @@ def record_of(request: Request) -> RequestRecord:
 
 
 def authorization(headers: Headers) -> str | None:
-    """Returns the header `Authorization`, or `x-api-key` of Anthropic's clients as one."""
+    """Returns the `Authorization` header. Anthropic's `x-api-key` is converted to its form."""
     key = headers.get("x-api-key")
     return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 def error_event(record: RequestRecord, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
-    """Returns a refusal in the route's format, and its event type in a stream."""
+    """Returns an error in the format of the route, and its event type in a stream."""
     if f"{record.path}/".startswith(f"{MESSAGES_PATH}/"):
         return refusal.anthropic(record.id), "error"
     return refusal.body, None
@@ -224,7 +226,6 @@ def internal_error(record: RequestRecord, error: BaseException) -> Refusal:
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits work for a client; cancels it if the client leaves."""
     work_task = asyncio.create_task(work)
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:

@@ -1,4 +1,4 @@
-"""Settings of the server, and reading of its files."""
+"""The settings of the server, and functions that read its files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A value read from a file or a request; unknown keys are errors."""
+    """A value from a file or a request. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Strict):
-    """Limits per request and in total. Seconds count from a request's arrival."""
+    """Limits per request and in total. The time limits of a completion start when its request
+    arrives.
+    """
 
     body_bytes: PositiveInt = 1 << 20
     messages: PositiveInt = 256
@@ -39,33 +41,33 @@ class Limits(Strict):
     queue_seconds: PositiveFloat = 60
     first_token_seconds: PositiveFloat = 120
     total_seconds: PositiveFloat = 600
-    unread_tokens: PositiveInt = 512  # by which a client may lag behind its stream
-    send_seconds: PositiveFloat = 30  # for which a client may read nothing
-    receive_seconds: PositiveFloat = 15  # for receiving a whole request
-    connections: PositiveInt = 1024  # if exceeded, the oldest incomplete request is closed
+    unread_tokens: PositiveInt = 512  # tokens by which a client may lag behind its stream
+    send_seconds: PositiveFloat = 30  # maximum time in which a client reads no data
+    receive_seconds: PositiveFloat = 15  # maximum time to receive a whole request
+    connections: PositiveInt = 1024  # beyond this, the oldest incomplete request is closed
 
 
 class Settings(Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: Path | None = None
-    admin_key: Path | None = None  # None: administration is closed
+    admin_key: Path | None = None  # None: administration is off
     metrics_key: Path | None = None  # a key that can only read metrics
-    # origins whose pages may send requests (CORS)
+    # origins whose web pages may send requests (CORS)
     cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = Field([])
     state: Path | None = None  # None: next to the adapters
     slots: PositiveInt = 16  # max_num_seqs
     length: PositiveInt | None = None  # max_model_len
     prompt_budget: PositiveInt = 512  # prefill tokens per step
-    adapter_bytes: PositiveInt | None = None  # for adapters (None: half of the free memory)
+    adapter_bytes: PositiveInt | None = None  # memory for adapters; None: half of the free memory
     strikes: PositiveInt = 3  # requests with NaN or infinite logits before a quarantine
     prefix_reuse: bool = True  # prefix caching within a tenant and an adapter
-    weights: dict[str, PositiveFloat] = Field({})  # shares of tenants; default 1
-    heartbeat_seconds: PositiveFloat = 30  # without a step until /readyz returns 503
-    drain_seconds: PositiveFloat = 30  # for running requests after SIGTERM
+    weights: dict[str, PositiveFloat] = Field({})  # fair-scheduling weights by tenant; default 1
+    heartbeat_seconds: PositiveFloat = 30  # time without a step after which /readyz returns 503
+    drain_seconds: PositiveFloat = 30  # time for running requests after SIGTERM
     json_logs: bool = False
     log_texts: bool = False  # log prompts and completions
-    allow_control_tokens: bool = False  # control tokens in messages are tokens, not text
+    allow_control_tokens: bool = False  # keep control tokens in messages as tokens
     limits: Limits = Limits()
 
 
@@ -101,7 +103,7 @@ def read(file: Path, kind: type[M], hint: str) -> M:
 
 
 def content_of(file: Path) -> bytes:
-    """Reads a file; raises for one that would block, such as a pipe."""
+    """Reads a file. Raises if reading would block, for example for a pipe."""
     try:
         with open_regular(file) as (content, _):
             return content.read()

@@ -1,8 +1,9 @@
 """Verifies adapters: their files, their tokenizer, and that they fit the base.
 
-Files are first read in separate processes that can be killed (`lorafold.verification`) and return
-digests. Only then this process parses configuration and record and opens the tokenizer, from bytes
-with these digests. Adapters that differ only in values fit the base if one of them does.
+First, worker processes that can be killed read the files and return digests
+(`lorafold.verification`). Only then does this process parse the configuration and the record and
+open the tokenizer, from bytes with these digests. Of adapters that differ only in the values of
+tensors, only the first is checked against the base.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lorafold.serving.settings import Strict, read
 from lorafold.verification.checks import Sandbox, VerifiedFiles
 
 log = logging.getLogger(__name__)
-MAX_BASE_ADAPTERS = 16  # maximum number of base adapters
+MAX_BASE_ADAPTERS = 16
 # fields of the record that affect loading
 RECORD_FIELDS = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
@@ -52,16 +53,16 @@ class CacheFile(Strict):
 
 
 class VerifiedCache:
-    """Verified adapters, saved between runs. An entry is valid while its files have the same
-    stamps, for one base and version of the code (`identity`); loading compares digests anyway.
-    Thread-safe.
+    """Verified adapters, stored between runs. An entry is valid while its files have the same
+    stamps, for one base and one version of the code (`identity`). Loading compares digests in any
+    case. Thread-safe.
     """
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
         self._saving, self._changed, self._failed = threading.Lock(), False, False
-        self.adapters = dict[str, CachedAdapter]()  # without stamps: to be verified again
-        self.digests: dict[str, str] = {}  # last seen digests
+        self.adapters = dict[str, CachedAdapter]()  # entries without stamps are verified again
+        self.digests: dict[str, str] = {}  # latest digests
         if os.path.lexists(file):
             try:
                 content = read(file, CacheFile, "the file will be replaced")
@@ -74,19 +75,19 @@ class VerifiedCache:
                 self.adapters[name] = CachedAdapter(found=cached.found, marks=marks)
 
     def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
-        """Adds an adapter, without stamps if a file was written just now, since a further change
-        might not alter its stamp.
+        """Adds an adapter. If a file was just written, adds it without stamps, because another
+        write may not change the stamp.
         """
         settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
         self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
         self._changed = True
 
     def save(self) -> None:
-        with self._saving:  # older content must not overwrite newer
+        with self._saving:  # so that older content can't overwrite newer content
             if not self._changed:
                 return
             self._changed = False
-            adapters = dict(self.adapters)  # a copy, because other threads add to it
+            adapters = dict(self.adapters)  # a copy, because other threads add entries
             content = CacheFile(identity=self.identity, adapters=adapters)
             try:
                 write_text(self.file, content.model_dump_json())
@@ -98,8 +99,8 @@ class VerifiedCache:
 
 
 class Verifier:
-    """Verifies adapters of one server. `weights` are the base's if adapters of other bases are
-    served too, `storage` is its quantization. Thread-safe.
+    """Verifies the adapters of one server. `weights` are the base's weights if adapters of other
+    bases are also served, and `storage` is the base's quantization. Thread-safe.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class Verifier:
         self._forms = {cached.found.form for cached in cache.adapters.values() if cached.marks}
 
     def find(self, name: str, afresh: bool = False) -> AdapterFiles:
-        """Returns a verified adapter; `afresh` ignores the cache. Raises only LorafoldError if it
-        can't be served, and Busy if resources are exhausted.
+        """Returns a verified adapter. `afresh` ignores the cache. Raises only LorafoldError, if the
+        adapter can't be served, or Busy, if resources are exhausted.
         """
         try:
             return self._find(name, afresh)
@@ -162,8 +163,8 @@ class Verifier:
         return self._sandbox.verify(path, files, CONFIG, RECORD, RECORD_FIELDS)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """Verifies an adapter and reads its record. Adds to `marks` the stamps that its files had
-        before.
+        """Verifies an adapter and reads its record. Adds the stamps that its files had before to
+        `marks`.
         """
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
@@ -181,21 +182,21 @@ class Verifier:
             message = f"found {len(over):,} base adapters, expected at most {MAX_BASE_ADAPTERS}"
             raise LorafoldError(f"{OVER}: {message}")
         below = [self.directory.base_adapter_path(origin, path) for origin in over]
-        # base adapters are loaded with it, so they are verified here in any case
+        # base adapters are loaded with the adapter, so they must be verified too
         stack = {at: self._verified(at, marks) for at in below} | {path: verified}
         for at, origin in zip(below, over, strict=True):
             if stack[at].digest_of((CONFIG, WEIGHTS)) != origin.sha256:
                 raise LorafoldError(missing_message(origin, path))
         spec = read_config(config)[0]
-        ranked = getattr(spec, "over", spec)  # the spec with the rank
+        ranked = getattr(spec, "over", spec)  # the spec that has the rank
         ranks = [getattr(ranked, "rank", 0), *getattr(ranked, "rank_pattern", {}).values()]
-        # checked here, because loading allocates factors of this rank before comparing shapes
+        # checked here, because loading allocates factors of this rank before it compares shapes
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
         if rank > verified.widest and ranked.rank_is_dimension:
             most = f"{verified.widest:,}, the largest dimension of its tensors"
             raise LorafoldError(f"r: found {rank:,}, expected at most {most}")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
-        # the order of `lorafold.identity.of_adapter`
+        # in the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
         identities = [files.digest_of(files.files.keys() - {MANIFEST}) for files in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
@@ -241,7 +242,7 @@ class Verifier:
 
     def _with_note(self, adapter: AdapterFiles) -> AdapterFiles:
         """Adds a note if the adapter was trained on another base or quantization, or names another
-        base without having its fingerprint.
+        base without its fingerprint.
         """
         base, note = adapter.base, adapter.other_base
         named, served_name = (Path(name.rstrip("/")).name.lower() for name in (base, self._base))

@@ -1,11 +1,11 @@
-"""Verification of untrusted adapter files and grammars in processes that can be killed.
+"""Verification of untrusted adapter files and grammars in worker processes that can be killed.
 
     sandbox = Sandbox(modules, tokenizer)
-    sandbox.verify(path)                 the SHA-256 digests of the adapter's files
-    sandbox.open(contents)               its tokenizer; the template renders in a worker process
-    sandbox.compile(grammar)             whether a request's grammar can be compiled
+    sandbox.verify(path, ...)      returns the SHA-256 digests of the adapter's files
+    sandbox.open(contents)         returns a tokenizer that renders in a worker process
+    sandbox.compile(grammar)       raises if a request's grammar can't be compiled
 
-Nested JSON may overflow a parser's stack, a pattern may backtrack for minutes, a template may loop
-for ever or exhaust memory; each of these kills only the worker. Later steps use only verified
-bytes, identified by their digest.
+Nested JSON may overflow a parser's stack, a regular expression may backtrack for minutes, and a
+chat template may loop forever or exhaust memory. Any of these kills only the worker. After
+verification, the server reads only bytes with the verified digests.
 """

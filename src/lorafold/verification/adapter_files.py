@@ -1,9 +1,9 @@
-"""Verification of an adapter's files in a worker process, and their digests.
+"""Verifies and hashes the files of an untrusted adapter, in a worker process.
 
-The configuration and the record must be JSON of bounded size and depth with finite numbers;
-patterns must match the names of the base's modules in bounded time; the header of the weights must
-fit the file, and all values must be finite. Later `lorafold.adapter` checks that the adapter fits
-the base, from the bytes of these digests.
+The configuration and the record must be JSON of bounded size and depth with finite numbers. The
+patterns in the configuration must match the base's module names in bounded time. The safetensors
+header must describe the file exactly, and all weights must be finite. `lorafold.adapter` checks
+later that the adapter fits the base, and reads only bytes with these digests.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from lorafold.files.contents import Contents
 from lorafold.files.safetensors_header import check_num_elements, tensor_spans
 
 MAX_BYTES = 8 << 20  # bytes of a JSON file, and of the header of the weights
-# levels, and keys and values of JSON; a header has nine per tensor
+# levels of JSON, and the number of its keys and values; a header has nine per tensor
 MAX_DEPTH, MAX_HEADER_VALUES = 64, 1 << 18
-MAX_CONFIG_VALUES = 1 << 16  # keys and values of a configuration or a record
-MAX_CHARACTERS = 1 << 18  # characters of one text
-INTEGER_BOUND = 1 << 63  # bound of integers
-# CPU seconds of all patterns on one module's path, which later blocks the server, and on all paths
+MAX_CONFIG_VALUES = 1 << 16  # number of keys and values of a configuration or a record
+MAX_CHARACTERS = 1 << 18  # characters of a JSON string
+INTEGER_BOUND = 1 << 63
+# CPU seconds for matching a pattern with one module's path, because the server blocks during the
+# same match later; and for matching all patterns with all paths
 SECONDS_PER_PATH, PATTERN_SECONDS = 0.02, 0.5
 WEIGHTS = "adapter_model.safetensors"
-# by safetensors dtype: the integer type to view them as, and the exponent bits, which are all set
-# for NaN and infinity
+# for each floating-point dtype of safetensors, the integer dtype of the same width, and the mask of
+# the exponent bits, which are all set in NaN and infinity
 FLOATS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80),
 }  # fmt: skip
-CHUNK = 1 << 20  # values checked at a time
+CHUNK = 1 << 20  # values checked at once, to bound memory
 
 
 def verify_files(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
     read_by: Sequence[str], most_parameters: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verify an adapter's files and return the fields of `checks.VerifiedFiles`. `config` and
-    `record` are JSON; the record's fields `read_by` determine how the rest is read.
+    """Verifies an adapter's files and returns the fields of `checks.VerifiedFiles`. `config` and
+    `record` name the JSON files; `read_by` names the record's fields that affect loading.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
@@ -74,8 +75,8 @@ def verify_files(
 
 
 def _parse_json(name: str, content: bytes | bytearray, limit: int) -> dict[str, Any]:
-    """The object in a file with at most `limit` keys and values. Rejects everything that another
-    parser could read differently.
+    """Parses an object with at most `limit` keys and values. Rejects JSON that another parser could
+    read differently, such as duplicate keys.
     """
 
     def reject(text: str) -> None:
@@ -117,7 +118,7 @@ def _value_problem(value: Any) -> str:
 
 
 def _walk(value: Any) -> Iterator[tuple[int, str, Any]]:
-    """Yield every key and value with its depth and top-level field."""
+    """Yields (depth, top-level field, value) of every key and value."""
     pending = [(0, "", value)]
     while pending:
         depth, where, value = pending.pop()
@@ -130,8 +131,9 @@ def _walk(value: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Match the configuration's patterns with the base's modules, in every way in which loading
-    does. An endless match is ended by the process's time limit.
+    """Matches the configuration's patterns with the base's module paths, with the regular
+    expressions that loading uses, and raises if this is slow. The process's CPU limit ends an
+    endless match.
     """
     start = time.process_time()
     compiled = []
@@ -158,7 +160,6 @@ def _check_time(field: str, start: float, seconds: float) -> None:
 
 
 def _regexes(field: str, pattern: str) -> tuple[str, ...]:
-    """The regular expressions into which loading converts a pattern."""
     whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
@@ -178,8 +179,8 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_weights(content: bytearray) -> tuple[str, int]:
-    """(digest of the safetensors header, largest tensor dimension). The header must fit the file
-    exactly, and all values must be finite.
+    """Returns (SHA-256 of the safetensors header, largest tensor dimension). Raises unless the
+    header describes the file exactly and all values are finite.
     """
     size = int.from_bytes(content[:8], "little")
     if size > MAX_BYTES:

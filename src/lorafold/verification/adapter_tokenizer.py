@@ -1,8 +1,7 @@
-"""The tokenizer of an adapter in the server.
+"""The server's view of an adapter's tokenizer.
 
-Token texts come from the base's tokenizer, which is not copied, and the adapter's new tokens; all
-other tokens must equal the base's. The adapter's template and tokenization run in a process that
-can be killed.
+It decodes with the base's tokenizer, which is not copied, and the adapter's new tokens. The
+adapter's untrusted chat template and tokenization run in a worker process that can be killed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from jinja2 import TemplateError
 from lorafold.errors import LorafoldError
 from lorafold.verification.worker_pool import CheckFailed
 
-MAX_PROBES, MAX_PROBE_LENGTH = 256, 1 << 16  # cached renderings of probes, and characters of each
-MAX_CRASHES, CRASH_SECONDS = 3, 60.0  # deaths of processes allowed per tokenizer and seconds
+# cached renderings of test conversations, and characters of each
+MAX_PROBES, MAX_PROBE_LENGTH = 256, 1 << 16
+MAX_CRASHES, CRASH_SECONDS = 3, 60.0  # worker crashes per tokenizer in a period
 
 
 class AdapterTokenizer:
-    """A tokenizer for `lorafold.data` and the engine; `call` sends a request to a process."""
+    """A tokenizer for `lorafold.data` and the engine. `call` runs an action in a worker process."""
 
-    is_fast = False  # it has its own rendering
+    is_fast = False  # no backend_tokenizer with the new tokens exists in this process
 
     def __init__(
         self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
@@ -65,8 +65,8 @@ class AdapterTokenizer:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """The tokens of a text as `input_ids`; `sanitize_control_tokens` expects marks of
-        `data.control_tokens`.
+        """Returns an object with the text's `input_ids`. With `sanitize_control_tokens`, the text
+        must contain the marks of `data.control_tokens`.
         """
         ids = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
@@ -115,7 +115,7 @@ class AdapterTokenizer:
         self, messages: Sequence[Any], tools: Any = None, tokenize: bool = False,
         add_generation_prompt: bool = False, **variables: Any,
     ) -> str:  # fmt: skip
-        """Render a conversation. Raises jinja2's TemplateError if the template does."""
+        """Renders a conversation. Raises jinja2's TemplateError if rendering fails."""
         conversation = {
             "messages": list(messages), "tools": tools,
             "add_generation_prompt": add_generation_prompt, "variables": variables,
@@ -135,11 +135,11 @@ class AdapterTokenizer:
         return text
 
     def stop_caching(self) -> None:
-        """Stop caching renderings."""
+        """Stops caching, so that no renderings of users' conversations are stored."""
         self._caching = False
 
     def _call(self, do: str, **arguments: Any) -> Any:
-        """Call a process, unless several died of this tokenizer recently."""
+        """Calls a worker process, unless this tokenizer recently crashed several."""
         if time.monotonic() - self._crashes[0] < CRASH_SECONDS:
             raise CheckFailed(
                 f"the tokenizer crashed {MAX_CRASHES} processes within {CRASH_SECONDS:.0f} s"

@@ -1,4 +1,4 @@
-"""Verification of untrusted input in processes: adapter files, tokenizers and grammars."""
+"""The sandbox: it checks adapter files, tokenizers and grammars in worker processes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from lorafold.verification.adapter_tokenizer import AdapterTokenizer
 from lorafold.verification.tokenizer_files import backend_digest, write_files
 from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 
-# processes of each kind: two for background work, one for requests
+# worker processes; of the first two kinds, two are for background work and one is for requests
 MAX_VERIFIERS, MAX_RENDERERS, MAX_COMPILERS = 3, 3, 2
 CPU_SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
-SECONDS_PER_BYTE = 5e-9  # additional seconds per byte of the weights
+SECONDS_PER_BYTE = 5e-9  # additional CPU seconds to verify a byte of the files
 MEMORY_BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
          "compile": 512 << 20}  # fmt: skip
-MAX_VERDICTS = 4096  # cached results of grammars
+MAX_VERDICTS = 4096  # cached results of compiling grammars
 
 
 @dataclass(frozen=True)
 class VerifiedFiles:
     files: Mapping[str, tuple[int, str]]  # (bytes, SHA-256 in hexadecimal) by name
-    form: str  # digest of everything but the tensors' values
+    form: str  # digest of the configuration, the tensors' header and the record's fields
     widest: int  # the largest dimension of a tensor
 
     def digest_of(self, names: Iterable[str]) -> str:
-        """The digest of those of the named files that exist, as in `Contents`."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
     def bytes_of(self, names: Iterable[str]) -> int:
@@ -42,8 +41,8 @@ class VerifiedFiles:
 
 
 class Sandbox:
-    """Starts worker processes on demand for a base with these modules and this tokenizer; `allow`
-    allows control tokens in messages. Thread-safe.
+    """Checks untrusted input for one base model, in worker processes that it starts on demand. With
+    `allow`, messages may contain control tokens. Thread-safe.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Sandbox:
             },
             MAX_COMPILERS,
         )  # fmt: skip
-        self._verdicts: OrderedDict[str, str] = OrderedDict()  # by digest, the oldest first
+        self._verdicts: OrderedDict[str, str] = OrderedDict()  # errors or "", by digest
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_digest(tokenizer)
         self._added = tokenizer.added_tokens_decoder  # the property recomputes it on each access
@@ -80,8 +79,8 @@ class Sandbox:
         return VerifiedFiles(entries, verified["form"], verified["widest"])
 
     def open(self, contents: Contents) -> AdapterTokenizer | None:
-        """The tokenizer of these files; None if it is the base's."""
-        # a copy for other processes if one dies, even if the files change
+        """The adapter's tokenizer, or None if it is the same as the base's."""
+        # a copy, because a new worker must read the same files even if the originals have changed
         path = Path(self._copies.name) / contents.named
         write_files(contents, path)
         files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
@@ -102,8 +101,8 @@ class Sandbox:
         return opened
 
     def compile(self, grammar: str) -> None:
-        """Check that a llguidance grammar compiles within a process's limits, because the engine,
-        which compiles it again, can't be stopped.
+        """Raises unless a worker can compile the llguidance grammar within its limits. The engine
+        compiles it again and can't be interrupted, so only grammars that passed may reach it.
         """
         if not self.backend or self._tokenizer.eos_token_id is None:
             return  # the engine rejects every grammar

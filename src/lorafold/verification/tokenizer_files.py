@@ -1,5 +1,5 @@
-"""Adapters' tokenizers and chat templates in a worker process. They are read from the bytes of a
-digest, without running their code; templates run in transformers' sandbox.
+"""Loads adapters' tokenizers and renders their chat templates, in a worker process. Tokenizer files
+must match a digest, and their custom code is not run. Templates run in transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 
-# variables that transformers passes to a template
+# variables that transformers itself passes to a template
 PASSED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
         "raise_exception", "strftime_now"}  # fmt: skip
-CALL_SETTINGS = ("truncation", "padding")  # settings of calls, not of the tokenizer
-MAX_CHARACTERS, MAX_TOKENS = 2 << 20, 1 << 19  # characters of a rendering, and tokens of a text
+CALL_SETTINGS = ("truncation", "padding")  # these are set per call
+MAX_CHARACTERS, MAX_TOKENS = 2 << 20, 1 << 19  # of a rendered or tokenized text
 MAX_TEMPLATE = 1 << 20  # characters of all templates
-# new tokens of an adapter, and characters of all of them
+# new tokens of an adapter, and their characters in total
 MAX_NEW_TOKENS, MAX_NEW_CHARACTERS = 1 << 12, 1 << 16
 
 
 class TokenizerFiles(TypedDict):
-    """The files of a tokenizer, and their expected digest (`Contents`)."""
+    """The directory, file names and expected digest (`Contents.named`) of a tokenizer."""
 
     path: str
     names: list[str]
@@ -38,7 +38,9 @@ class TokenizerFiles(TypedDict):
 
 
 class AdapterTokenizers:
-    """Tokenizers for a base's vocabulary; `allow` allows control tokens in messages."""
+    """Loads and caches adapters' tokenizers for the base's vocabulary. With `allow`, messages may
+    contain control tokens.
+    """
 
     def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
         self._allow = allow
@@ -46,7 +48,9 @@ class AdapterTokenizers:
         self._cache: OrderedDict[str, Any] = OrderedDict()
 
     def open(self, files: TokenizerFiles) -> dict[str, Any]:
-        """A description of a tokenizer, which must not renumber the base's tokens."""
+        """Returns the arguments of an `AdapterTokenizer`. Raises if the base's tokens have other
+        IDs.
+        """
         tokenizer = self.opened(files)
         words = {number: word for word, number in tokenizer.get_vocab().items()}
         for number, word in self._words.items():
@@ -85,7 +89,6 @@ class AdapterTokenizers:
         self, files: TokenizerFiles, messages: list[Any], tools: Any, add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
-        """Render a conversation; raises whatever the template raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
@@ -156,7 +159,7 @@ def _load_tokenizer(contents: Contents) -> Any:
 
 
 def backend_digest(tokenizer: Any) -> str:
-    """A digest of a fast tokenizer's behaviour; empty for a slow one."""
+    """Returns the SHA-256 of a fast tokenizer's state, or "" for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
@@ -167,12 +170,11 @@ def backend_digest(tokenizer: Any) -> str:
 
 
 def settable_variables(tokenizer: Any) -> frozenset[str]:
-    """The variables of a tokenizer's chat template that a client may set."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             str(tokenizer.get_chat_template())
         )
-    except TemplateError:  # transformers' own tags
+    except TemplateError:  # for example transformers' own tags
         return frozenset()
     special = tokenizer.special_tokens_map.keys()
     return meta.find_undeclared_variables(tree) - PASSED_VARIABLES - special

@@ -1,10 +1,10 @@
-"""A process that reads untrusted input: `python -P -m lorafold.verification.worker`.
+"""The worker process for untrusted input: `python -P -m lorafold.verification.worker`.
 
-A message (`runtime/killable_process.py`) is JSON. The first describes the base; every other one has
-`do`, its arguments, and `limits`: CPU seconds and bytes of additional memory for each step. The
-answer has `found` or `wrong`, unless the process dies. Opening a tokenizer is a step of its own, so
-that a new process has as much time for rendering as one that has the tokenizer open. Imports have
-no limit.
+The process reads length-prefixed JSON messages (`runtime/killable_process.py`). The first describes
+the base. Every other message contains `do` (the action), its arguments, and `limits`: the CPU
+seconds and additional bytes of memory for each step of the action. The answer contains `found` or
+`wrong`, unless the process dies. Opening a tokenizer is a separate step, so that rendering has the
+same time limit in a new process. Imports have no limit.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from lorafold.runtime.processor import STACK_BYTES, stack_size
 
 
 def encode_message(message: Any) -> bytes:
-    """A message as JSON, prefixed with its length."""
     # lone surrogates become question marks
     return framed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def main() -> None:
-    sys.modules["torch"] = None  # type: ignore[assignment] # transformers then does without
+    sys.modules["torch"] = None  # type: ignore[assignment] # transformers works without it
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # so that prints don't get between the answers
+    os.dup2(2, 1)  # stdout carries answers, so prints go to stderr
     os.nice(5)
-    with suppress(OSError):  # Linux schedules a session as a group; niceness only counts inside
+    with suppress(OSError):  # Linux schedules sessions as groups; nice only acts within one
         Path("/proc/self/autogroup").write_text("5")
     messages = os.fdopen(0, "rb")
     if (base := read_message(messages)) is None:
@@ -66,7 +65,7 @@ def _grammar_compiler(tokenizer: str, end: int) -> Callable[[str], str]:
     tokens = LLTokenizer(tokenizer, eos_token=end)
 
     def compiled(grammar: str) -> str:
-        # half of the engine's stack, because it compiles the grammar again deeper in the stack
+        # half of the engine's stack size, because the engine compiles at a greater stack depth
         with stack_size(STACK_BYTES // 2), ThreadPoolExecutor(1) as pool:
             matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
             pool.submit(matcher.compute_bitmask).result()
@@ -98,8 +97,8 @@ def _answer(
 
 
 def _set_limits(seconds: float, memory: int) -> None:
-    """Limit CPU seconds, after which the process dies, and additional bytes of memory, if the
-    system reports memory use; 0 removes a limit.
+    """Limits the CPU seconds, after which a signal kills the process, and the additional bytes of
+    memory, on systems with /proc. 0 removes a limit.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     hard = soft = resource.getrlimit(resource.RLIMIT_AS)[1]

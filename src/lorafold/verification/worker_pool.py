@@ -1,8 +1,8 @@
-"""The pool of worker processes.
+"""A pool of worker processes.
 
-A call goes to an idle process or to a new one. A process that uses too much CPU time is killed by
-its own limit, and the call is rejected. A process that does not answer for long without that is
-killed too, but then the machine is busy (`Busy`), and the input is not to blame.
+A call runs in an idle process or in a new one. A process that exceeds its CPU limit dies, and the
+call raises `CheckFailed`. A process that does not answer in time, although it is within its CPU
+limit, is killed and the call raises `Busy`, because the machine and not the input is the cause.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut,
 from lorafold.verification.worker import encode_message
 
 MAX_ANSWER_BYTES = 8 << 20  # bytes of an answer, because parsing it blocks the server
-# wall time of an answer: times the CPU seconds, and at least seconds
+# wall-time limit of an answer: a multiple of its CPU seconds, or the minimum
 WALL_FACTOR, MIN_WALL_SECONDS = 20.0, 60.0
 MAX_MESSAGE_LENGTH = 600  # characters of an error's message
 
 
 class CheckFailed(LorafoldError):
-    """The input was rejected; `kind` is the exception's name in the process, "" if the process
-    died.
+    """A worker process rejected the input. `kind` is the name of the exception in the process, or
+    "" if the process died.
     """
 
     def __init__(self, message: str, kind: str = "") -> None:
@@ -35,15 +35,13 @@ class CheckFailed(LorafoldError):
 
 
 class Process(KillableProcess):
-    """A worker process; the first message describes the base."""
-
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         super().__init__("lorafold.verification.worker", offline, quiet=True)
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
-        """The answer to a message. Raises CheckFailed and Busy, after killing the process."""
+        """Sends a message and returns the answer. Kills the process if anything fails."""
         base, self._base = self._base, b""
         until = time.monotonic() + seconds
         try:
@@ -67,7 +65,7 @@ class Process(KillableProcess):
 
 
 class WorkerPool:
-    """Processes of one kind, of which at most `most` are in use at a time."""
+    """Worker processes of one kind. At most `most` run calls at the same time."""
 
     def __init__(self, base: Callable[[], Any], most: int) -> None:
         self._base, self._most = base, threading.Semaphore(most)
@@ -77,8 +75,8 @@ class WorkerPool:
         self._closed = False
 
     def call(self, do: str, *limits: tuple[float, int], **arguments: Any) -> Any:
-        """Run `do` in a process; `limits` are the CPU seconds and additional bytes of memory for
-        each step. Raises CheckFailed and Busy.
+        """Runs an action in a process. `limits` are the CPU seconds and additional bytes of memory
+        for each step of the action. Raises CheckFailed or Busy.
         """
         message = encode_message({"do": do, "limits": limits} | arguments)
         seconds = sum(limit[0] for limit in limits)

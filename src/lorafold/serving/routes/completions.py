@@ -116,7 +116,7 @@ class Detokenize(Body):
     """The body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[Ids, Field(max_length=1 << 16)]  # decoded in a single call
+    tokens: Annotated[Ids, Field(max_length=1 << 16)]  # one call decodes all tokens
 
 
 class PlainPrompts(DialectRequest):
@@ -145,8 +145,6 @@ class PlainPrompts(DialectRequest):
 
 
 class Choices(Dialect):
-    """An answer with a list of choices, whole or in chunks."""
-
     body: Generation
     whole_kind = chunk_kind = "text_completion"
 
@@ -205,7 +203,7 @@ class CompletionsReply(Choices):
 
     async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(reply.jobs)
-        echoed = {}  # the length of each echoed prompt
+        echoed = {}  # length of each echoed prompt
         async for i, event in reply.events():
             if self.body.echo and i not in echoed:
                 echo, logprobs = await asyncio.to_thread(self._echo, reply, i, [])
@@ -220,8 +218,8 @@ class CompletionsReply(Choices):
                 yield _choice(i, event.text[lengths[i] :], None, finish_reason(event))
 
     def _echo(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
-        """Returns the prompt's text if echo is set, and log probabilities of it and the completion.
-        Slow.
+        """Returns the prompt's text if echo is set, and the logprobs of prompt and completion. Too
+        slow for the event loop.
         """
         echo = list[Token]()
         if self.body.echo:

@@ -1,6 +1,4 @@
-"""`POST /v1/messages`, Anthropic's API. Tool results in a user's turn become separate messages of
-the chat completion.
-"""
+"""`POST /v1/messages`, Anthropic's API. Tool results in a user's turn become separate messages."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from lorafold.serving.server import Dialect, Server, json_response
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-IGNORED = {"type", "cache_control"}  # in tools and blocks
+IGNORED = {"type", "cache_control"}  # ignored in tools and blocks
 TOOL_KEYS = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | IGNORED
 ROLES = ("user", "assistant", "system")
 BLOCK_KEYS = {
@@ -31,7 +29,7 @@ BLOCK_KEYS = {
 }
 NOT_TEXT_MESSAGE = "found a block of type {}, expected text"
 STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
-# by kind of block: (type of its deltas, field)
+# (type of deltas, field) by type of block
 DELTAS = {
     "text": ("text_delta", "text"),
     "thinking": ("thinking_delta", "thinking"),
@@ -63,7 +61,7 @@ class CountTokens(Body):
     output_config: dict[str, Any] = Field(default_factory=dict)
 
     def chat(self) -> tuple[ChatBody, dict[str, str]]:
-        """Converts to a chat completion; also returns the names of its fields here."""
+        """Converts the body to a chat completion. Also returns the fields' names in this API."""
         if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise invalid("thinking", f"found {kind!r:.80}, expected disabled; or remove the field")
         conversation = list(self._conversation())
@@ -123,7 +121,7 @@ class MessagesBody(CountTokens):
 
 
 def next_turn(server: Server, body: CountTokens) -> NextTurn:
-    # `thinking` is disabled; only for templates that have the variable
+    # clients can only disable `thinking`; the variable is dropped if the template doesn't use it
     wishes = {"enable_thinking": False} if body.thinking else None
     return NextTurn(server, *body.chat(), wishes=wishes)
 
@@ -139,7 +137,7 @@ class MessagesReply(Dialect):
         return self._message(reply, content) | self._end(reply, message)
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        # text in pieces, calls whole
+        # text is streamed in pieces, and each call in one piece
         usage = _usage(Usage(len(reply.jobs[0].request.prompt), 0, 0))
         yield _event("message_start", message=self._message(reply, []) | {"usage": usage})
         message, at, open = GeneratedMessage(), -1, ""
@@ -179,7 +177,7 @@ class MessagesReply(Dialect):
 
     def _end(self, reply: Reply, message: GeneratedMessage) -> dict[str, Any]:
         end, stop = message.end, None
-        if end.reason == "stop":  # find the stop sequence in the text after the completion
+        if end.reason == "stop":  # the text after the completion starts with the stop sequence
             after = reply.resolved.chosen.renderer.text(end.tokens)[len(end.text) :]
             stop = next((text for text in self.body.stop_sequences if after.startswith(text)), None)
         return {
@@ -257,7 +255,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _check_keys(fields: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Refuses unknown keys, unless their value has no effect."""
+    """Raises for unknown keys, unless their value has no effect."""
     for key in fields.keys() - known:
         if fields[key] not in (None, False, []):
             raise unsupported_field(f"{where}.{key[:80]}")

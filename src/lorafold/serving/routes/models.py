@@ -1,4 +1,4 @@
-"""Models: their list, changes as server-sent events, and administration."""
+"""Routes for models: their list, changes as server-sent events, and administration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ACTIONS = ("pin", "unpin", "quarantine")
 
 def routes(app: FastAPI, server: Server) -> None:
     changes, registry = ModelChanges(server), server.registry
-    streams = defaultdict[str, set[str]](set)  # open ones, by tenant
+    streams = defaultdict[str, set[str]](set)  # open streams by tenant
     limit = server.settings.limits.tenant_streams
 
     def caller_and_admin(request: Request) -> tuple[Caller, bool]:
@@ -41,7 +41,7 @@ def routes(app: FastAPI, server: Server) -> None:
         except Refusal:
             return server.keys.caller(header), False
 
-    @app.get("/v1/models/events")  # before /v1/models/{model}, which would match too
+    @app.get("/v1/models/events")  # before /v1/models/{model}, which also matches this path
     async def events(request: Request) -> Response:
         """Streams all models that the caller may use, then changes, at most once a second."""
         access = caller_and_admin(request)
@@ -56,7 +56,7 @@ def routes(app: FastAPI, server: Server) -> None:
             return Response(media_type="text/event-stream")
         streams[caller.tenant].add(record.id)
 
-        async def end(_: object = None) -> None:  # may precede the first event
+        async def end(_: object = None) -> None:  # may be called before the first event
             streams[caller.tenant].discard(record.id)
 
         async def until_access_changes() -> AsyncIterator[bytes]:
@@ -111,8 +111,8 @@ class Snapshot:
         self._events: dict[object, bytes] = {}
 
     def event(self, before: Snapshot | None, caller: Caller, admin: bool) -> bytes:
-        """Returns a caller's models, or their difference from an earlier snapshot, which may be
-        empty. Cached for callers with the same rights.
+        """Returns a caller's models or, if an earlier snapshot is given, the changes since then,
+        which may be empty. Cached for callers with the same rights.
         """
         key = caller.adapters, caller.base, admin, before and before.taken_at
         if key not in self._events:
@@ -261,8 +261,8 @@ class LoadBody(UnloadBody):
     base_model_name: str | None = None
 
     def load(self, registry: Registry) -> AdapterFiles:
-        """Loads the adapter. Refuses a path that isn't the directory's entry of this name, and an
-        existing adapter if it may not be replaced.
+        """Loads the adapter. Raises if the path is not the directory's entry of this name, or if
+        the adapter exists and may not be replaced.
         """
         name, path = self.lora_name, self.lora_path
         entry, same = registry.directory.locate(name), path is None

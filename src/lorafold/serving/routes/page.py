@@ -1,4 +1,4 @@
-"""The web page at `/`, and adapters' own pages."""
+"""The web page at `/`, and the pages of adapters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FILES = {  # by path; /look.css is shared by all pages
     "/look.css": "files/look.css",
     **{f"/{name}": f"serving/page/{name}" for name in PAGE_FILES},
 }
-# only this origin, no frames
+# allows only this origin, and no frames
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-# an adapter's page is untrusted: it may not run, send or load anything
+# an adapter's page is untrusted, so it may not run scripts, send data or load resources
 UNTRUSTED_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-MAX_FORM = 4096  # bytes of a form, which is read before the key is checked
+MAX_FORM = 4096  # bytes; limited, because a form is read before its key is checked
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -71,8 +71,8 @@ def routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
-        """Returns the same for a form with the key, because a browser sends no such header when it
-        opens a page, and keys in URLs end up in histories and logs.
+        """Returns an adapter's page for a form that contains the key. A browser sends no
+        Authorization header when it opens a page, and keys in URLs end up in histories and logs.
         """
         content = b""
         async for part in request.stream():

@@ -1,4 +1,5 @@
-"""`POST /v1/responses`. Nothing is stored, so fields that refer to an earlier request are refused.
+"""`POST /v1/responses`. Responses are not stored, so a field that refers to an earlier response is
+an error.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ NAMES = {
     "messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort", "verbosity": "text.verbosity",
 }  # fmt: skip
-RETURNED_FIELDS = {  # fields of the request in the answer
+RETURNED_FIELDS = {  # fields of the request that the response repeats
     "instructions", "max_output_tokens", "metadata", "model", "parallel_tool_calls", "temperature",
     "tool_choice", "tools", "top_logprobs", "top_p", "truncation",
 }  # fmt: skip
 ITEM_BY_FIELD = {REASONING: "reasoning", CONTENT: "message"}
-EVENT_BY_ITEM = {"reasoning": "reasoning_text", "message": "output_text"}  # events by kind of item
+EVENT_BY_ITEM = {"reasoning": "reasoning_text", "message": "output_text"}  # events by type of item
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -62,7 +63,7 @@ class InputTokens(Body):
     truncation: Literal["auto", "disabled"] = "disabled"
 
     def chat(self, **more: Any) -> tuple[ChatBody, dict[str, str]]:
-        """Converts to a chat completion; also returns the names of its fields here."""
+        """Converts the body to a chat completion. Also returns the fields' names in this API."""
         conversation = []
         if self.instructions is not None:
             conversation.append(("instructions", {"role": "system", "content": self.instructions}))
@@ -127,15 +128,13 @@ def next_turn(server: Server, body: InputTokens) -> NextTurn:
 
 
 class ResponsesReply(Dialect):
-    """Answers with items of reasoning, text and calls."""
-
     body: ResponsesBody
     request: NextTurn
 
     def __init__(self, body: ResponsesBody, request: NextTurn) -> None:
         super().__init__(body, request)
-        self._items: list[Item] = []  # started so far
-        self._pending: list[Token] = []  # tokens whose text is still held back
+        self._items: list[Item] = []  # items that have begun
+        self._pending: list[Token] = []  # tokens whose text is still withheld
 
     async def full_answer(self, reply: Reply) -> dict[str, Any]:
         async for event in self._events(reply):
@@ -148,7 +147,7 @@ class ResponsesReply(Dialect):
             yield sse_event({"sequence_number": next(sequence)} | event, event["type"])
 
     async def _events(self, reply: Reply) -> AsyncIterator[Item]:
-        # text in pieces, calls whole
+        # text is streamed in pieces, and each call in one piece
         begun = self._response(reply, "in_progress", [])
         yield _event("response.created", response=begun)
         yield _event("response.in_progress", response=begun)
@@ -199,7 +198,6 @@ class ResponsesReply(Dialect):
         yield self._end()
 
     def _add_logprobs(self, reply: Reply, part: Item) -> list[Any]:
-        """Moves the log probabilities of pending tokens into a message's part."""
         texts, new = reply.resolved.chosen.renderer.texts, list[Any]()
         if self.body.logprobs:
             new = texts.chat_logprobs(self._pending, self.body.top_logprobs)
@@ -280,8 +278,8 @@ def _text_item(kind: str) -> Item:
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Converts items to messages, each with the field of its first item; calls join the message
-    next to them.
+    """Converts items to messages, each with the field of its first item. Calls are merged into the
+    assistant message next to them.
     """
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
