@@ -213,7 +213,7 @@ class ScoredRows(ShownInNotebooks):
         truncated: The number of truncated texts.
         score: The mean score; None for pairs.
         score_interval: The 95% interval of the mean score; None for pairs or a single row.
-        length_correlation: Spearman's correlation of scores with completion lengths; None for pairs.
+        length_correlation: Spearman's correlation of scores with completion lengths.
     """
 
     rows: tuple[RowScore, ...]
