@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json. The meaning of its keys comes from the table that reads adapters
-(`lorafold.peft`); added here are keys that matter only while training: initializations that change
-the base, AdaLoRA's phases, dropouts.
+"""Converts PEFT's adapter_config.json. Keys are interpreted by the tables that also read adapters
+(`lorafold.peft`). This module adds keys that matter only in training: initializations that change
+the base, AdaLoRA's phases, and dropouts.
 """
 
 from __future__ import annotations
