@@ -1,6 +1,6 @@
-"""The sweep: trains every run on its stack, and measures every point. Figures are stored in
-`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped sweep, and several
-calls share the work. Only one model is in memory at a time.
+"""Runs a fragility study: tunes every run on its stack, and measures every point. Metrics are
+stored in `<out>/figures`, tuned adapters in `<out>/tuned`, so the same call continues a stopped
+study, and several calls share the work. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def counted(report: ReportProgress, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The files of a sweep; their names contain digests of everything that they depend on."""
+    """The paths of a study's files; their names contain digests of all inputs that the content
+    depends on.
+    """
 
     task: FragilityTask
     out: Path
@@ -75,7 +77,7 @@ class StudyFiles:
         return self.out / "figures" / f"before-{digest}.json"
 
     def of_points(self, run: TuningRun) -> dict[str, Path]:
-        """The file of each point of a run, by its defence."""
+        """The file of each point of a run, by defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.defences_with(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
@@ -85,7 +87,7 @@ class StudyFiles:
 
 
 def measure_stack(task: FragilityTask, stack: AdapterStack, load_model: LoadModel) -> StackMetrics:
-    """The figures of a stack; also checks the inputs of all later runs."""
+    """Measures a stack before tuning; also checks the inputs of all later runs."""
     evaluator = StackEvaluator(task, stack, load_model)
     evaluator.check_defences()
     for rows in filter(None, (task.rows, task.mix)):
