@@ -1,4 +1,6 @@
-"""`lf.compose`: read adapters, compose them with each method, and measure the results."""
+"""Implements `lf.compose`: reads adapters, composes them with each method, and measures the
+results.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,7 @@ LEARNING_METHODS = ("lorahub", "mixture")  # the methods that learn from example
 
 @dataclass(frozen=True)
 class Composition(ShownInNotebooks):
-    """The result of `lf.compose`: an adapter per method, and the interference if there were tasks.
-    """
+    """The result of `lf.compose`: an adapter per method; `interference` is None without tasks."""
 
     composed: dict[str, Composed]
     adapters: tuple[str, ...]
@@ -58,7 +59,7 @@ class Composition(ShownInNotebooks):
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
-    """Compose the adapters with each method of the request and, if it has tasks, measure the
+    """Composes the adapters with each method of the request and, if it has tasks, measures the
     results.
     """
     check(request)
@@ -78,7 +79,8 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Compose with one method, seeded by the request, without changing torch's global random state.
+    """Composes with one method, seeded by the request, without changing torch's global random
+    state.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
@@ -86,7 +88,7 @@ def make(way: str, job: Job, out: Path) -> Composed:
 
 
 def check(request: ComposeRequest) -> None:
-    """Raise one LorafoldError with all problems of the request."""
+    """Checks a request; a single error lists all problems."""
     problems = [
         f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
         for way in request.ways
@@ -130,7 +132,7 @@ def check(request: ComposeRequest) -> None:
 
 
 def with_examples(request: ComposeRequest) -> ComposeRequest:
-    """The request with rows to learn from: its own, or half of each task's rows."""
+    """Adds examples for lorahub and mixture if there are none: half of each task's rows."""
     if request.examples or not request.tasks or not set(request.ways) & set(LEARNING_METHODS):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}
