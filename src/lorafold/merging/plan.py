@@ -164,7 +164,7 @@ def plan_merge(
     """Attaches the adapters to the model and finds the tensors that change, without computing or
     writing.
     """
-    checkpoint = open_checkpoint(base.source, HUB_FILES)  # all files, because unchanged ones are copied
+    checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied
     checkpoint, mapped, dequantized = as_unquantized(checkpoint, mapped_model(checkpoint))
     remember_source(mapped.model, base.source)
     if round_trip is not None:
