@@ -52,7 +52,7 @@ class UpdateRelation:
 
     @property
     def weight(self) -> float:
-        """dW_a| |dW_b|, the weight in means over matrices."""
+        """The weight |dW_a| |dW_b| in means over matrices."""
         return self.norms[0] * self.norms[1]
 
 

@@ -71,7 +71,7 @@ DATASET_KEYS = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
     "ranking", "columns", "tags",
 }  # fmt: skip
-# lorafold's columns by theirs, in both formats
+# lorafold's column: LLaMA-Factory's column, in both formats
 INSTRUCTION_COLUMNS = {"instruction": "prompt", "input": "query", "output": "response"}
 PREFERENCE_COLUMNS = {
     "chosen": "chosen",

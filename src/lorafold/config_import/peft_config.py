@@ -127,7 +127,7 @@ def _metadata(key: str, value: Any) -> Outcome:
 
 
 def _other_outcome(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
-    # options while it trains, which a saved adapter does not depend on
+    # options of training, on which a saved adapter does not depend
     if key in ("tinit", "tfinal") and key in method.known:
         return mapped(options={key: value})
     if not value:

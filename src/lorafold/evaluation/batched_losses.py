@@ -57,7 +57,7 @@ def measure_rows(
     step: Progress,
 ) -> list[F]:
     """Computes a result for each example in evaluation mode. Shared prefixes are computed once if
-    the model supports this and it saves time; `loss_of` gets None for the other examples.
+    the model supports this and it saves time; otherwise, `loss_of` is called with None.
     """
     results: dict[int, F] = {}
 

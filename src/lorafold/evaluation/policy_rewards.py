@@ -3,8 +3,8 @@
     reward = 1/n sum_i r_i          r_i is the mean reward of the completions of prompt i
 
 Completions of a prompt are not independent, so 95% intervals are computed over prompts. With one
-completion per prompt and the seed of a training run, this samples the same completions as the run's
-evaluation.
+completion per prompt and the seed of a training run, the completions equal the completions of the
+run's evaluation.
 """
 
 from __future__ import annotations

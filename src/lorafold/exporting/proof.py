@@ -250,8 +250,8 @@ class Proof(ShownInNotebooks):
 
     @property
     def rounding(self) -> bool:
-        """Whether the KL with adapters is at most twice the KL without, and so explained by
-        rounding.
+        """Whether the KL with adapters is at most twice the KL without, so that rounding explains
+        it.
         """
         return self.alone is not None and self.kl <= 2 * self.alone
 

@@ -80,7 +80,7 @@ class Exported(ShownInNotebooks):
         proof: The comparison with the engine's outputs; None if `unproved` has a reason.
         unproved: The reason why the export was not verified in an engine, or "".
         beside: Further comparisons and notes, by name.
-        into: The weights that the adapters are merged into or used on.
+        into: The weights that the adapters are merged into or used with.
         away: The distance of these files from the trained model.
         from_original: The distance of the adapters on the original weights from the trained model.
     """

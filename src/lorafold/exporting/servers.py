@@ -8,7 +8,7 @@ requests.
 SGLang (0.5.23, srt/lora/) scales by alpha / r and identifies modules by the last part of their
 names. It packs q, k, v and gate, up into one buffer each, so unchanged modules of a pack are
 written as zeros. Each expert needs its own pair of factors. SGLang has no CPU build, so the files
-are read back in the way of its loader instead of running it.
+are only read back, as its loader would read them.
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def full_attention_period(kinds: Sequence[str]) -> int | None:
 @dataclass(frozen=True)
 class Subject:
     """A base with adapters, lowest first, or the base alone. `tensors` is the requested tensor
-    type, `original` the adapters before a truncation, `into` the weights that the adapters are used
-    on.
+    type, `original` the adapters before a truncation, `into` the weights that the adapters are
+    merged into or used with.
     """
 
     base: Base
@@ -306,8 +306,8 @@ class Target(ABC):
         return {}
 
     def read_back(self, subject: Subject, directory: Path) -> str:
-        """Reads the files as the loader of an engine would that does not run here. Returns the
-        result in words, or "" if files are not read back.
+        """Reads the files as the engine's loader would, for engines that can't run here. Returns
+        the result in words, or "" if files are not read back.
         """
         return ""
 

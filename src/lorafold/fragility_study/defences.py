@@ -60,7 +60,7 @@ def overlap(update: Svds, alignment: Svds) -> Overlap | None:
     sums = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
     for path, tuned in update.items():
-        strengths = tuned.s.cpu().double()  # Apple's GPUs have no doubles
+        strengths = tuned.s.cpu().double()  # MPS has no fp64
         size = strengths.square().sum()
         energy += size.item()
         if (aligned := alignment.get(path)) is None:

@@ -352,8 +352,8 @@ class StackEvaluator:
             return self._measure_tuned({at: svd_of_factors(*pair) for at, pair in factors.items()})
 
     def measure_adapter(self, path: Path, instead: bool) -> TunedMetrics:
-        """Measures a finished adapter on top of the stack or, with `instead`, in place of it,
-        without an overlap.
+        """Measures a finished adapter on top of the stack or, with `instead`, in place of it; the
+        overlap is then None.
         """
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)

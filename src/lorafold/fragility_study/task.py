@@ -90,7 +90,7 @@ class FragilityTask:
     @cached_property
     def day(self) -> str:
         """The date for chat templates that print it, fixed for the whole study; "" if none does."""
-        templates = {None, self.recipe.chat_template}  # measured and trained
+        templates = {None, self.recipe.chat_template}  # of measurements and of training
         inputs = product(templates, (stack.adapters for stack in self.stacks))
         return next(filter(None, (self.base.date(*one) for one in inputs)), "")
 

@@ -157,6 +157,6 @@ def rounded(value: float) -> str:
 
 
 def clean(text: Any) -> str:
-    """Replaces surrogates and control characters, which HTML can't contain."""
+    """The text without surrogates and control characters, which HTML can't contain."""
     valid = str(text).encode("utf-8", "replace").decode()
     return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in valid)

@@ -220,7 +220,7 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
 
 
 def truncated(site: AdaptedModule, svd: Svd) -> Svd:
-    """Truncates the SVD of a dense update, because the SVDs of all modules stay in memory."""
+    """The SVD of a dense update with its top directions only, because all SVDs stay in memory."""
     if site.rank is not None:
         return svd
     top = svd.top(NUM_SHOWN)

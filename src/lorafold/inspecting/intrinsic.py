@@ -136,7 +136,7 @@ def search(
 
 
 def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
-    """Everything that the losses of a search depend on."""
+    """All inputs that the losses of a search depend on."""
     return {
         **request.base.cache_key(recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],

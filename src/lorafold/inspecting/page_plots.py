@@ -95,7 +95,8 @@ def curves(
             axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
             ends.append(plots.LineEnd(line[-1][1], name, style["color"]))
         names = [*dict.fromkeys([*lines, *measured])]
-        for name, points in measured.items():  # several have their lines' colours
+        for name, points in measured.items():
+            # the colour of the metric's line or, if there is only one metric, another colour
             style = plots.series_style(names.index(name) if len(names) > 1 else len(lines))
             x, values, intervals = zip(*points, strict=True)
             style |= {"linestyle": ":"}

@@ -11,9 +11,9 @@ Residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer C
     share of head h = |dW_h|^2 / |dW|^2        dW_h: the rows of q, k and v that make head h, or the
                                                columns of the output projection that read it
 
-A projection has heads if its attention module has `head_dim`, and its outputs (q, k, v) or inputs
-(output projection) are num_attention_heads or num_key_value_heads times `head_dim`. Fused
-projections have no heads here.
+A projection is split into heads if its attention module has `head_dim`, and if its outputs (q, k,
+v) or inputs (output projection) are num_attention_heads or num_key_value_heads times `head_dim`.
+Fused projections are not split.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
 
 
 def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
-    """A sentence on the rank that the adapter needs; `nominal`, the rank that it has, is None if
-    there is no single one.
+    """A sentence on the rank that the adapter needs; `nominal` is the adapter's rank, or None if
+    modules have different ranks.
     """
     if not pooled_rank.rank_95:
         return "the update is zero: training changed nothing"
@@ -99,7 +99,7 @@ def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
 
 
 def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns -> (i, j)
-    """phi of all leading columns: entry [i, j] is for i + 1 columns of a and j + 1 of b."""
+    """phi of the leading columns: entry [i, j] is for i + 1 columns of a and j + 1 columns of b."""
     overlap = (a.t() @ b).double().square().cumsum(0).cumsum(1)
     i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in overlap.shape)
     return overlap / torch.minimum(i[:, None], j)
@@ -165,8 +165,8 @@ def position(vectors: Tensor, s: Tensor, base: Tensor) -> list[float]:  # (n, k)
 
 
 def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
-    """The number of intruder dimensions: top left singular vectors of w + dW that differ from all
-    left singular vectors of w.
+    """The number of intruder dimensions: top left singular vectors of w + dW that are dissimilar to
+    all left singular vectors of w.
     """
     tuned = svd_of_dense(w + update.dense()).top(NUM_TOP)
     return int(((base.u.t() @ tuned.u).abs().amax(0) < MAX_INTRUDER_COSINE).sum())

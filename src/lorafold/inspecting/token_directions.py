@@ -152,7 +152,8 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
-    """The shares |dW f|^2 / |dW|^2 of an update's energy along the vectors f; 1 / d if random."""
+    """The share |dW f|^2 / |dW|^2 of an update's energy along each vector f; 1 / d for a random f.
+    """
     cosines = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (cosines * s).square().sum(1) / s.square().sum()
 
@@ -160,7 +161,7 @@ def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
 def largest_shares(
     side: Directions, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
-    """The largest shares of the vectors (n, d) by name, in descending order."""
+    """The NUM_VECTORS largest shares by name, in descending order, for vectors (n, d)."""
     all_shares = shares(side, s, vectors)
     values, indices = all_shares.topk(min(NUM_VECTORS, len(all_shares)))
     return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

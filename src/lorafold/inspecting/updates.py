@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) descending and V (in, k) in fp32; S is above the rounding error."""
+    """An SVD in fp32: U (out, k), S (k,) descending, V (in, k). Rounding errors are dropped."""
 
     u: Tensor
     s: Tensor
@@ -218,6 +218,6 @@ def svd_of_dense(dw: Tensor) -> Svd:  # (out, in)
 
 
 def _significant(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
-    """Drops singular values below `share` of the largest as rounding errors; converts to fp32."""
+    """Drops singular values below `share` of the largest, which are rounding errors."""
     k = int((s > share * s[0]).sum())
     return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())

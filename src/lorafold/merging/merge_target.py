@@ -60,7 +60,7 @@ class MergeTarget:
 
     @property
     def round_trip(self) -> str | None:
-        """The quantization by which W is replaced by q(W) before adapters are merged, or None."""
+        """The quantization q if W is replaced by q(W) before adapters are merged, or None."""
         return self.trained_on if (self.target == "trained" and not self.prequantized) else None
 
     @property
@@ -84,8 +84,8 @@ class MergeTarget:
     def describe_distances(
         self, base: str, files: str, distance: Distance | None, from_original: Distance | None
     ) -> str:
-        """Sentences on the base in training, and on the distances of the files and of the original
-        weights from it.
+        """Text on the base in training, and on the distances of the files and of the original
+        weights from the trained model.
         """
         values = {"base": base, "files": files, "distance": distance, "original": from_original}
         return render_text("merging/distances.jinja", into=self, **values)

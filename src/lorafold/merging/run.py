@@ -264,7 +264,7 @@ def merge(
 
 
 def load_adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTrainedModel:
-    """Loads the base in a quantization or dtype, with the adapters; it computes in fp32."""
+    """Loads the base in a quantization or dtype, with the adapters, for computation in fp32."""
     base = replace(base.stored(storage), dtype="fp32")
     model, other = base.load(), base.allow_other_base
     load_all(model, adapters, "adapter", allow_other_base=other, base=base.weights())
