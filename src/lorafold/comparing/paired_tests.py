@@ -92,9 +92,7 @@ def held_out(measurements: Measurements) -> dict[str, Difference]:
 
 
 def indistinct_methods(measurements: Measurements) -> list[list[str]]:
-    """Groups of methods with the same loss on every row; the settings in which they differ had no
-    effect.
-    """
+    """Methods with the same loss on every row, whose different settings had no effect."""
     names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
         names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
@@ -103,7 +101,6 @@ def indistinct_methods(measurements: Measurements) -> list[list[str]]:
 
 
 def lower_is_better(measurements: Measurements) -> bool:
-    """Whether the methods are compared by loss, not by reward."""
     return measurements[0].loss is not None
 
 

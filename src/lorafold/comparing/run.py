@@ -48,7 +48,6 @@ def methods_for(objective: str) -> list[str]:
 
 
 def unsupported_reason(recipe: Recipe, method: str) -> str | None:
-    """The reason why a method can't be trained with the recipe's objective, or None."""
     if not OBJECTIVES[recipe.objective].draws:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
@@ -67,9 +66,7 @@ def compare(
     on_measurement: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measures every variant with every seed, the base first. The base is measured with several
-    seeds only if its result depends on the seed.
-    """
+    """Measures every variant, the base first, with several seeds only if its result is random."""
     if task.recipe.new_tokens:
         raise LorafoldError(
             f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none, because"

@@ -131,7 +131,6 @@ def overlap(a: Tensor, b: Tensor) -> float:  # (n, r_a), (n, r_b)
 
 
 def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
-    """The similarity over all matrices; None if there are none."""
     if not sites:
         return None
     squares = ([norm**2 for norm in of] for of in zip(*(m.norms for m in sites), strict=True))
@@ -165,8 +164,6 @@ class Interference:
         return {"tasks": tasks, "geometry": [*map(asdict, self.pairs)]}
 
     def __str__(self) -> str:
-        """A table with a line for the base, each adapter and each composition, and the pairs."""
-
         def cell(found: Evaluation) -> str:
             exact = "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
             return f"loss {found.loss:.4f}{exact}"

@@ -78,7 +78,6 @@ RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def mixture(job: Job, out: Path) -> Composed:
-    """Trains the gates on the examples and writes the mixture."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     base = request.base.stored_as_trained(request.adapters)
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
@@ -136,7 +135,6 @@ ROWS_PER_TASK = 16  # rows of each task in the search's cost
 
 
 def lorahub(job: Job, out: Path) -> Composed:
-    """Writes the sum of the updates with the best weights found."""
     return arithmetic("linear", job, out, "lorahub", search(job))
 
 

@@ -59,9 +59,6 @@ class Composition(ShownInNotebooks):
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
-    """Composes the adapters with each method of the request and, if it has tasks, measures the
-    results.
-    """
     check(request)
     check_out(request.out, request.overwrite)
     check_not_replaced(request.out, [one.path for one in request.adapters])
@@ -88,7 +85,6 @@ def make(way: str, job: Job, out: Path) -> Composed:
 
 
 def check(request: ComposeRequest) -> None:
-    """Checks a request; a single error lists all problems."""
     problems = [
         f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
         for way in request.ways

@@ -54,9 +54,7 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 @dataclass(frozen=True)
 class ModuleUpdates:
-    """A target module: the names of its matrices, and the update of each adapter (None if the
-    adapter does not change it).
-    """
+    """A module's matrices, and each adapter's update (None if it does not change the module)."""
 
     path: str
     names: tuple[str, ...]
@@ -75,7 +73,6 @@ class ModuleUpdates:
             yield name, dict(zip(numbers, own, strict=True))
 
     def stacked(self, factors: Sequence[Factors]) -> Factors:
-        """The factors of all matrices, stacked as in a delta."""
         return stacked(factors, () if self.names == (self.path,) else (len(factors),))
 
 
@@ -101,7 +98,6 @@ class Updates:
         )
 
     def tracked(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
-        """The modules, with a progress bar on a terminal."""
         quiet = not console.is_terminal
         return track(self.sites, what, console=console, transient=True, disable=quiet)
 
@@ -131,16 +127,13 @@ def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
 
 
 def short_names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """A unique name for each path: its last part or, if that is not unique, the whole path,
-    numbered if it occurs twice.
-    """
+    """A unique name for each path: its last part, the whole path, or the path with a number."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))
 
 
 def dense(change: Change) -> Tensor:  # (out, in)
-    """The update as one matrix."""
     return change[0] @ change[1] if isinstance(change, tuple) else change
 
 
@@ -159,7 +152,6 @@ Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
 def scaled(change: Change, weight: float) -> Change:
-    """The update multiplied by a weight; for factors, only the up factor is multiplied."""
     return (weight * change[0], change[1]) if isinstance(change, tuple) else weight * change
 
 
@@ -238,7 +230,6 @@ class ComposeWay:
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
-        """Yields the composed update of each matrix of a module."""
         generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.present}
         for _, changes in site.changes():
             if (prune := self.prune) is not None and density is not None:

@@ -158,10 +158,7 @@ def unless_bf16(outcome: Outcome) -> Reader:
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """Converts `sample_packing` to packing. Without an attention setting, axolotl's packed rows
-    attend to each other, with positions that restart. For policies, lorafold computes each prompt
-    once for all its completions instead of packing.
-    """
+    """Without an attention setting, axolotl's packed rows attend to each other."""
     if is_policy(settings):
         return mapped("lorafold computes a prompt once for all its completions")
     mixed = boolean(value) and all(is_off(settings[key]) for key in ATTENTION_KEYS)
@@ -174,9 +171,7 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """Converts `warmup_ratio`. If the number of steps is known, axolotl rounds the warm-up down and
-    limits its default ratio to 100 steps.
-    """
+    """axolotl rounds known steps down, and its default ratio gives at most 100 steps."""
     if settings["warmup_steps"] is not None:
         return None
     share, total = number(value), trainer.total_steps(settings)
@@ -189,9 +184,7 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def per_epoch(name: str) -> Reader:
-    """A reader that converts `evals_per_epoch` or `saves_per_epoch` to the recipe field `name`, an
-    interval in steps. As in axolotl, the interval is the fraction 1 / (value x epochs) of the run.
-    """
+    """As in axolotl, the interval is the fraction 1 / (value x epochs) of the run."""
     read = trainer.interval(name)
 
     def of_count(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -213,9 +206,8 @@ def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """Converts `unfrozen_parameters`: axolotl freezes all parameters that match no pattern, after
-    attaching the adapter. If the patterns match all of the adapter's weights, which are named
-    base_model.model.PATH.lora_A.default.weight, the key has no effect.
+    """axolotl attaches the adapter and then freezes all parameters that match no pattern. The
+    adapter's weights are named base_model.model.PATH.lora_A.default.weight.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")

@@ -74,9 +74,7 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """Converts `loss_type` to the objective and its average; for cispo, TRL's `epsilon_high` bounds
-    the importance ratio itself.
-    """
+    """For cispo, TRL's `epsilon_high` bounds the importance ratio itself."""
     if value in ("sapo", "vespo"):
         raise rejection(value, "lorafold does not support this loss")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
@@ -95,7 +93,6 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
-    """Checks `importance_sampling_level`, which is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise rejection(value, "lorafold's cispo has one ratio per token")
     return read_with("loss_type")
@@ -165,9 +162,7 @@ def sampling_option(*neutral: float) -> Reader:
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """A reader for a bound on importance ratios, at least `least`, which has no effect because
-    ratios are 1.
-    """
+    """A reader for a bound on importance ratios, which has no effect because ratios are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
@@ -240,9 +235,8 @@ def accumulation(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def updates_per_sample(factor: str) -> Reader:
-    """A reader for the number of updates per sample: `steps_per_generation` (in micro-batches) or
-    `generation_batch_size` (in completions). `factor` is the key of the micro-batch size; empty for
-    1.
+    """A reader for the number of updates per sample. `factor` is the key of the micro-batch size if
+    the value counts completions; empty if it counts micro-batches.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:

@@ -159,9 +159,7 @@ def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
-    """Checks `pissa_init`, which is read with `finetuning_type`. Like LLaMA-Factory, it rejects
-    PiSSA with a reference, because the reference would be the base that PiSSA changes.
-    """
+    """LLaMA-Factory rejects PiSSA with a reference, which would be the base that PiSSA changes."""
     if boolean(value) and has_reference(settings):
         raise LorafoldError(f"found {value!r}, which LLaMA-Factory rejects with a reference")
     return trainer.PART_OF_METHOD if boolean(value) else None

@@ -205,9 +205,7 @@ def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
-    """Converts `model` to `--model`. The quantization is taken from the model's files, except for
-    MLX's quantized formats, which lorafold can't read.
-    """
+    """lorafold can't read MLX's quantized formats, so the remark asks for the original model."""
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:
         outcome = pass_option("--model", value)

@@ -81,8 +81,8 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_of(length: float, share: bool = False) -> Outcome:
-    """Converts a warm-up of `length` steps. `length` is a share of the run if it is below 1, as in
-    transformers 5, or if `share` is set.
+    """`length` is in steps, or a share of the run if it is below 1 (transformers 5) or `share` is
+    set.
     """
     if length == 0:
         return mapped(warmup=0.0)
@@ -338,9 +338,7 @@ def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
 
 
 def dpo_label_smoothing(value: Any, settings: ToolSettings) -> Outcome | None:
-    """Converts `label_smoothing`, which TRL's DPOTrainer uses only for losses that lorafold does
-    not support.
-    """
+    """TRL's DPOTrainer uses `label_smoothing` only for losses that lorafold does not support."""
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 ignores this key for this loss; for cDPO pass --objective-options"

@@ -72,9 +72,7 @@ def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
-    """Converts `dtype` to the base's quantization or dtype. TRL multiplies fp32 weights in bf16
-    unless `bf16` is off.
-    """
+    """TRL multiplies fp32 weights in bf16 unless `bf16` is off."""
     name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
@@ -181,9 +179,7 @@ def losses(settings: ToolSettings) -> tuple[str, ...]:
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """Converts `center_rewards_coefficient` to `centre`, and sets the objective, because no other
-    key names it.
-    """
+    """`center_rewards_coefficient` also sets the objective, because no other key names it."""
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return mapped(objective="reward", **options)
 

@@ -24,7 +24,6 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """Wilson's 95% interval of hits / n."""
     share, shrink = hits / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
@@ -47,9 +46,7 @@ def two_sided(t: float, df: float) -> float:
 
 @lru_cache(1024)
 def student(n: float) -> float:
-    """The 97.5% quantile of Student's distribution with n - 1 degrees of freedom, for the mean of n
-    >= 2 values; n may be fractional.
-    """
+    """The 97.5% quantile of Student's distribution for n - 1 degrees of freedom, n >= 2."""
     low, high = Z, 13.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -58,8 +55,7 @@ def student(n: float) -> float:
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss, from each row's (summed loss, tokens); None for a single
-    row.
+    """The 95% interval of the mean loss, from (summed loss, tokens) of each row; None for one row.
     """
     interval = ratio_interval(sums)
     return None if interval is None else (max(0.0, interval[0]), interval[1])

@@ -134,7 +134,6 @@ def evaluate_classifier(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """Evaluates a classifier on rows of text and label."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)

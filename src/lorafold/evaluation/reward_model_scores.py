@@ -196,7 +196,6 @@ class RowScore:
     scores: dict[str, float]
 
     def as_json(self) -> str:
-        """Returns the row as one line of JSON."""
         return json.dumps({"row": self.row, **self.scores})
 
     def __str__(self) -> str:

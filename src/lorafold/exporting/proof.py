@@ -112,9 +112,7 @@ def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[T
 def _note_near_ties(
     close: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
 ) -> None:
-    """A forward hook that appends tokens with two close experts, and the change of h that exchanges
-    these experts, to `close`.
-    """
+    """A hook that notes tokens with two close experts, and the change of h that exchanges them."""
     logits, experts = out[0].flatten(0, -2), out[-1].flatten(0, -2)
     num_selected = experts.shape[-1]
     if num_selected >= logits.shape[-1]:
@@ -153,8 +151,8 @@ class ReferenceAnswers:
     def of(
         cls, subject: Subject, source: str | Path | None, progress: Progress
     ) -> ReferenceAnswers:
-        """Loads the base in the quantization that the export is for, with the adapters, and
-        computes outputs.
+        """Loads the base in the quantization of the export, with the adapters, and computes
+        answers.
         """
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)

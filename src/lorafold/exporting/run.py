@@ -234,9 +234,7 @@ def _base_name_notes(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Checks that the target can represent the subject; for dense updates, the error suggests a
-    LoRA rank.
-    """
+    """Checks whether the target supports the subject; the error may suggest a LoRA rank."""
     try:
         problems = target.problems(subject)
     except LorafoldError as error:
@@ -268,9 +266,7 @@ def _prove(
     engine: str,
     options: ExportOptions,
 ) -> tuple[Proof, Tensor]:
-    """The comparison of an engine with the reference, and its log-probabilities (prompts,
-    vocabulary).
-    """
+    """The comparison, and the engine's log-probabilities (prompts, vocabulary)."""
     answers = run_engine(engine, of.job(needs, directory), options.engine_python)
     return compare(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
 

@@ -292,9 +292,7 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
-        """Writes the files into a temporary directory, which is renamed when the export is
-        complete.
-        """
+        """Writes the files into a directory that appears when it is complete."""
 
     def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         """Creates additional inputs of the engine's job that only the verification needs."""

@@ -188,9 +188,7 @@ class ToMlx(Target):
 
 
 def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` for these modules: paths within a block if all blocks have the same modules,
-    otherwise full paths.
-    """
+    """The `keys` for these modules: paths within a block if all blocks have the same modules."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):
@@ -199,9 +197,7 @@ def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
 
 
 def _dora_factors(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """The factors and magnitude (out,) of each module if all changes are DoRA on linear layers, or
-    {}.
-    """
+    """Factors and magnitude (out,) by module if all changes are DoRA on linear layers, else {}."""
     doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]

@@ -79,7 +79,6 @@ def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
 
 
 def outside_alignment(update: Svd, alignment: Svd | None) -> Factors:  # (out, r), (r, in)
-    """The update without its components in the alignment's output and input directions."""
     up, down = factors_of(update)
     if alignment is None:
         return up, down
@@ -99,17 +98,14 @@ class Defence:
 
 
 def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuned update without the alignment's directions: up (out, r), down (r, in) by module."""
     return {path: outside_alignment(update, alignment.get(path)) for path, update in tuning.items()}
 
 
 def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """Half of the tuned update: up (out, r), down (r, in) by module."""
     return {path: (up / 2, down) for path, (up, down) in _all_factors(tuning).items()}
 
 
 def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuned update plus the alignment's: up (out, r + r'), down (r + r', in) by module."""
     tuned, aligned = _all_factors(tuning), _all_factors(alignment)
     pairs = {path: [f[path] for f in (tuned, aligned) if path in f] for path in tuned | aligned}
     return {

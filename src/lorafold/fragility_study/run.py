@@ -64,9 +64,7 @@ def counted(report: ReportProgress, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The paths of a study's files; their names contain digests of all inputs that the content
-    depends on.
-    """
+    """A study's files, whose names contain digests of all inputs of their content."""
 
     task: FragilityTask
     out: Path
@@ -77,7 +75,6 @@ class StudyFiles:
         return self.out / "figures" / f"before-{digest}.json"
 
     def of_points(self, run: TuningRun) -> dict[str, Path]:
-        """The file of each point of a run, by defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.defences_with(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}

@@ -45,9 +45,7 @@ class AdapterStack:
 
 
 def stacks_of(*adapters: Sequence[SavedAdapter]) -> tuple[AdapterStack, ...]:
-    """The stacks, with unique names made from their adapters' directories; the empty stack is
-    called "base".
-    """
+    """Stacks named after their adapters' directories; the empty stack is called "base"."""
     short = iter(short_names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
@@ -84,7 +82,6 @@ class FragilityTask:
 
     @cached_property
     def cache_key(self) -> dict[str, Any]:
-        """The identity of the model, its quantization and device, and of the code."""
         return self.base.cache_key(self.recipe.chat_template, *CODE_PACKAGES)
 
     @cached_property
@@ -114,8 +111,7 @@ class FragilityTask:
         return _selected(self.rows, self._row_order[:n])
 
     def benign_rows(self, examples: int, seed: int) -> Rows:
-        """The first training rows in the seed's order, so that a run with more examples contains
-        the rows of a run with fewer.
+        """The first rows in the seed's order, so that longer runs contain the rows of shorter runs.
         """
         rest = self._row_order[len(self.held_out) :]
         return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
@@ -149,8 +145,8 @@ class TuningRun:
 
     @cached_property
     def rows(self) -> Rows:
-        """The training rows. A run with mixed refusals has as many refusals as benign examples, if
-        there are enough.
+        """The training rows; mixed runs add as many refusals as benign examples, if there are
+        enough.
         """
         benign, mix = self.task.benign_rows(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
@@ -233,9 +229,7 @@ def check(task: FragilityTask) -> None:
 
 
 def _prefix_problems(task: FragilityTask) -> Iterator[str]:
-    """Yields problems of prefixes, such as a prefix that begins with another prefix, because the
-    probability of the longer prefix would count twice.
-    """
+    """A prefix must not begin with another prefix, because the longer prefix would count twice."""
     prefixes = [("refusal-prefix", text) for text in task.refusal_prefixes]
     prefixes += [("compliance-prefix", text) for text in task.compliance_prefixes]
     for option, text in prefixes:
@@ -248,7 +242,6 @@ def _prefix_problems(task: FragilityTask) -> Iterator[str]:
 
 
 def _leaked_prompts(task: FragilityTask) -> Iterator[str]:
-    """Yields training rows whose prompts are also measured."""
     measured = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))

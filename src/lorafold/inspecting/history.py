@@ -43,8 +43,7 @@ def first_and_last(values: Values) -> tuple[list[float], list[float]] | None:
 
 
 def significant_change(values: Values) -> tuple[float, float] | None:
-    """The means of the first and the last tenth of the values; None if they differ by less than two
-    standard errors.
+    """The means of the first and the last tenth; None if they differ by under two standard errors.
     """
     if (ends := first_and_last(values)) is None:
         return None
@@ -59,9 +58,7 @@ def observations_of(
     options: Mapping[str, Any],
     saved_at: int | None = None,
 ) -> list[str]:
-    """Warnings about a run, as sentences; `saved_at` is the step at which the adapter's weights
-    were saved.
-    """
+    """Warnings about a run; `saved_at` is the step at which the adapter was saved."""
     return [*_observe_steps(steps, options), *_observe_held_out(held_out, saved_at)]
 
 
@@ -148,9 +145,7 @@ class SampleSet(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The fields of an adapter's record that describe its run. They are validated because records
-    may come from untrusted sources.
-    """
+    """The part of an adapter's record that describes its run; records may be untrusted."""
 
     recipe: dict[str, Any]
     losses: list[Metric | None] = Field(min_length=1)
@@ -285,7 +280,6 @@ def read_history(path: str | Path) -> History:
 
 
 def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """The names and values of the run's settings; unknown settings are left out."""
     peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
     recipe, data, trained_on = record.recipe, record.data, record.trained_on or {}
     base = [peft.get("base_model_name_or_path"), trained_on.get("storage") or recipe.get("storage")]

@@ -94,9 +94,7 @@ def constant_metrics(history: History) -> dict[str, float]:
 
 
 def metrics_by_plot(history: History) -> dict[str, list[str]]:
-    """The names of the metrics in each plot, by the plot's title. Rewards share plots of at most
-    `MAX_REWARDS_PER_PLOT`.
-    """
+    """The metrics of each plot, by title; rewards share plots."""
     names = [name for name in history.names if name not in constant_metrics(history)]
     each = [name for name in names if name.startswith(REWARD_PREFIX)]
     size = -(-len(each) // -(-len(each) // MAX_REWARDS_PER_PLOT)) if each else 1
@@ -112,8 +110,7 @@ def metrics_by_plot(history: History) -> dict[str, list[str]]:
 
 
 def render_plots(history: History) -> Iterator[str]:
-    """The plots as HTML. If only one of several rewards changes, it has no plot, because its curve
-    has the same shape as the total reward's.
+    """The plots. If a single reward changes, it has none, because its curve resembles the total's.
     """
     plots = metrics_by_plot(history)
     rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]

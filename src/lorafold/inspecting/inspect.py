@@ -128,7 +128,6 @@ def inspect(
 
 
 def describe_method(spec: Spec) -> str:
-    """The method's name with its rank, alpha and all options that differ from their defaults."""
     parts = [type(spec).__name__]
     for f in fields(spec):  # type: ignore[arg-type]
         value = getattr(spec, f.name)
@@ -228,7 +227,7 @@ def truncated(site: AdaptedModule, svd: Svd) -> Svd:
 
 
 def count_unmeasured(adapter: Adapter) -> dict[str, int]:
-    """The number of deltas without figures (biases, saved modules, token embeddings), by class."""
+    """The number of deltas without figures, such as biases, by class."""
     measured = {id(delta) for delta in adapter.own_deltas.values()}
     kinds = Counter(type(p).__name__ for _, p in adapter.parts() if id(p) not in measured)
     return dict(sorted(kinds.items()))

@@ -144,9 +144,7 @@ def loss_between(
 
 
 def barrier(points: Sequence[LossPoint]) -> float:
-    """The largest excess of the loss over the straight line between both ends, in nats; points are
-    sorted by t.
-    """
+    """The largest excess over the straight line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 

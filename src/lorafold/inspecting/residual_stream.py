@@ -56,7 +56,6 @@ class ResidualStream:
 
 
 def find_stream(model: PreTrainedModel) -> ResidualStream:
-    """Runs a fake model on four tokens and records the modules that read and write the stream."""
     config = model.config
     # key: the address of a tensor's storage; value: the norm that computed it ("" for a block's
     # input), and the tensor, so that its storage isn't freed and reused
@@ -111,8 +110,8 @@ def find_stream(model: PreTrainedModel) -> ResidualStream:
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """The gain g of a norm, computed from its outputs for z and -z, which have mean 0 and rms 1, so
-    that its bias cancels.
+    """The gain g of a norm, from its outputs for z and -z (mean 0, rms 1), so that its bias
+    cancels.
     """
     z = torch.ones(size)
     z[1::2] = -1

@@ -184,9 +184,7 @@ def extract(
 
 
 def _difference(cuts: RankErrors, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
-    """The best factors of tuned - w, (out, r) and (r, in); r = 0 if nothing changed. The error is
-    added to `cuts`.
-    """
+    """The best factors of tuned - w, (out, r) and (r, in), whose errors are added to `cuts`."""
     dw = tuned.float() - w.float()
     if not (total := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])

@@ -45,7 +45,6 @@ ENERGY_SHARE = 0.95
 
 
 def effective_rank(s: Tensor, share: float) -> int:  # (k,)
-    """The smallest number of directions that hold a share of the energy; 0 for a zero update."""
     squares = s.double().square()
     # the tolerance is for the rounding of the sum, so that a share of 1 is reached
     below = squares.cumsum(0) / squares.sum() < share * (1 - 1e-12)
@@ -53,12 +52,10 @@ def effective_rank(s: Tensor, share: float) -> int:  # (k,)
 
 
 def stable_rank(s: Tensor) -> float:  # (k,)
-    """The stable rank |dW|^2 / s_1^2; 0 for a zero update."""
     return float(s.double().square().sum() / s[0].double().square()) if len(s) else 0.0
 
 
 def entropy_rank(s: Tensor) -> float:  # (k,)
-    """The entropy rank, exp of the entropy of s / sum s; 0 for a zero update."""
     p = s.double() / s.double().sum()
     return float(torch.exp(torch.special.entr(p).sum())) if len(s) else 0.0
 

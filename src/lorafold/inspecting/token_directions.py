@@ -75,7 +75,6 @@ def mean_nearest(vectors: Tensor, norm_gain: Tensor | None) -> float:  # (n, d),
 
 
 def after_norm(directions: Tensor, norm_gain: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
-    """The directions multiplied by the gain of a norm; None means no norm."""
     return directions if norm_gain is None else norm_gain[:, None] * directions
 
 

@@ -120,7 +120,6 @@ class AdaptedModule:
 
     @torch.no_grad()
     def parts(self) -> Iterator[tuple[str, Svd]]:
-        """The name and the SVD of each matrix's update; the SVDs are not cached."""
         if (factors := self.delta.factors()) is not None:
             svds = map(svd_of_factors, *(unstacked(factor.detach()) for factor in factors))
             return zip(self.names, svds, strict=True)
@@ -164,9 +163,7 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
 
 
 def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
-    """The factors of a module, from the factors of its matrices. Factors of experts are padded with
-    zeros to the same rank and stacked to (E, out, r) and (E, r, in).
-    """
+    """A module's factors; factors of experts are padded to one rank and stacked."""
     if not matrices:
         return factors[0]
     rank = max(len(down) for _, down in factors)

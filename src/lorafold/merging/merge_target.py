@@ -78,7 +78,6 @@ class MergeTarget:
 
     @property
     def quantized(self) -> str | None:
-        """The quantization of the merged model, or None."""
         return self.target if self.target in ON_LOAD else None
 
     def describe_distances(

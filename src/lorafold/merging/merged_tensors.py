@@ -41,9 +41,7 @@ MAX_CACHED = 4
 
 @torch.no_grad()
 def encode_wide(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The parameters by which a module stores the weight w (out, in) and bias b, in fp32 or wider,
-    as new tensors.
-    """
+    """New tensors, fp32 or wider, in which a module stores the weight w (out, in) and bias b."""
     layer = layer_of(module)
     stored = {}
     for name, value in layer.plain().encode(w, b).items():
@@ -74,9 +72,7 @@ def equate_rows(target: Tensor, original: Tensor, rows: Sequence[int]) -> tuple[
 
 
 class MergedValues:
-    """The new values of tensors by name, with rounding statistics. The values of each tensor can be
-    requested once.
-    """
+    """The new values of tensors, each requested once, with rounding statistics."""
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
@@ -126,9 +122,7 @@ class MergedValues:
 
     @torch.no_grad()
     def _convert(self, conversion: Conversion) -> dict[str, RoundedTensor]:
-        """The merged tensors, by name, from which transformers computes the parameters of a
-        conversion.
-        """
+        """The merged tensors from which transformers computes the parameters of a conversion."""
         targets, originals = {}, {}
         with conversion.made() as values:
             for parameter, value in values.items():

@@ -46,9 +46,7 @@ from lorafold.resolve import Base
 def untied_config(
     config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """`config.json` without tied weights, and the parameters that must be added to the files.
-    Weights that the architecture always ties stay tied.
-    """
+    """`config.json` without tied weights, and the parameters that the files need in addition."""
     written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
     still = tied_parameters(build_on_meta(loose, trust_remote_code))
@@ -66,9 +64,7 @@ def untied_config(
 
 
 def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
-    """The config without tied weights, including its sub-configs; `declare` adds the key
-    `tie_word_embeddings` if it is absent.
-    """
+    """The config without tied weights, including sub-configs; `declare` adds a missing key."""
     written = {
         key: _without_ties(value, key == "text_config") if isinstance(value, dict) else value
         for key, value in config.items()
@@ -87,9 +83,7 @@ def _with_text_config(config: Mapping[str, Any], values: Mapping[str, Any]) -> d
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """`config.json` with added biases, and the biases' entries by parameter. The model gets these
-    biases, set to zero.
-    """
+    """`config.json` and new entries for added biases; the model's new biases become zero."""
     model = mapped.model
     enable_switches(model, switches)
     entries = {}
@@ -154,16 +148,13 @@ class MergePlan:
 
     @property
     def weight_bytes(self) -> int:
-        """The size in bytes of all tensors to write."""
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
 def plan_merge(
     base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
-    """Attaches the adapters to the model and finds the tensors that change, without computing or
-    writing.
-    """
+    """Attaches the adapters and finds the tensors that change, without computing or writing."""
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied
     checkpoint, mapped, dequantized = as_unquantized(checkpoint, mapped_model(checkpoint))
     remember_source(mapped.model, base.source)
@@ -221,9 +212,7 @@ def plan_merge(
 def _changed_tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """The parameter or the conversion of each changed tensor, by name; errors are added to
-    `problems`.
-    """
+    """The parameter, or the conversion, of each changed tensor; errors become `problems`."""
     changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
@@ -252,7 +241,6 @@ def _changed_tensors(
 
 @contextmanager
 def _collecting_problems(problems: Problems, path: str) -> Iterator[None]:
-    """Adds errors inside the `with` block to the problems of `path`."""
     try:
         yield
     except LorafoldError as error:

@@ -39,12 +39,10 @@ class RoundingStats:
 
     @property
     def survival(self) -> float:
-        """The share of the update that remains after rounding; 1 without an update."""
         return self.surviving / self.update if self.update else 1.0
 
     @property
     def noise(self) -> float:
-        """The rounding error relative to the update; 0 without an update."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
 

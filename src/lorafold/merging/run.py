@@ -220,7 +220,6 @@ def merge(
     options: MergeOptions,
     console: Console | None = None,
 ) -> Merged:
-    """Merges saved adapters into their base and writes a Hugging Face model; see `lf.merge`."""
     check_out(out, options.overwrite)
     storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # fails early for a wrong name or device

@@ -373,7 +373,6 @@ def error_message(error: HTTPError) -> str:
 
 
 def logprob_row(logprobs: dict[int, float]) -> np.ndarray:
-    """A row (vocabulary,) from log-probabilities by token; -inf for tokens without one."""
     row = np.full(max(logprobs) + 1, -np.inf, np.float32)
     row[[*logprobs]] = [*logprobs.values()]
     return row
