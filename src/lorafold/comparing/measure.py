@@ -116,8 +116,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
-    """Checks a sweep: only recipe fields that affect training can vary, each over a list of values.
-    """
+    """Checks a sweep: only recipe fields that affect training can vary, each over a list."""
     values_by_field = {}
     for name, values in vary.items():
         if (field := name.partition(".")[0]) not in TRAINING_FIELDS:
@@ -297,14 +296,12 @@ class ComparisonTask:
 
     @cached_property
     def day(self) -> str:
-        """The date for chat templates that print it, fixed for all measurements; "" if none does.
-        """
+        """The date for chat templates that print it, fixed for all measurements; otherwise ""."""
         return self.base.date(self.recipe.chat_template)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The inputs of the objective besides recipe, rows and model, such as the files of rewards.
-        """
+        """Inputs of the objective besides recipe, rows and model, such as files of rewards."""
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
@@ -355,8 +352,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
-    """The recipe of a method; for the base, which is not trained, the recipe of the default method.
-    """
+    """The recipe of a method; for the untrained base, the default method's recipe."""
     default = Recipe.model_fields["method"].default
     return with_method(recipe, default if method == BASE else method)
 
@@ -388,9 +384,7 @@ class ComparedModels:
         )
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
-        """(base with its adapter, adapter), or (trained model, None) if the run trained the whole
-        model.
-        """
+        """(base with its adapter, adapter), or (trained model, None) after full training."""
         if self.saved is None:
             full_model = replace(self.whole, dtype="fp32" if in_fp32 else None)
             return self.objective.load(full_model, self.tokenizer), None

@@ -44,9 +44,7 @@ RowSums = Sequence[tuple[float, int]]  # (sum, count) of each row
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean or a mean difference, its 95% interval (None for one row), and the p-value under no
-    difference.
-    """
+    """A mean or mean difference, its 95% interval (None for one row), and its p-value."""
 
     mean: float
     interval: Interval | None

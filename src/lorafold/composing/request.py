@@ -90,8 +90,7 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes an adapter and detaches it. Its record lists the adapters that it was made from.
-        """
+        """Writes and detaches an adapter. Its record lists the adapters that it was made from."""
         request, storage = self.request, self.request.base.storage
         adapters = request.adapters
         made_on = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)

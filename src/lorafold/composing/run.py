@@ -44,8 +44,7 @@ class Composition(ShownInNotebooks):
     interference: Interference | None
 
     def as_json(self) -> dict[str, Any]:
-        """Every method under `compositions`; if there is only one, its keys are also at the top
-        level.
+        """Every method under `compositions`; the keys of a single method are also at the top level.
         """
         made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
@@ -76,9 +75,7 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Composes with one method, seeded by the request, without changing torch's global random
-    state.
-    """
+    """Composes with one method, seeded by the request; torch's global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
         return COMPOSITIONS[way](job, out)

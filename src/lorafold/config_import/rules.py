@@ -79,9 +79,7 @@ Reader = Callable[[Any, ToolSettings], Outcome | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """One key of another tool. A rule with a `default` also applies to files that don't have the
-    key.
-    """
+    """One key of another tool. A rule with a `default` also applies to files without the key."""
 
     key: str
     reader: Reader

@@ -81,9 +81,7 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_of(length: float, share: bool = False) -> Outcome:
-    """`length` is in steps, or a share of the run if it is below 1 (transformers 5) or `share` is
-    set.
-    """
+    """`length` is in steps, or a share of the run if below 1 (transformers 5) or with `share`."""
     if length == 0:
         return mapped(warmup=0.0)
     if share or length < 1:

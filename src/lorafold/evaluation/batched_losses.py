@@ -41,8 +41,7 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
 
 
 def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
-    """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
-    """
+    """Returns each example's loss in nats, summed over labelled positions, in evaluation mode."""
     return measure_rows(
         model, examples, lambda support: CompletionLoss(model, support is not None, 0, support),
         lambda loss, batch: loss.by_row(batch).tolist(), step,

@@ -55,8 +55,7 @@ def student(n: float) -> float:
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss, from (summed loss, tokens) of each row; None for one row.
-    """
+    """The 95% interval of the mean loss, from (summed loss, tokens) by row; None for one row."""
     interval = ratio_interval(sums)
     return None if interval is None else (max(0.0, interval[0]), interval[1])
 

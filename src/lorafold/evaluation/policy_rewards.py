@@ -234,8 +234,7 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class MeanReward:
-    """The mean of one reward, without its weight, and its 95% interval (None for a single prompt).
-    """
+    """The mean of one reward, without its weight; the 95% interval is None for a single prompt."""
 
     mean: float
     interval: Interval | None

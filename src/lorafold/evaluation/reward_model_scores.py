@@ -76,8 +76,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs with confidence between `low` and `high`: their mean confidence, number and accuracy.
-    """
+    """Pairs with confidence from `low` to `high`: their mean confidence, number and accuracy."""
 
     low: float
     high: float

@@ -125,8 +125,7 @@ def head_dim(config: Any) -> int:
 
 
 def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequence[str]:
-    """Writes the configuration without rotary positions; returns notes on differences in llama.cpp.
-    """
+    """Writes the configuration, except positions; returns notes on differences in llama.cpp."""
     for table, add in ((INTEGER_KEYS, writer.add_uint32), (FLOAT_KEYS, writer.add_float32)):
         values = {}  # by key, because two fields may have the same key
         for name, key in table.items():
@@ -147,8 +146,7 @@ def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequenc
 
 
 def add_positions(writer: GGUFWriter, config: Any, arch: Architecture) -> dict[str, Tensor]:
-    """Writes the rotary positions; returns additional tensors (rotated / 2,) for the file, by name.
-    """
+    """Writes the rotary positions; returns additional tensors (rotated / 2,) by name."""
     rope = config.rope_parameters
     windowed = {}  # of layers with a sliding window
     if "full_attention" in rope:
@@ -183,9 +181,7 @@ def add_positions(writer: GGUFWriter, config: Any, arch: Architecture) -> dict[s
 
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
-    """Rejects attention scales other than YaRN's default, because llama.cpp reads no other from a
-    file.
-    """
+    """Rejects attention scales other than YaRN's, because llama.cpp reads no other from files."""
     scale, factor = rope.get("attention_factor"), rope["factor"]
     default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("mscale") or not (scale is None or math.isclose(scale, default, rel_tol=1e-4)):

@@ -269,8 +269,7 @@ def write_content(
 
 
 def gguf_content(subject: Subject, tensors: str) -> GgufContent:
-    """The metadata and tensors of a model's file; values are computed only when they are written.
-    """
+    """The metadata and tensors of a model's file; values are computed when they are written."""
     from transformers import GenerationConfig
 
     model: Any = subject.model

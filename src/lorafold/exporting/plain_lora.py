@@ -80,8 +80,7 @@ def write_template(subject: Subject, directory: Path) -> bool:
 
 
 def tied_heads(subject: Subject) -> list[str]:
-    """The adapted embedding and head if they are tied; servers can't adapt tied weights separately.
-    """
+    """The adapted embedding and head if tied, because servers can't adapt them separately."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
     return [path for path in subject.update.factors if last_part(path) in HEADS]

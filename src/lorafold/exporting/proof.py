@@ -151,9 +151,7 @@ class ReferenceAnswers:
     def of(
         cls, subject: Subject, source: str | Path | None, progress: Progress
     ) -> ReferenceAnswers:
-        """Loads the base in the quantization of the export, with the adapters, and computes
-        answers.
-        """
+        """Loads base and adapters in the quantization of the export, and computes answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = load_adapted(subject.base, subject.adapters, subject.training_storage)
@@ -248,9 +246,7 @@ class Proof(ShownInNotebooks):
 
     @property
     def rounding(self) -> bool:
-        """Whether the KL with adapters is at most twice the KL without, so that rounding explains
-        it.
-        """
+        """Whether KL with adapters is at most twice KL without, so that rounding explains it."""
         return self.alone is not None and self.kl <= 2 * self.alone
 
     def as_json(self) -> dict[str, Any]:

@@ -299,8 +299,7 @@ class Target(ABC):
         return {}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
-        """Changes to the job for additional runs by name; their results are reported, not checked.
-        """
+        """Changes to the job for additional runs by name; their results are only reported."""
         return {}
 
     def read_back(self, subject: Subject, directory: Path) -> str:

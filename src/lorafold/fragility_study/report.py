@@ -136,9 +136,7 @@ def page(study: Fragility, path: str | Path) -> None:
 
 
 def plots_of(curves: Sequence[Curve]) -> Iterator[str]:
-    """Yields two plots for each stack, rank and learning rate: log-odds and refusals, with one line
-    per defence.
-    """
+    """Yields plots of log-odds and of refusals for each stack, rank and learning rate."""
 
     def group(curve: Curve) -> tuple:
         return curve.way.stack, curve.way.rank, curve.way.lr

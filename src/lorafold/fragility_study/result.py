@@ -37,8 +37,15 @@ class TuningSetting(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The metrics after one tuning under a defence. `seed` and `examples` are None for a finished
-    adapter.
+    """The metrics after one tuning under a defence.
+
+    Attributes:
+        way: The stack, defence, rank and learning rate.
+        seed: The seed of the tuning; None for a finished adapter.
+        examples: The number of benign examples; None for a finished adapter.
+        kept: The remaining share of the log-odds that the alignment added; None if it added none.
+        measured: The metrics of the tuned model.
+        overlap: The share of the tuning's energy in the alignment's directions.
     """
 
     way: TuningSetting
@@ -110,9 +117,7 @@ class Curve:
         return f"{'not ' * (halving is None)}halved by {count}"
 
     def as_json(self) -> dict[str, Any]:
-        """The setting, and the number of examples that halves the log-odds: of the mean, and of
-        each seed.
-        """
+        """The setting, and the number of examples that halves the log-odds: mean and by seed."""
         seeds = sorted({p.seed for p in self.points if p.seed is not None})
         each = {str(seed): self.halved_at(seed) for seed in seeds}
         return {**self.way._asdict(), "halved_at": self.halved_at(), "halved_at_by_seed": each}

@@ -111,8 +111,7 @@ class FragilityTask:
         return _selected(self.rows, self._row_order[:n])
 
     def benign_rows(self, examples: int, seed: int) -> Rows:
-        """The first rows in the seed's order, so that longer runs contain the rows of shorter runs.
-        """
+        """The first rows in the seed's order, so that a large run contains a smaller run's rows."""
         rest = self._row_order[len(self.held_out) :]
         return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
@@ -145,9 +144,7 @@ class TuningRun:
 
     @cached_property
     def rows(self) -> Rows:
-        """The training rows; mixed runs add as many refusals as benign examples, if there are
-        enough.
-        """
+        """The training rows; mixed runs add as many refusals as benign examples, if possible."""
         benign, mix = self.task.benign_rows(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign

@@ -110,9 +110,7 @@ def find_stream(model: PreTrainedModel) -> ResidualStream:
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """The gain g of a norm, from its outputs for z and -z (mean 0, rms 1), so that its bias
-    cancels.
-    """
+    """The gain g of a norm, from its outputs for z and -z (mean 0, rms 1), so its bias cancels."""
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z

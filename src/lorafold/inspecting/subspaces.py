@@ -28,9 +28,7 @@ NUM_TOP = 4  # directions of each block or expert that are compared
 
 
 def kind_and_block(path: str) -> tuple[str, int | None]:
-    """A module's path within its block and the block's number; outside of blocks, the path and
-    None.
-    """
+    """A module's path within its block and the block's number; outside of blocks, (path, None)."""
     path = module_path(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[2], int(match[1])) if match else (path, None)

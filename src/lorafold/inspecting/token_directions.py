@@ -151,8 +151,7 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
-    """The share |dW f|^2 / |dW|^2 of an update's energy along each vector f; 1 / d for a random f.
-    """
+    """The share |dW f|^2 / |dW|^2 of an update's energy along each vector f; 1 / d if random."""
     cosines = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (cosines * s).square().sum(1) / s.square().sum()
 

@@ -71,8 +71,7 @@ class MergeTarget:
 
     @property
     def unsupported_storage(self) -> str:
-        """The quantization of the base in training if lorafold can't quantize to it, otherwise "".
-        """
+        """The quantization of the base in training if lorafold can't produce it, or ""."""
         known = "" if self.base is None or self.prequantized else self.base.storage
         return "" if known in ("", "auto", "float16", *UNQUANTIZED, *ON_LOAD) else known
 
@@ -99,9 +98,7 @@ def choose_merge_target(
     base: str = "auto",
     in_files: str | None = None,
 ) -> MergeTarget:
-    """The requested target; by default, trained if the base was quantized in training, otherwise
-    original.
-    """
+    """The requested target; by default, trained after quantized training, otherwise original."""
     known = training_storage_of(adapters) if base == "auto" else TrainingStorage(base)
     target = ALIASES.get(requested or "", requested)
     storage = known.storage if known else "auto"

@@ -79,8 +79,7 @@ def compare_logits(
     scratch: Path,
     progress: Progress = no_progress,
 ) -> list[Gap]:
-    """The differences between the logits of a model and of each other model, loaded one at a time.
-    """
+    """The differences between a model's logits and each other model's; loads one at a time."""
     done, total = count(1), (1 + len(others)) * len(texts)
 
     def with_progress(logits: Iterator[Tensor]) -> Iterator[Tensor]:
