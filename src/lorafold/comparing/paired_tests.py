@@ -147,8 +147,8 @@ def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
 
 def verdict(measurements: Measurements) -> str:
     """Which method is best or, if the differences are not significant, which methods can't be
-    distinguished; whether they differ from the base; and the selected settings of a sweep. Empty
-    without the base.
+    distinguished; whether they differ from the base; and the selected settings of a sweep. The text
+    is empty if the base was not measured.
     """
     methods, gains = by_name(measurements), over_base(measurements)
     if not gains:

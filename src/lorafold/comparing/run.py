@@ -1,6 +1,6 @@
 """Runs a comparison. Every variant and seed is a cell, stored in `<out>/rows/` under the method,
 the seed and a digest of all its inputs, so the same call continues a stopped comparison, and
-several calls share the work.
+concurrent calls share the work.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class ToMlx(Target):
 
 
 def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` for these modules: paths within a block if all blocks have the same modules."""
+    """The `keys` for these modules, relative to a block if all blocks have the same modules."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):

@@ -117,7 +117,9 @@ class Curve:
         return f"{'not ' * (halving is None)}halved by {count}"
 
     def as_json(self) -> dict[str, Any]:
-        """The setting, and the number of examples that halves the log-odds: mean and by seed."""
+        """The setting, and the number of examples that halves the log-odds, for the mean and by
+        seed.
+        """
         seeds = sorted({p.seed for p in self.points if p.seed is not None})
         each = {str(seed): self.halved_at(seed) for seed in seeds}
         return {**self.way._asdict(), "halved_at": self.halved_at(), "halved_at_by_seed": each}

@@ -1,6 +1,6 @@
-"""Runs a fragility study: tunes every run on its stack, and measures every point. Metrics are
-stored in `<out>/figures`, tuned adapters in `<out>/tuned`, so the same call continues a stopped
-study, and several calls share the work. Only one model is in memory at a time.
+"""Runs a fragility study: trains every tuning run on its stack, and measures every point. Metrics
+are stored in `<out>/figures`, tuned adapters in `<out>/tuned`, so the same call continues a stopped
+study, and concurrent calls share the work. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
