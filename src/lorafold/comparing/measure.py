@@ -1,14 +1,14 @@
-"""One cell of a comparison: a method with its settings is trained, evaluated and timed.
+"""Measures one cell of a comparison: a method with its settings is trained, evaluated and timed.
 
     quality      held-out loss and exact match; for a policy the reward
     forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
                  nats per token
-    latency      of prefill and decode at batch 1, relative to the base's: medians over rounds in
-                 which base, attached and merged model are timed in turn
-    mergeable    verified: merged in fp32, the model has the logits of the attached one
+    latency      of prefill and decode at batch 1, relative to the base: medians over rounds, each
+                 of which times base, attached and merged model
+    mergeable    whether the logits in fp32 are the same after merging
 
-`variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})` has four of lora and two
-of ia3, which has no rank.
+`variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})` returns four variants of
+lora, and two of ia3, which has no rank.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Vary = Mapping[str, Sequence[Any]]  # values by field, or by entry, as in option
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, with its settings that differ from the common recipe."""
+    """A method with the settings that differ from the common recipe."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Variant:
 
 
 def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
-    """The methods in order, each with every combination of the settings that it has."""
+    """The methods in order, each with all combinations of the settings that it supports."""
     vary = checked(vary)
     if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
         raise LorafoldError(
@@ -116,7 +116,7 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
 
 
 def checked(vary: Vary) -> dict[str, list[Any]]:
-    """The values by field, checked: only fields of training can vary."""
+    """Checks a sweep: only recipe fields that affect training can vary, each over a list."""
     values_by_field = {}
     for name, values in vary.items():
         if (field := name.partition(".")[0]) not in TRAINING_FIELDS:
@@ -133,7 +133,7 @@ def checked(vary: Vary) -> dict[str, list[Any]]:
 
 
 def field_value(recipe: Recipe, name: str) -> Any:
-    """The value of a field, or of an entry such as options.init."""
+    """The value of a recipe field, or of an entry such as options.init."""
     field, _, entry = name.partition(".")
     value = getattr(recipe, field)
     return value.get(entry) if entry else value
@@ -153,7 +153,7 @@ PREFILLED, DECODED, NUM_ROUNDS = 128, 8, 11
 
 
 class Latency(NamedTuple):
-    """Seconds, or ratios to the base's; `decode` is None for a classifier."""
+    """Seconds, or ratios to the latencies of the base; `decode` is None for a classifier."""
 
     prefill: float
     decode: float | None
@@ -179,7 +179,7 @@ def latencies(
 
 @torch.no_grad()
 def time_model(model: PreTrainedModel, new: int) -> Latency:
-    """Seconds to prefill PROMPT_TOKENS tokens and to decode `new` tokens, at batch 1."""
+    """Seconds to prefill PREFILLED tokens and to decode `new` tokens, at batch 1."""
     ids = torch.arange(100, 100 + PREFILLED, device=model.device)[None]
     output, prefill = time_call(lambda: model(ids, use_cache=new > 0), model.device)
 
@@ -209,14 +209,14 @@ BASE = "base"  # the row of the base model
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one method and seed; None if they do not apply.
+    """The metrics of one method and seed; metrics that do not apply are None.
 
     `trainable_share` and latencies are relative to the base model, losses are in nats per token,
-    times in seconds, sizes in bytes. `forgetting_kl` is KL(base || tuned), and `forgetting_loss`
-    the increase of the loss, on other text. `row_losses` has (summed loss, tokens) of each held-out
-    row. For a policy, `reward` is the mean total reward, `rewards` the mean of each reward by name,
-    and `prompt_rewards` the mean of each prompt. In a sweep, `validation` is the loss or reward on
-    the rows that select the best setting.
+    times in seconds, sizes in bytes. On text outside the task, `forgetting_kl` is KL(base ||
+    tuned), and `forgetting_loss` the increase of the loss. `row_losses` has (summed loss, tokens)
+    of each held-out row. For a policy, `reward` is the mean total reward, `rewards` has the mean of
+    each reward by name, and `prompt_rewards` the mean reward of each prompt. In a sweep,
+    `validation` is the loss or reward on the rows that select the best setting.
     """
 
     method: str
@@ -296,14 +296,12 @@ class ComparisonTask:
 
     @cached_property
     def day(self) -> str:
-        """The date for chat templates that print it, the same in all measurements; else ""."""
+        """The date for chat templates that print it, fixed for all measurements; otherwise ""."""
         return self.base.date(self.recipe.chat_template)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that the objective depends on besides recipe, rows and model, such as rewards'
-        files.
-        """
+        """Inputs of the objective besides recipe, rows and model, such as files of rewards."""
         return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> RunRequest:
@@ -354,13 +352,13 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
-    """The recipe of a method; the base has a default recipe, which is not trained."""
+    """The recipe of a method; for the untrained base, the default method's recipe."""
     default = Recipe.model_fields["method"].default
     return with_method(recipe, default if method == BASE else method)
 
 
 class ComparedModels:
-    """The base of a measurement and the model trained on it; each call loads one."""
+    """Loads the base of a measurement and the model trained on it, one per call."""
 
     def __init__(self, request: RunRequest, bare: Base) -> None:
         self.objective, self.seed = objective_of(request), request.recipe.seed
@@ -377,7 +375,7 @@ class ComparedModels:
     def evaluation(
         self, model: PreTrainedModel, task: ComparisonTask
     ) -> Evaluation | RewardEvaluation:
-        """Evaluate one of the models; may be called only once."""
+        """Evaluates one of the two models; may be called only once."""
         return self.objective.evaluate(model, self.tokenizer, task.held_out, self.length)
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
@@ -386,9 +384,7 @@ class ComparedModels:
         )
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
-        """(base with its adapter, adapter), or (whole model, None) if the run trained the whole
-        model.
-        """
+        """(base with its adapter, adapter), or (trained model, None) after full training."""
         if self.saved is None:
             full_model = replace(self.whole, dtype="fp32" if in_fp32 else None)
             return self.objective.load(full_model, self.tokenizer), None
@@ -397,7 +393,7 @@ class ComparedModels:
 
 
 def verified_merge(models: ComparedModels) -> PreTrainedModel | None:
-    """The merged model, or None if it can't be merged or its logits differ in fp32."""
+    """The merged model; None if the adapter can't be merged or the fp32 logits change."""
     tuned, adapter = models.tuned(in_fp32=True)
     ids = torch.arange(100, 164, device=models.bare.where)[None]
     with torch.no_grad():

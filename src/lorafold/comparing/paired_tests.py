@@ -2,16 +2,17 @@
 
     d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i: the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
-                                            the mean rewards of prompt i, n_i = 1; over S seeds
+                                            the mean rewards of prompt i, n_i = 1; means over S
+                                            and S' seeds
     var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
                                             R: `ratio_interval`'s variance over rows,
                                             l_s: the mean loss of a method under seed s
 
 A hard row is hard for all methods, so the interval of a difference is narrower than the intervals
-of both figures. Variances of rows and seeds are added, which counts the variance of a row under a
-seed twice, as a crossed bootstrap does; the quantile is Student's with the degrees of freedom of
-Satterthwaite (1946) and Welch (1947). With fewer than MIN_SEEDS seeds, intervals are over rows, and
-there is no verdict.
+of the two losses. The variances over rows and over seeds are added, which counts the variance of a
+row under a seed twice, as a crossed bootstrap does. The quantile is Student's with the degrees of
+freedom of Satterthwaite (1946) and Welch (1947). With fewer than MIN_SEEDS seeds, intervals are
+over rows only, and no method is called the best.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RowSums = Sequence[tuple[float, int]]  # (sum, count) of each row
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean (difference) and its 95% interval, None for one row; `p` under no difference."""
+    """A mean or mean difference, its 95% interval (None for one row), and its p-value."""
 
     mean: float
     interval: Interval | None
@@ -51,8 +52,8 @@ class Difference:
 
     @classmethod
     def of(cls, first: Measurements, second: Measurements = ()) -> Self:
-        """The mean of one model's figures over its seeds, or the difference of two models on the
-        same rows.
+        """The mean loss or reward of one method over its seeds, or the difference between two
+        methods on the same rows.
         """
         sums = [
             np.array([[s for s, _ in row_sums(one)] for one in of]) for of in (first, second) if of
@@ -89,7 +90,7 @@ def held_out(measurements: Measurements) -> dict[str, Difference]:
 
 
 def indistinct_methods(measurements: Measurements) -> list[list[str]]:
-    """Names of methods with the same loss on every row, whose different settings had no effect."""
+    """Methods with the same loss on every row, whose different settings had no effect."""
     names_by_losses: dict[Any, list[str]] = {}
     for name, seeds in by_name(measurements).items():
         names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
@@ -98,7 +99,6 @@ def indistinct_methods(measurements: Measurements) -> list[list[str]]:
 
 
 def lower_is_better(measurements: Measurements) -> bool:
-    """Whether losses are compared, and not rewards."""
     return measurements[0].loss is not None
 
 
@@ -110,8 +110,8 @@ def over_base(measurements: Measurements) -> dict[str, Difference]:
 
 
 def with_validation(measurements: Measurements) -> list[Measurement]:
-    """For a sweep, the figures with a random half of the rows as `validation`, which selects the
-    setting, and the other half reported; unchanged with fewer than MIN_ROWS rows.
+    """In a sweep, a random half of the held-out rows becomes `validation`, which selects the best
+    setting, and the other half is reported. With fewer than MIN_ROWS rows, nothing is changed.
     """
     count = len(row_sums(measurements[0]))
     methods, names = {one.method for one in measurements}, {one.name for one in measurements}
@@ -134,8 +134,8 @@ def _split(one: Measurement, first: set[int]) -> Measurement:
 
 
 def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
-    """The pairs of methods that differ significantly, by Holm's correction (1979) at 5% over all
-    pairs.
+    """The pairs of methods that differ significantly at 5%, with Holm's correction (1979) for the
+    number of pairs.
     """
     methods = by_name(measurements)
     pairs = sorted(
@@ -146,8 +146,9 @@ def distinguished_pairs(measurements: Measurements) -> set[frozenset[str]]:
 
 
 def verdict(measurements: Measurements) -> str:
-    """The best method if rows and seeds distinguish it, otherwise those that they don't; whether it
-    differs from the base; and the chosen settings of a sweep. Empty without the base.
+    """Which method is best or, if the differences are not significant, which methods can't be
+    distinguished; whether they differ from the base; and the selected settings of a sweep. The text
+    is empty if the base was not measured.
     """
     methods, gains = by_name(measurements), over_base(measurements)
     if not gains:

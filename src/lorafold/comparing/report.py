@@ -50,8 +50,8 @@ class Quality:
 
     @property
     def scale(self) -> str:
-        """The scale of its axis: logarithmic for losses that differ widely and have intervals above
-        0.
+        """The scale of the axis: logarithmic for losses that differ by more than a factor of 5 and
+        have intervals above 0.
         """
         known = [v for v in (*self.values, self.base) if v is not None]
         lows = [interval[0] for interval in self.intervals if interval]
@@ -234,7 +234,7 @@ def figures(measurements: Measurements) -> Table:
                 if len(names) > 1
             }
         if heading == EXACT:
-            # for a single seed; several have a range
+            # of a single seed; several seeds are shown as a range
             seeds = methods.values()
             single = (of[0].exact_match_interval if len(of) == 1 else None for of in seeds)
             columns[EXACT + INTERVAL_SUFFIX] = intervals(single, ".1%")
@@ -299,7 +299,7 @@ LEGEND = (
 
 
 def plus_minus(difference: Difference, fmt: str) -> str:
-    """A figure with half of its symmetric interval."""
+    """A figure with half the width of its symmetric interval, as in 0.52 ±0.03."""
     if difference.interval is None:
         return f"{difference.mean:{fmt}}"
     half = (difference.interval[1] - difference.interval[0]) / 2
@@ -327,7 +327,7 @@ def page(measurements: Measurements, title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Comparison(ShownInNotebooks):
-    """The figures of every method, setting and seed, the base's first."""
+    """The measurements of every method, setting and seed; the base comes first."""
 
     rows: tuple[Measurement, ...]
     model: str
@@ -335,16 +335,20 @@ class Comparison(ShownInNotebooks):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """The difference from the base's reward or loss, paired by rows, by `Measurement.name`."""
+        """The paired difference of each method's loss or reward from the base, by
+        `Measurement.name`.
+        """
         return over_base(self.rows)
 
     @property
     def verdict(self) -> str:
-        """The best method if rows and seeds distinguish it, otherwise those that they don't."""
+        """Which method is best or, if the differences are not significant, which methods can't be
+        distinguished.
+        """
         return verdict(self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        """The figures under the keys of `lorafold compare --json`."""
+        """All figures under the keys of `lorafold compare --json`, except the losses of rows."""
         gains = {method: asdict(one) for method, one in self.over_base.items()}
         rows = [asdict(one) for one in self.rows]
         for row in rows:

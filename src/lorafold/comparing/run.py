@@ -1,6 +1,6 @@
-"""Runs a comparison: every variant and seed is a cell, stored in `<out>/rows/` under the method,
-the seed and a digest of everything that it depends on. So the same call continues a stopped
-comparison, and several calls share the work.
+"""Runs a comparison. Every variant and seed is a cell, stored in `<out>/rows/` under the method,
+the seed and a digest of all its inputs, so the same call continues a stopped comparison, and
+concurrent calls share the work.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def methods_for(objective: str) -> list[str]:
 
 
 def unsupported_reason(recipe: Recipe, method: str) -> str | None:
-    """Why a method can't be trained on the recipe's objective, or None."""
     if not OBJECTIVES[recipe.objective].draws:
         return None
     spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
@@ -67,9 +66,7 @@ def compare(
     on_measurement: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measure every variant with every seed, the base first; the base has several seeds if they
-    matter.
-    """
+    """Measures every variant, the base first, with several seeds only if its result is random."""
     if task.recipe.new_tokens:
         raise LorafoldError(
             f"recipe: new_tokens: found {', '.join(task.recipe.new_tokens)}, expected none, because"
@@ -116,7 +113,7 @@ def compare(
 
 
 def measure_in_process(task: ComparisonTask, method: str, seed: int) -> Measurement:
-    """`measure` in a new process, so that peak memory is of one method only."""
+    """Calls `measure` in a new process, so that peak memory is measured for one method only."""
     try:
         spawned = get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawned, initializer=end_with_parent) as pool:
@@ -130,7 +127,7 @@ def measure_in_process(task: ComparisonTask, method: str, seed: int) -> Measurem
 
 
 def cell_digest(task: ComparisonTask, method: str) -> str:
-    """A digest of everything that the figures depend on: model, rows, recipe, rewards, code."""
+    """A digest of all inputs of a measurement but the seed: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
     base = task.base.stored(resolve_storage(recipe, spec, task.base.source))

@@ -1,1 +1,1 @@
-"""Composing several adapters into one, and measuring the interference between their tasks."""
+"""Composes several adapters into one, and measures the interference between their tasks."""

@@ -1,15 +1,16 @@
-"""Interference of adapters: the evaluation of each task, and how the updates of each pair relate.
+"""Interference between adapters: evaluations on each task, and the similarity of the updates of
+each pair.
 
-Per site and overall:
+For each matrix and overall:
 
     cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)
     shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis of the columns of B (phi
                       of Hu et al. 2021, arXiv 2106.09685, sec. 7.2, at full rank)
-    shared input      the same for the rows of A; at random, both share max(r_a, r_b) / n
+    shared input      the same for the rows of A; random subspaces share max(r_a, r_b) / n
     sign conflict     the fraction of entries among the largest fifth of both with different signs
                       (Yadav et al. 2023, arXiv 2306.01708, sec. 3); 1/2 at random
 
-Means over sites are weighted by |dW_a| |dW_b|.
+Means over matrices are weighted by |dW_a| |dW_b|.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ TOP_FRACTION = 0.2  # the fraction of entries whose signs are compared, as in TI
 
 @dataclass(frozen=True)
 class UpdateRelation:
-    """How two updates relate, at one site or overall; `chance_*` are the values for random
-    subspaces.
+    """The similarity of two updates, of one matrix or overall; `chance_*` are the values expected
+    for random subspaces.
     """
 
     cosine: float
@@ -51,13 +52,15 @@ class UpdateRelation:
 
     @property
     def weight(self) -> float:
-        """|dW_a| |dW_b|, the weight of the site in means."""
+        """The weight |dW_a| |dW_b| in means over matrices."""
         return self.norms[0] * self.norms[1]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters, by name. `overall` is None if they have no site in common."""
+    """The similarity of two adapters, for each matrix that both change and overall; `overall` is
+    None if there is no such matrix.
+    """
 
     a: str
     b: str
@@ -71,7 +74,7 @@ class Pair:
 
 
 def pairs_of(updates: Updates, console: Console) -> list[Pair]:
-    """Every pair of adapters, with one matrix's dense updates in memory at a time."""
+    """Compares every pair of adapters, with the dense updates of one matrix in memory at a time."""
     relations = defaultdict[tuple[int, int], dict[str, UpdateRelation]](dict)
     for site in updates.tracked("geometry", console):
         for name, changes in site.changes():
@@ -86,7 +89,7 @@ def pairs_of(updates: Updates, console: Console) -> list[Pair]:
 
 @torch.no_grad()
 def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateRelation]:
-    """Every pair of updates of a matrix, by adapter numbers."""
+    """Compares every pair of updates of one matrix; keys are pairs of adapter numbers."""
     norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
     largest = {
         i: trim(dense(change), TOP_FRACTION, torch.default_generator).sign().to(torch.int8)
@@ -106,8 +109,8 @@ def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateR
 def overlaps(
     a: Change, b: Change
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """The overlaps (0 to 1) of output and of input subspaces, and the two that random subspaces
-    have; all None unless both updates have factors.
+    """The overlaps (0 to 1) of output and of input subspaces, and the overlaps expected for random
+    subspaces; all None unless both updates have factors.
     """
     if not (isinstance(a, tuple) and isinstance(b, tuple)):
         return None, None, None, None
@@ -128,7 +131,6 @@ def overlap(a: Tensor, b: Tensor) -> float:  # (n, r_a), (n, r_b)
 
 
 def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
-    """The figures over all sites, or None without sites."""
     if not sites:
         return None
     squares = ([norm**2 for norm in of] for of in zip(*(m.norms for m in sites), strict=True))
@@ -148,7 +150,7 @@ def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
 
 @dataclass(frozen=True)
 class Interference:
-    """Evaluations by task and by active adapter, and the relation of each pair of adapters."""
+    """Evaluations by task and by active adapter, and the similarity of each pair of adapters."""
 
     tasks: dict[str, dict[str, Evaluation]]
     pairs: list[Pair]
@@ -162,8 +164,6 @@ class Interference:
         return {"tasks": tasks, "geometry": [*map(asdict, self.pairs)]}
 
     def __str__(self) -> str:
-        """A table with a line for the base, each adapter and each composition, and the pairs."""
-
         def cell(found: Evaluation) -> str:
             exact = "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
             return f"loss {found.loss:.4f}{exact}"
@@ -174,7 +174,7 @@ class Interference:
 
 
 def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
-    """Evaluate the base, the adapters and the compositions on every task of the request."""
+    """Evaluates the base, the adapters and the compositions on every task of the request."""
     model, tokenizer = job.opened()
     active: dict[str, Sequence[str]] = {"base": ()}
     signs = zip(job.updates.names, job.updates.adapters, strict=True)

@@ -2,12 +2,12 @@
 
     error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 if no rank was truncated
 
-mixture: frozen factors with gates that are trained (`methods.mixture`).
+mixture: frozen factors with trained gates (`methods.mixture`).
 
-lorahub: the weights of a sum of updates, optimized without gradients on a few examples.
+lorahub: a weighted sum of updates, whose weights are optimized without gradients on a few examples.
 
     min over w in [-1.5, 1.5]^n of  mean over tasks of loss(W + sum_i w_i dW_i) + l1 mean_i |w_i|
-    by CMA-ES (pycma; Hansen 2016, arXiv 1604.00772), from 1/n
+    by CMA-ES (pycma; Hansen 2016, arXiv 1604.00772), starting from 1/n
 
 Huang et al. 2023, arXiv 2307.13269, sec. 3.2-3.3. The paper sums the factors, (sum w_i B_i) (sum
 w_i A_i), which adds products B_i A_j of different adapters; lorafold sums the updates.
@@ -45,7 +45,9 @@ from lorafold.training_step.losses import CompletionLoss
 def arithmetic(
     rule: str, job: Job, out: Path, name: str = "", weights: tuple[float, ...] = ()
 ) -> Composed:
-    """Apply a rule at every site and write the adapter, under the rule's name by default."""
+    """Applies a rule to every target module and writes the adapter; `name` is recorded in place of
+    the rule's name.
+    """
     by, request, n = RULES[rule], job.request, len(job.updates.adapters)
     way, density = name or rule, by.kept_fraction(request.density)
     weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
@@ -76,7 +78,6 @@ RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
 def mixture(job: Job, out: Path) -> Composed:
-    """Train the gates on the examples and write the mixture."""
     request, rows = job.request, list(chain.from_iterable(job.examples.values()))
     base = request.base.stored_as_trained(request.adapters)
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
@@ -107,7 +108,7 @@ def mixture(job: Job, out: Path) -> Composed:
 
 
 def write_mixture(job: Job, out: Path, gates: Gating) -> float:
-    """Write the initial mixture for training; returns the truncation error."""
+    """Writes the initial mixture for training; returns the truncation error."""
     updates = job.updates
     sites = {site.path: site for site in updates.sites}
     targets = Matches({path: (path,) for path in sites})
@@ -134,12 +135,11 @@ ROWS_PER_TASK = 16  # rows of each task in the search's cost
 
 
 def lorahub(job: Job, out: Path) -> Composed:
-    """Write the sum of the updates with the best weights."""
     return arithmetic("linear", job, out, "lorahub", search(job))
 
 
 def search(job: Job) -> tuple[float, ...]:
-    """The best weights; their cost is at most the cost of 1/n each."""
+    """The best weights found; their cost is at most the cost of equal weights 1/n."""
     model, tokenizer = job.opened()
     tasks = [
         encode(rows[:ROWS_PER_TASK], tokenizer, job.request.recipe.max_length).examples
@@ -191,7 +191,7 @@ def minimize(
         warnings.simplefilter("ignore")  # cma warns about missing plots and about one dimension
         import cma
 
-        # cma takes a seed of 0 as a request for a random one
+        # for a seed of 0, cma chooses a random seed
         options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9}
         strategy = cma.CMAEvolutionStrategy([1 / n] * n, INITIAL_STEP, options)
         strategy.inject([[1 / n] * n], force=True)

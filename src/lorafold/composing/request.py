@@ -55,7 +55,7 @@ class ComposeRequest:
 
 @dataclass(frozen=True)
 class Composed:
-    """An adapter made from several; `weights` is None for gates by token or layer."""
+    """A composed adapter; `weights` is None for gates by token or layer."""
 
     weights: tuple[float, ...] | None
     truncation_error: float
@@ -64,7 +64,9 @@ class Composed:
 
 @dataclass(frozen=True)
 class Job:
-    """A request with its updates; `opened()` loads the model with adapter1, adapter2 ..."""
+    """A request with the adapters' updates; `opened()` loads the model with the adapters attached
+    as adapter1, adapter2, ...
+    """
 
     request: ComposeRequest
     updates: Updates
@@ -73,7 +75,7 @@ class Job:
 
     @property
     def examples(self) -> Mapping[str, Sequence[Row]]:
-        """The rows to learn from, by task."""
+        """The rows that lorahub and mixture learn from, by task."""
         if not self.request.examples:
             raise LorafoldError(
                 "--how lorahub and --how mixture need rows to learn from; pass --examples, or"
@@ -88,7 +90,7 @@ class Job:
         about: Mapping[str, Any],
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write and detach an adapter. Its record lists the adapters that it was made from."""
+        """Writes and detaches an adapter. Its record lists the adapters that it was made from."""
         request, storage = self.request, self.request.base.storage
         adapters = request.adapters
         made_on = training_storage_of(adapters) if storage == "auto" else TrainingStorage(storage)

@@ -1,4 +1,6 @@
-"""`lf.compose`: read adapters, compose them with each method, and measure the results."""
+"""Implements `lf.compose`: reads adapters, composes them with each method, and measures the
+results.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,7 @@ LEARNING_METHODS = ("lorahub", "mixture")  # the methods that learn from example
 
 @dataclass(frozen=True)
 class Composition(ShownInNotebooks):
-    """The result of `lf.compose`: an adapter per method, and the interference if there were tasks.
-    """
+    """The result of `lf.compose`: an adapter per method; `interference` is None without tasks."""
 
     composed: dict[str, Composed]
     adapters: tuple[str, ...]
@@ -43,8 +44,7 @@ class Composition(ShownInNotebooks):
     interference: Interference | None
 
     def as_json(self) -> dict[str, Any]:
-        """Every method under `compositions`; if there is only one, its keys are also at the top
-        level.
+        """Every method under `compositions`; the keys of a single method are also at the top level.
         """
         made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
@@ -58,9 +58,6 @@ class Composition(ShownInNotebooks):
 
 
 def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Console) -> Composition:
-    """Compose the adapters with each method of the request and, if it has tasks, measure the
-    results.
-    """
     check(request)
     check_out(request.out, request.overwrite)
     check_not_replaced(request.out, [one.path for one in request.adapters])
@@ -78,15 +75,13 @@ def compose(request: ComposeRequest, opened: Callable[[], Opened], console: Cons
 
 
 def make(way: str, job: Job, out: Path) -> Composed:
-    """Compose with one method, seeded by the request, without changing torch's global random state.
-    """
+    """Composes with one method, seeded by the request; torch's global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.request.seed)
         return COMPOSITIONS[way](job, out)
 
 
 def check(request: ComposeRequest) -> None:
-    """Raise one LorafoldError with all problems of the request."""
     problems = [
         f"--how: found {way}, expected one of {', '.join(COMPOSITIONS)}"
         for way in request.ways
@@ -130,7 +125,7 @@ def check(request: ComposeRequest) -> None:
 
 
 def with_examples(request: ComposeRequest) -> ComposeRequest:
-    """The request with rows to learn from: its own, or half of each task's rows."""
+    """Adds examples for lorahub and mixture if there are none: half of each task's rows."""
     if request.examples or not request.tasks or not set(request.ways) & set(LEARNING_METHODS):
         return request
     halves = {task: split(rows, 0.5, request.seed) for task, rows in request.tasks.items()}

@@ -1,26 +1,27 @@
-"""The updates of several adapters by site, and the arithmetic that combines them.
+"""The updates of several adapters by target module, and the arithmetic that combines them.
 
-    dW_i (out, in)  the update of adapter i at a site, or at one matrix of experts: factors
-                    B_i (out, r_i), A_i (r_i, in) if it has them
+    dW_i (out, in)  the update of a matrix by adapter i; its factors are B_i (out, r_i) and
+                    A_i (r_i, in) if it is low-rank
     sum             sum_i w_i dW_i; of factors [w_1 B_1, w_2 B_2 ...] [A_1; A_2 ...], which is exact
-    disjoint mean   for each entry, the mean of those w_i dW_i that have the elected sign,
+    disjoint mean   for each entry, the mean of the w_i dW_i that have the elected sign,
                     sign(sum_i w_i dW_i)                                              (TIES)
-    trim            the largest fraction `density` of the entries; the others are 0
+    trim            keeps the largest fraction `density` of the entries; the others become 0
                     (TIES, magnitude pruning)
-    drop            each entry with probability `density`, divided by it; the others are 0   (DARE)
+    drop            keeps each entry with probability `density`, divided by `density`; the others
+                    become 0                                                          (DARE)
 
     way               entries          joined by        weights    rank
-    linear            all              sum              1/n        sum of the adapters', exact
-    task-arithmetic   all              sum              1          sum of the adapters', exact
-    svd               all              sum              1/n        the largest of the adapters'
-    ties              largest fifth    disjoint mean    1          sum of the adapters'
-    dare              random half      sum              1/n        sum of the adapters'
-    dare-ties         random half      disjoint mean    1          sum of the adapters'
-    magnitude         largest fifth    sum              1/n        sum of the adapters'
+    linear            all              sum              1/n        sum of the ranks, exact
+    task-arithmetic   all              sum              1          sum of the ranks, exact
+    svd               all              sum              1/n        largest of the ranks
+    ties              largest fifth    disjoint mean    1          sum of the ranks
+    dare              random half      sum              1/n        sum of the ranks
+    dare-ties         random half      disjoint mean    1          sum of the ranks
+    magnitude         largest fifth    sum              1/n        sum of the ranks
 
 Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708,
-sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. The TIES paper ranks the entries of the whole
-model; `trim` ranks those of one matrix, so that only one dense update is in memory.
+sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. TIES ranks the entries of the whole model,
+`trim` the entries of each matrix, so that only one dense update is in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 @dataclass(frozen=True)
 class ModuleUpdates:
-    """A module with the update of each adapter, or None, and the names of its matrices."""
+    """A module's matrices, and each adapter's update (None if it does not change the module)."""
 
     path: str
     names: tuple[str, ...]
@@ -61,24 +62,23 @@ class ModuleUpdates:
 
     @property
     def present(self) -> list[tuple[int, Additive]]:
-        """The updates at this site, with their adapters' numbers, from 0."""
+        """(adapter number from 0, update) of each adapter that changes this module."""
         return [(i, update) for i, update in enumerate(self.updates) if update is not None]
 
     def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
-        """Yield the name of each matrix, and its updates by adapter number."""
+        """Yields the name of each matrix, and its updates by adapter number."""
         numbers = [i for i, _ in self.present]
         every = zip(*(changes_of(update) for _, update in self.present), strict=True)
         for name, own in zip(self.names, every, strict=True):
             yield name, dict(zip(numbers, own, strict=True))
 
     def stacked(self, factors: Sequence[Factors]) -> Factors:
-        """The factors of all its matrices, stacked as in a delta."""
         return stacked(factors, () if self.names == (self.path,) else (len(factors),))
 
 
 @dataclass(frozen=True)
 class Updates:
-    """Adapters on one base, with short names."""
+    """Adapters that are attached to one base, with short unique names."""
 
     model: nn.Module
     adapters: tuple[Adapter, ...]
@@ -86,7 +86,7 @@ class Updates:
 
     @cached_property
     def sites(self) -> tuple[ModuleUpdates, ...]:
-        """Every site that an adapter changes, in the order of the model's modules."""
+        """All modules that an adapter changes, in the model's order."""
         by_adapter = [adapter.own_deltas for adapter in self.adapters]
         modules = Anatomy.of(self.model).modules
         paths = [path for path, _ in modules if any(path in own for own in by_adapter)]
@@ -98,13 +98,12 @@ class Updates:
         )
 
     def tracked(self, what: str, console: Console) -> Iterable[ModuleUpdates]:
-        """The sites, with a progress bar on a terminal."""
         quiet = not console.is_terminal
         return track(self.sites, what, console=console, transient=True, disable=quiet)
 
 
 def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
-    """Attach saved adapters to their base, whose weights stay in their files."""
+    """Attaches saved adapters to their base, whose weights stay memory-mapped."""
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
     for number, saved in enumerate(adapters, 1):
@@ -128,14 +127,13 @@ def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
 
 
 def short_names(adapters: Sequence[str | Path]) -> tuple[str, ...]:
-    """A unique name for each path: its last part, the whole path, or one with a number."""
+    """A unique name for each path: its last part, the whole path, or the path with a number."""
     paths = [Path(adapter) for adapter in adapters]
     short = [p.name if sum(q.name == p.name for q in paths) == 1 else str(p) for p in paths]
     return tuple(n if short.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(short, 1))
 
 
 def dense(change: Change) -> Tensor:  # (out, in)
-    """The update as one matrix."""
     return change[0] @ change[1] if isinstance(change, tuple) else change
 
 
@@ -154,7 +152,6 @@ Join = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
 
 
 def scaled(change: Change, weight: float) -> Change:
-    """w dW; for factors, the up factor is multiplied."""
     return (weight * change[0], change[1]) if isinstance(change, tuple) else weight * change
 
 
@@ -176,7 +173,7 @@ def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
 
 
 def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The largest entries of an update (out, in), the others 0; not random."""
+    """Keeps the largest entries of an update (out, in), and sets the others to 0; not random."""
     sizes = update.abs()
     kept = max(1, round(density * update.numel()))
     least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
@@ -184,7 +181,9 @@ def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Random entries of an update (any shape), divided by `density`, the others 0 (DARE, eq. 1)."""
+    """Keeps random entries of an update (any shape), divided by `density`, and sets the others to 0
+    (DARE, eq. 1).
+    """
     return torch.where(torch.rand(update.shape, generator=generator) < density, update / density, 0)
 
 
@@ -215,7 +214,7 @@ def inner(a: Change, b: Change) -> float:
 
 @dataclass(frozen=True)
 class ComposeWay:
-    """A method of composing; the weights are 1/n if `mean`, else 1."""
+    """A rule for composing updates; default weights are 1/n if `mean`, else 1."""
 
     join: Join
     mean: bool
@@ -231,7 +230,6 @@ class ComposeWay:
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int
     ) -> Iterator[Change]:
-        """Yield the composition of each matrix of a site."""
         generators = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.present}
         for _, changes in site.changes():
             if (prune := self.prune) is not None and density is not None:
@@ -240,7 +238,6 @@ class ComposeWay:
 
 
 def rank_of(update: Additive, path: str) -> int:
-    """The rank of an update."""
     if (factors := update.factors()) is None:
         raise LorafoldError(
             f"{path}: found {type(update).__name__}, which is not a product of two factors and so"

@@ -1,5 +1,5 @@
-"""axolotl's training YAML with axolotl's defaults, as of July 2026; `axolotl_objectives` has the
-keys that matter with `rl` or `reward_model`.
+"""Converts axolotl's training YAML, with axolotl's defaults as of July 2026. Keys that matter with
+`rl` or `reward_model` are in `axolotl_objectives`.
 
 The batch is for one GPU, as in axolotl. With packing, axolotl's micro-batch counts packed
 sequences, while lorafold's batch counts rows.
@@ -158,10 +158,7 @@ def unless_bf16(outcome: Outcome) -> Reader:
 
 
 def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
-    """`sample_packing` becomes packing. Without an attention setting, packed rows attend to each
-    other in axolotl, with positions that restart. A policy reads a prompt once for its group
-    instead.
-    """
+    """Without an attention setting, axolotl's packed rows attend to each other."""
     if is_policy(settings):
         return mapped("lorafold computes a prompt once for all its completions")
     mixed = boolean(value) and all(is_off(settings[key]) for key in ATTENTION_KEYS)
@@ -174,9 +171,7 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`warmup_ratio` becomes the warm-up; axolotl rounds known steps down, by default to at most
-    100.
-    """
+    """axolotl rounds known steps down, and its default ratio gives at most 100 steps."""
     if settings["warmup_steps"] is not None:
         return None
     share, total = number(value), trainer.total_steps(settings)
@@ -189,9 +184,7 @@ def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def per_epoch(name: str) -> Reader:
-    """Convert `evals_per_epoch` or `saves_per_epoch` to an interval in steps (recipe field
-    `name`), as axolotl does: the fraction 1 / (value x epochs) of the run.
-    """
+    """As in axolotl, the interval is the fraction 1 / (value x epochs) of the run."""
     read = trainer.interval(name)
 
     def of_count(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -213,9 +206,8 @@ def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    """Accept `unfrozen_parameters` if the patterns match all of the adapter's weights, which are
-    named base_model.model.PATH.lora_A.default.weight: axolotl freezes all others after attaching
-    the adapter.
+    """axolotl attaches the adapter and then freezes all parameters that match no pattern. The
+    adapter's weights are named base_model.model.PATH.lora_A.default.weight.
     """
     if not is_lora(settings):
         raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")

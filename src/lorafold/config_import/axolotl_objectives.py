@@ -1,9 +1,9 @@
-"""axolotl's keys for `rl` and `reward_model`: loss, beta, weights, and with `rl: grpo` the block
-`trl`, whose keys are TRL's and become `trl.KEY` in a translation.
+"""Converts axolotl's keys for `rl` and `reward_model`: loss, beta, weights, and for `rl: grpo` the
+block `trl`. The block's keys are TRL's and are called `trl.KEY` in a translation.
 
-axolotl passes them to TRL's trainers (1.8), whose losses equal lorafold's except as the remarks
-state: supervised terms are averaged over all tokens of a micro-batch there, and over the tokens of
-each completion here. If `max_completion_length` is absent, axolotl passes None.
+axolotl passes these settings to TRL's trainers (1.8), whose losses equal lorafold's except as the
+remarks state: TRL averages supervised terms over all tokens of a micro-batch, lorafold over the
+tokens of each completion. If `max_completion_length` is absent, axolotl passes None.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _loss_weights(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def beta_of(key: str) -> Reader:
-    """Read one of the keys that may contain beta: the first of `trl`, `rl_beta`, `dpo_beta` and
-    `orpo_alpha` that the file sets; for a policy, `trl.beta` comes first.
+    """A reader for one of the keys that may contain beta. The first of `trl`, `rl_beta`, `dpo_beta`
+    and `orpo_alpha` that the file sets is used; for a policy, `trl.beta` comes first.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -176,7 +176,9 @@ def dropout(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def is_new_adapter(settings: ToolSettings) -> bool:
-    """Whether axolotl trains a new adapter, although `lora_model_dir` may name one."""
+    """Whether axolotl trains a new adapter; with rl dpo, ipo or kto, it does so even if
+    `lora_model_dir` names an adapter.
+    """
     return settings["lora_model_dir"] is None or str(settings["rl"]) in ("dpo", "ipo", "kto")
 
 

@@ -1,8 +1,9 @@
-"""The keys of TRL's GRPOConfig and RLOOConfig that other trainers lack: loss, options, sampling and
-batch, as of TRL 1.16. axolotl's `trl` block has these keys too.
+"""Converts the keys of TRL's GRPOConfig and RLOOConfig that its other trainers don't have, as of
+TRL 1.16: loss, options, sampling and batch. axolotl's `trl` block has these keys too.
 
-With one update per step, ratios are 1 and bounds on them have no effect. TRL's batch counts the
-completions of one process, lorafold's the prompts, each with a group of completions.
+With one update per step, importance ratios are 1 and bounds on them have no effect. TRL's batch
+counts the completions of one process; lorafold's batch counts prompts, each with a group of
+completions.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import boolean, integer, names, number
 
-# lorafold's average, by loss_type of the clipped surrogate
+# by loss_type of the clipped surrogate: lorafold's average
 AVERAGES = {
     "dapo": "tokens",
     "bnpo": "tokens",
@@ -44,7 +45,7 @@ AVERAGES = {
 # `scale_rewards` may also be true or false
 SCALES = {"true": "group", "batch": "batch", "false": "none"}
 NO_LIMIT = "no limit"  # for a file without a completion length
-MAX_NEW = 256  # tokens of a completion then
+MAX_NEW = 256  # tokens of a completion if there is no limit
 PROMPT = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
 SAMPLING = "lorafold samples completions in the training process, from the weights that it trains"
@@ -60,7 +61,7 @@ AS_TEXT = (
 
 
 def is_leave_one_out(settings: ToolSettings) -> bool:
-    """Whether the settings are RLOO's, which have no loss_type."""
+    """Whether the settings are for RLOO, which has no loss_type."""
     return "loss_type" not in settings.defaults
 
 
@@ -73,9 +74,7 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """`loss_type` becomes the objective and its average; for cispo, TRL's `epsilon_high` bounds the
-    ratio itself.
-    """
+    """For cispo, TRL's `epsilon_high` bounds the importance ratio itself."""
     if value in ("sapo", "vespo"):
         raise rejection(value, "lorafold does not support this loss")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
@@ -94,7 +93,6 @@ def loss_type(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def importance_sampling_level(value: Any, settings: ToolSettings) -> Outcome:
-    """`importance_sampling_level` is read with `loss_type`; sequence means GSPO."""
     if choice(value, "token", "sequence") == "sequence" and objective_of(settings) == "cispo":
         raise rejection(value, "lorafold's cispo has one ratio per token")
     return read_with("loss_type")
@@ -164,7 +162,7 @@ def sampling_option(*neutral: float) -> Reader:
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """Read a bound on ratios of at least `least`, which has no effect if ratios are 1."""
+    """A reader for a bound on importance ratios, which has no effect because ratios are 1."""
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if number(value) < least:
@@ -237,9 +235,8 @@ def accumulation(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def updates_per_sample(factor: str) -> Reader:
-    """Read `steps_per_generation` (in micro-batches) or `generation_batch_size` (in completions):
-    how many updates learn from one sample. `factor` is the key of the micro-batch size; empty for
-    1.
+    """A reader for the number of updates per sample. `factor` is the key of the micro-batch size if
+    the value counts completions; empty if it counts micro-batches.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:

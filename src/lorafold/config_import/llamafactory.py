@@ -1,9 +1,9 @@
-"""LLaMA-Factory's training YAML, with its defaults and those of the Trainer, as of August 2026.
+"""Converts LLaMA-Factory's training YAML, with its defaults and the Trainer's, as of August 2026.
 
-The batch is for one device; with packing, LLaMA-Factory's counts packed sequences. Its preference
-losses equal lorafold's: log-probabilities are means over tokens for ipo, orpo and simpo and sums
-for the others, and `pref_ftx` weighs the mean over the tokens of each chosen completion. The
-reference is the model without the adapter that trains.
+The batch is for one device; with packing, LLaMA-Factory's batch counts packed sequences. Its
+preference losses equal lorafold's: log-probabilities are averaged over tokens for ipo, orpo and
+simpo and summed for the others, and `pref_ftx` weights the mean over the tokens of each chosen
+completion. The reference is the model without the adapter in training.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ DATASET_KEYS = {
     "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
     "ranking", "columns", "tags",
 }  # fmt: skip
-# lorafold's columns by theirs, in both formats
+# lorafold's column: LLaMA-Factory's column, in both formats
 INSTRUCTION_COLUMNS = {"instruction": "prompt", "input": "query", "output": "response"}
 PREFERENCE_COLUMNS = {
     "chosen": "chosen",
@@ -104,7 +104,7 @@ def has_reference(settings: ToolSettings) -> bool:
 
 def is_packed(settings: ToolSettings) -> bool:
     """Whether LLaMA-Factory packs rows: with `neat_packing` or `packing`, and in pretraining unless
-    `packing` is off; never for preferences.
+    `packing` is off, but never for preferences.
     """
     if objective_of(settings) is not None:
         return False
@@ -114,8 +114,8 @@ def is_packed(settings: ToolSettings) -> bool:
 
 
 def is_new_adapter(settings: ToolSettings) -> bool:
-    """Whether a new adapter is trained on top of the named ones. On a quantized base, LLaMA-Factory
-    always continues the named adapter.
+    """Whether a new adapter is trained on top of the named adapters. On a quantized base,
+    LLaMA-Factory always continues to train the named adapter.
     """
     return settings.is_on("create_new_adapter") and not is_quantized(settings)
 
@@ -159,9 +159,7 @@ def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`pissa_init` is read with `finetuning_type`. It is rejected with a reference, as in
-    LLaMA-Factory, because the reference would be the base that PiSSA changes.
-    """
+    """LLaMA-Factory rejects PiSSA with a reference, which would be the base that PiSSA changes."""
     if boolean(value) and has_reference(settings):
         raise LorafoldError(f"found {value!r}, which LLaMA-Factory rejects with a reference")
     return trainer.PART_OF_METHOD if boolean(value) else None

@@ -1,7 +1,7 @@
-"""mlx-lm's YAML for `mlx_lm.lora` with its defaults, as of August 2026.
+"""Converts the YAML of `mlx_lm.lora`, with mlx-lm's defaults as of August 2026.
 
 mlx-lm adds scale B A x to a layer's output, so alpha is scale times the rank. Its iterations are
-micro-batches. It clips no gradients and packs no rows.
+micro-batches. It does not clip gradients or pack rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
 CONSTANT = "constant"  # for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-COLUMN_KEYS = {  # lorafold's columns by theirs
+COLUMN_KEYS = {  # lorafold's column: mlx-lm's key
     "prompt": "prompt_feature",
     "completion": "completion_feature",
     "messages": "chat_feature",
@@ -132,7 +132,7 @@ def _betas(value: Any) -> tuple[float, ...]:
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
     """A remark on Adam without bias correction, whose step k is (1 - beta1^k) / sqrt(1 - beta2^k)
-    times as large; empty if the average over the run is about 1.
+    times as large; "" if the average over the run is about 1.
     """
     steps = steps_of("iters", settings)
     first = range(1, min(steps, 20_000) + 1)  # later steps don't differ
@@ -205,9 +205,7 @@ def _hf_dataset(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def model(value: Any, settings: ToolSettings) -> Outcome:
-    """`model` becomes `--model` with the quantization of its files; MLX's quantized formats are not
-    read.
-    """
+    """lorafold can't read MLX's quantized formats, so the remark asks for the original model."""
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:
         outcome = pass_option("--model", value)

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json. The meaning of its keys comes from the table that reads adapters
-(`lorafold.peft`); added here are keys that matter only while training: initializations that change
-the base, AdaLoRA's phases, dropouts.
+"""Converts PEFT's adapter_config.json. Keys are interpreted by the tables that also read adapters
+(`lorafold.peft`). This module adds keys that matter only in training: initializations that change
+the base, AdaLoRA's phases, and dropouts.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _metadata(key: str, value: Any) -> Outcome:
 
 
 def _other_outcome(key: str, value: Any, harmless: bool, method: Method) -> Outcome:
-    # options while it trains, which a saved adapter does not depend on
+    # options of training, on which a saved adapter does not depend
     if key in ("tinit", "tfinal") and key in method.known:
         return mapped(options={key: value})
     if not value:

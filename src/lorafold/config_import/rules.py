@@ -1,6 +1,6 @@
-"""Tables of rules, and the reading of a configuration with them.
+"""Rules that convert another tool's configuration, key by key.
 
-    Rule            one key of another tool: its reader, and that tool's default
+    Rule            one key of another tool: its reader, and the tool's default
     Outcome         mapped, mapped differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
 
@@ -32,8 +32,8 @@ AS_OPTION = "="  # the reader of a key in `FOREIGN_OPTIONS`
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result for a key: the recipe `fields` that it sets, a `remark` with the reason, and
-    `flag`, the options of `lorafold train` for what a recipe can't contain.
+    """The result of converting a key: the recipe `fields` that it sets, a `remark` with the reason,
+    and `flag`, options of `lorafold train` for settings that a recipe can't contain.
     """
 
     status: Literal["taken", "changed", "left"]
@@ -54,7 +54,7 @@ class TranslatedKey:
 
 @dataclass(frozen=True)
 class ToolSettings:
-    """The value of each key: the file's, or the tool's default if that is absent or null."""
+    """The value of each key in the file, or the tool's default if the key is absent or null."""
 
     config: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -79,7 +79,7 @@ Reader = Callable[[Any, ToolSettings], Outcome | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """One key of another tool. With a `default`, it is also read if the file lacks it."""
+    """One key of another tool. A rule with a `default` also applies to files without the key."""
 
     key: str
     reader: Reader
@@ -124,17 +124,21 @@ def setting_in(key: str, *values: Any) -> Condition:
 
 
 def mapped(remark: str = "", /, **fields: Any) -> Outcome:
-    """The key has the same meaning here, as these recipe fields."""
+    """The outcome of a key with the same meaning in lorafold, as these recipe fields."""
     return Outcome("taken", fields, remark)
 
 
 def changed(why: str, /, **fields: Any) -> Outcome:
-    """The key is mapped differently, for the reason `why`; without a reason it is mapped."""
+    """The outcome of a key that lorafold implements differently, with the reason `why`; without a
+    reason, it counts as mapped.
+    """
     return Outcome("changed" if why else "taken", fields, why)
 
 
 def unmapped(instead: str, flag: str = "") -> Outcome:
-    """The key has no counterpart in the recipe; `instead` is advice, `flag` the option."""
+    """The outcome of a key without a counterpart in the recipe; `instead` is advice, `flag` the
+    option to pass.
+    """
     return Outcome("left", {}, instead, flag)
 
 
@@ -206,10 +210,10 @@ def choice(value: Any, *choices: str) -> str:
 
 
 def apply_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """An entry for every key of `config`, and for the tool's defaults that matter.
+    """Converts every key of `config`, and the tool's defaults that matter.
 
-    If a rule passes `--init-adapter`, that adapter has its own method, rank and targets, and the
-    file's are left.
+    If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so the
+    file's values are left out.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries, problems = [], []
@@ -265,8 +269,9 @@ def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
     columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
 ) -> SourceDataset:  # fmt: skip
-    """A dataset as `datasets` loads it; lorafold reads only the default configuration and the split
-    train. `kind` follows the path in messages.
+    """A dataset as the other tool loads it with `datasets`. lorafold reads only the default
+    configuration and the split train, so other values become remarks. `kind` follows the path in
+    messages.
     """
     if path in ("json", "csv", "parquet", "text", "arrow") and isinstance(files, str):
         path, files = files or path, None
@@ -290,8 +295,8 @@ def unsupported_remarks(keys: Sequence[str]) -> Iterator[str]:
 
 
 def data_outcome(sources: Sequence[SourceDataset], objective: str | None) -> Outcome:
-    """The outcome for datasets: --data and --columns on the command line. `objective` is None for
-    supervised training.
+    """The outcome of datasets, which become --data and --columns on the command line. `objective`
+    is None for supervised training.
     """
     pairs = {
         (ours, str(theirs))

@@ -1,5 +1,5 @@
-"""Keys that several tools pass to Hugging Face's Trainer, to TRL's preference trainers and to PEFT,
-as of transformers 5.24 and PEFT 0.21.
+"""Converts keys that several tools pass to Hugging Face's Trainer, to TRL's preference trainers and
+to PEFT, as of transformers 5.24 and PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_of(length: float, share: bool = False) -> Outcome:
-    """A warm-up of `length` steps, or of a share of the run: with `share`, or below 1, as in
-    transformers 5.
-    """
+    """`length` is in steps, or a share of the run if below 1 (transformers 5) or with `share`."""
     if length == 0:
         return mapped(warmup=0.0)
     if share or length < 1:
@@ -132,8 +130,8 @@ def trackers(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
-    """Names of parameters become targets in addition to `modules`, a preset, regular expression or
-    list of names; a linear layer's weight becomes the layer.
+    """Converts names of parameters to targets in addition to `modules`, which is a preset, a
+    regular expression or a list of names. A linear layer's weight becomes the layer.
     """
     if modules == "all-linear":
         return changed("all-linear also includes the weight matrices of experts")
@@ -163,8 +161,8 @@ def accumulation(settings: ToolSettings) -> int:
 def batch(
     of_one: str, packed: Condition, fills: str, steps: Callable[[ToolSettings], int] = accumulation
 ) -> Reader:
-    """Read a micro-batch, which times accumulation becomes the batch. `fills` is the tool and the
-    key that a packed sequence fills.
+    """A reader for the micro-batch size, which is multiplied by gradient accumulation to the batch
+    size. `fills` is the tool and its key for the length of packed sequences.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
@@ -268,7 +266,7 @@ ORPO_TERM = (
     "TRL's SFT term also trains on the prompts and averages over the tokens of a micro-batch;"
     " lorafold's trains only on the chosen completions, one by one"
 )
-# The preference objective of a file's settings; None: another, or a rejected one
+# The preference objective of a file's settings; None if it has no supported one
 ObjectiveOf = Callable[[ToolSettings], str | None]
 
 
@@ -315,8 +313,8 @@ def sft_term_of(objective: str) -> Reader:
 
 
 def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
-    """The losses of TRL's DPOTrainer become the objective, and a second loss sft its `sft_weight`.
-    `given` are their weights, or None, under the file's `key`.
+    """Converts the losses of TRL's DPOTrainer to the objective, and a second loss sft to
+    `sft_weight`. `given` has the weights of the losses, or None; `key` is their key in the file.
     """
     losses = list(losses)
     weights = [1.0] * len(losses)
@@ -338,7 +336,7 @@ def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
 
 
 def dpo_label_smoothing(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`label_smoothing`, which TRL's DPOTrainer reads only for losses that lorafold lacks."""
+    """TRL's DPOTrainer uses `label_smoothing` only for losses that lorafold does not support."""
     if not (smoothing := number(value)):
         return None
     remark = "TRL 1 ignores this key for this loss; for cDPO pass --objective-options"

@@ -1,8 +1,9 @@
-"""The translation of another tool's file: a recipe, a report on each key, and the recipe's YAML
-with a comment on the origin of every line.
+"""Converts another tool's file to a recipe, with a report on each key. The recipe's YAML has a
+comment on the origin of every line.
 
-A file belongs to the tool with the fewest unknown keys among those that have one of their markers
-in it. If two tools tie, or more than a third of the keys are unknown, the user has to name it.
+A tool is a candidate if the file has one of its markers; the candidate with the fewest unknown keys
+is chosen. If two tools tie, or more than a third of the keys are unknown, the user has to name the
+tool.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ UNSUPPORTED_FILES = {  # keys of other files, with a description of the file
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool: its name, its markers (keys, or key=value, separated by spaces), the reader of
-    its files, its known keys (None: all), and a note on settings that its files never contain.
+    """Another tool. `markers` are keys, or key=value, separated by spaces; `known` are the keys
+    that it supports (None: all); `note` is about settings that its files never contain.
     """
 
     name: str
@@ -87,7 +88,7 @@ def _from_rules(
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     note: str = "",
 ) -> Tool:
-    """A tool with a table of rules; `flatten` moves the keys of blocks to the top level."""
+    """A tool with a table of rules; `flatten` moves keys in blocks to the top level."""
     known = frozenset(rule.key for rule in rules)
     return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known, note)
 
@@ -129,8 +130,8 @@ SWITCH_SETTINGS = {
 
 @dataclass(frozen=True)
 class Translation:
-    """A recipe, and the outcome of each key of the file and of the tool's defaults that matter;
-    `note` lists what such a file never contains.
+    """A recipe, and the outcome of each key of the file and of the tool's defaults that matter.
+    `note` is about settings that such a file never contains.
     """
 
     source: Path
@@ -147,12 +148,12 @@ class Translation:
 
     @property
     def unread(self) -> list[TranslatedKey]:
-        """The keys of a script with computed values that a recipe would contain."""
+        """Keys that a recipe would contain, but whose values the script computes."""
         return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
 
     def written(self) -> dict[str, Any]:
         """The recipe's fields that differ from its defaults, and `storage` if a key set it, because
-        without it the model's files would decide.
+        it would otherwise be taken from the model's files.
         """
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)
         defaults = Recipe().model_dump(mode="json")
@@ -163,8 +164,8 @@ class Translation:
         }
 
     def to_yaml(self, path: str = "recipe.yaml") -> str:
-        """The recipe's YAML, with a comment on the origin of every line. `path` is the file's, for
-        the command in its header.
+        """The recipe's YAML, with a comment on the origin of every line. `path` is the recipe's
+        path in the command of the header.
         """
         lines = [
             f"# {self.source.name} ({self.tool}), converted by lorafold {version('lorafold')}.",
@@ -326,7 +327,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
 
 
 def _merge_values(before: Any, value: Any) -> Any:
-    """The later value, but both values for trackers, tokens and options."""
+    """Combines values of trackers, tokens and options; otherwise, the later value is used."""
     if isinstance(before, tuple) and isinstance(value, tuple) and before != value:
         return (*before, *(one for one in value if one not in before))
     return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
@@ -360,7 +361,7 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
         )
     if file_kind := next((what for key, what in UNSUPPORTED_FILES.items() if key in config), None):
         raise LorafoldError(f"{path}: found {file_kind}")
-    # PEFT's file may contain any key, so it only counts with its own
+    # PEFT's file may contain any key, so every file would tie with it
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = listed(TOOLS[kind].name for kind in kinds)
     if len(kinds) > 1:
@@ -382,8 +383,8 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """The outcome of an option of any of the tools, such as lora_r, given all such options in
-    `given`; None if no tool has it.
+    """The outcome of another tool's option, such as lora_r; `given` has all such options with their
+    values. None if no tool has the option.
     """
     name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
     for rules in _rule_tables():

@@ -1,8 +1,9 @@
-"""TRL's files, with one table for each trainer: SFT, DPO, KTO, CPO (SimPO), ORPO, reward, GRPO and
-RLOO, as of TRL 1.16 (CPO and ORPO from its experimental part) and transformers 5.24.
+"""Converts TRL's configurations, with one table for each trainer: SFT, DPO, KTO, CPO (SimPO), ORPO,
+reward, GRPO and RLOO, as of TRL 1.16 (CPO and ORPO are in its experimental part) and transformers
+5.24.
 
 A file without model settings trains LoRA, lorafold's default. The batch is for one process; with
-packing, TRL's counts packed sequences.
+packing, TRL's batch counts packed sequences.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def _modules_to_save(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def dtype(value: Any, settings: ToolSettings) -> Outcome | None:
-    """`dtype` becomes the base's quantization or dtype. TRL multiplies fp32 weights in bf16 unless
-    `bf16` is off.
-    """
+    """TRL multiplies fp32 weights in bf16 unless `bf16` is off."""
     name = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
@@ -180,9 +179,7 @@ def losses(settings: ToolSettings) -> tuple[str, ...]:
 
 
 def centre(value: Any, settings: ToolSettings) -> Outcome:
-    """`center_rewards_coefficient` becomes `centre`; it also sets the objective, which no other key
-    names.
-    """
+    """`center_rewards_coefficient` also sets the objective, because no other key names it."""
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
     return mapped(objective="reward", **options)
 
@@ -261,7 +258,7 @@ POLICY_MARKERS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
-# Each trainer's name, signs and own keys
+# Each trainer's name, markers and table
 TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     "trl-sft": (
         "SFT",

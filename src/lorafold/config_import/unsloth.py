@@ -1,12 +1,12 @@
-"""Unsloth's scripts as of August 2026: the keyword arguments of its model functions and of TRL's
-trainers, with Unsloth's defaults in place of TRL's.
+"""Converts Unsloth's scripts as of August 2026: the keyword arguments of its model functions and of
+TRL's trainers, with Unsloth's defaults in place of TRL's.
 
     FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
 
 A script is parsed and never executed. A value is a literal, or a name to which the script assigns
-one literal; any other is an `Expression`. Only the first call of each function counts. Processing
-of rows before training is ignored.
+one literal; any other value is an `Expression`. Only the first call of each function counts.
+Processing of rows before training is ignored.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
 MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
-# TRL's kind of each trainer; its configuration is called XConfig
+# the translation's kind, by trainer; the configuration of XTrainer is called XConfig
 TRAINERS = {
     "SFTTrainer": "trl-sft",
     "UnslothTrainer": "trl-sft",
@@ -294,7 +294,7 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
-    """Yield the calls in order, without those under `if False`."""
+    """Yields the calls in order, except calls under `if False`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Call):
             yield node
@@ -317,7 +317,7 @@ def _arguments(call: ast.Call, names: tuple[str, ...]) -> Iterator[tuple[str, as
 
 
 def _literals(tree: ast.Module) -> Mapping[str, Any]:
-    """Names to which the script assigns exactly once, with a literal."""
+    """The names to which the script assigns exactly once, with a literal, and these values."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign):

@@ -1,5 +1,5 @@
-"""Keys of other tools, separated by spaces, that have no counterpart in a recipe, with the reason
-or advice. They are reported only if they are on.
+"""Keys of other tools that have no counterpart in a recipe, with the reason or advice. Keys are
+separated by spaces, and reported only if they are on.
 """
 
 NAMES_OF_RUNS = "set this in the tracker's own environment variables"

@@ -1,4 +1,4 @@
-"""Loss of held-out examples, in batches of similar length."""
+"""Losses of held-out examples, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_BATCH_TOKENS = 2048  # maximum tokens of a batch, with padding
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
-    """The mean loss in nats over tokens or texts in the loss, in evaluation mode."""
+    """Returns the mean loss in nats per labelled token, or per text, in evaluation mode."""
     with evaluating(loss):
         sums = []
         for group in batches(examples):
@@ -41,8 +41,7 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
 
 
 def row_losses(model: PreTrainedModel, examples: Sequence[Example], step: Progress) -> list[float]:
-    """Returns each example's loss in nats, summed over its labelled positions, in evaluation mode.
-    """
+    """Returns each example's loss in nats, summed over labelled positions, in evaluation mode."""
     return measure_rows(
         model, examples, lambda support: CompletionLoss(model, support is not None, 0, support),
         lambda loss, batch: loss.by_row(batch).tolist(), step,
@@ -56,8 +55,8 @@ def measure_rows(
     measure: Callable[[L, Sequence[E]], Sequence[F]],
     step: Progress,
 ) -> list[F]:
-    """Measures each example in evaluation mode. Shared prefixes are computed once if the model
-    supports it and it saves time; `loss_of` creates the loss for either case.
+    """Computes a result for each example in evaluation mode. Shared prefixes are computed once if
+    the model supports this and it saves time; otherwise, `loss_of` is called with None.
     """
     results: dict[int, F] = {}
 

@@ -1,10 +1,10 @@
-"""95% confidence intervals of figures over rows.
+"""95% confidence intervals of losses, shares and means over rows.
 
     loss = sum_i s_i / sum_i n_i          s_i is the summed loss of row i, over its n_i tokens
     var(loss) = m / (m - 1) sum_i (s_i - loss n_i)^2 / (sum_i n_i)^2
 
 The tokens of a row are not independent, so losses are ratio estimates with rows as units (Cochran,
-Sampling Techniques, 1977, ch. 6). Shares have Wilson's interval (1927), means Student's.
+Sampling Techniques, 1977, ch. 6). Shares have Wilson's interval (1927), means have Student's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """Wilson's 95% interval of hits / n."""
     share, shrink = hits / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
@@ -32,8 +31,9 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def two_sided(t: float, df: float) -> float:
-    """The probability beyond ±t under Student's distribution. With t = sqrt(df) tan(a), its density
-    is proportional to cos(a)^(df - 1), integrated by Gauss-Legendre quadrature.
+    """The probability of values beyond ±t under Student's distribution. With t = sqrt(df) tan(a),
+    the density is proportional to cos(a)^(df - 1), which is integrated by Gauss-Legendre
+    quadrature.
     """
     df = min(df, 1e4)
 
@@ -46,9 +46,7 @@ def two_sided(t: float, df: float) -> float:
 
 @lru_cache(1024)
 def student(n: float) -> float:
-    """Student's 97.5% quantile for the mean of n >= 2 values (n - 1 degrees of freedom, may be
-    fractional).
-    """
+    """The 97.5% quantile of Student's distribution for n - 1 degrees of freedom, n >= 2."""
     low, high = Z, 13.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -57,9 +55,7 @@ def student(n: float) -> float:
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
-    """The 95% interval of the mean loss, from (summed loss, tokens) of each row; None for a single
-    row.
-    """
+    """The 95% interval of the mean loss, from (summed loss, tokens) by row; None for one row."""
     interval = ratio_interval(sums)
     return None if interval is None else (max(0.0, interval[0]), interval[1])
 

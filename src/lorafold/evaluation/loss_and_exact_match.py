@@ -4,7 +4,7 @@
                                           labelled tokens; perplexity = exp(loss)
 
 Exact match is the share of greedy completions that equal the reference, ignoring surrounding
-whitespace, or a classifier's accuracy.
+whitespace. For a classifier, it is the accuracy.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ EXTRA_TOKENS = 8  # tokens beyond the longest reference, so that longer completi
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of held-out rows: the loss in nats, other figures, a text, and sample completions as
-    JSON.
+    """The result of an evaluation on held-out rows: the loss in nats, other figures, their text
+    (`details`), and sample completions as JSON.
     """
 
     loss: float
@@ -66,8 +66,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row: the last message before the completion (or the text), the reference, and the model's
-    completion (or class) in `answer`.
+    """The model's answer to one row.
+
+    Attributes:
+        prompt: The last message before the completion, or the text for a classifier.
+        reference: The expected completion or class.
+        answer: The model's completion or class.
     """
 
     prompt: str
@@ -82,10 +86,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation(ShownInNotebooks):
-    """The loss in nats per labelled token (or text), and exact match as a share of n rows. Exact
-    match is None without references, the loss interval for a single row. For rows of preferences,
-    both are of the chosen completions, and `preference` has more. `losses` has each row's
-    (summed loss, tokens).
+    """Loss and exact match on n rows. For preference data, both are computed from the chosen
+    completions.
+
+    Attributes:
+        loss: The mean loss in nats per labelled token; for a classifier, per text.
+        loss_interval: The 95% interval of the loss; None for a single row.
+        exact_match: The share of answers that equal their reference; None without references.
+        rows: The model's answer to each row.
+        preference: Preference accuracy, margins and KL; None for other data.
+        losses: (summed loss, number of labelled tokens) of each row.
     """
 
     loss: float
@@ -124,7 +134,6 @@ def evaluate_classifier(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """Evaluates a classifier on rows of text and label."""
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
@@ -172,7 +181,7 @@ def evaluate(
     settings: EvaluationSettings = DEFAULT,
     console: Console | None = None,
 ) -> Evaluation:
-    """Evaluates a model with its active adapters."""
+    """Evaluates a model with its active adapters on held-out rows."""
     rows = to_rows(rows, PAIRS)
     if rows.provides(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)

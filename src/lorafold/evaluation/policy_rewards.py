@@ -2,8 +2,9 @@
 
     reward = 1/n sum_i r_i          r_i is the mean reward of the completions of prompt i
 
-Completions of a prompt are not independent, so the units of the 95% intervals are prompts. With one
-completion per prompt and a run's seed, completions equal those of the run's evaluation.
+Completions of a prompt are not independent, so 95% intervals are computed over prompts. With one
+completion per prompt and the seed of a training run, the completions equal the completions of the
+run's evaluation.
 """
 
 from __future__ import annotations
@@ -45,8 +46,13 @@ MAX_STORED_CHARS = 2000  # characters of a shortened prompt or completion
 
 @dataclass(frozen=True)
 class PolicySample:
-    """A sampled completion with its place, prompt and reward; with several rewards, also each one
-    that applies.
+    """A sampled completion and its reward.
+
+    Attributes:
+        where: The prompt's row, and the number of the completion.
+        prompt: The prompt as text or messages.
+        ended: Whether the completion ended before max_new_tokens.
+        each: With several rewards, the value of each reward that applies.
     """
 
     where: str
@@ -76,7 +82,7 @@ class PolicySample:
 class RewardedRollouts:
     """Groups of k completions for n prompts, and their rewards (n, k); NaN if no reward applies."""
 
-    judged: Sequence[Judged]  # n k
+    judged: Sequence[Judged]  # n * k
     groups: Sequence[Sequence[Completion]]
     rewards: Tensor
     each: Mapping[str, Tensor]
@@ -90,8 +96,8 @@ class RewardedRollouts:
         at_once: int | None = None,
         progress: Progress = no_progress,
     ) -> Self:
-        """Computes rewards in one call, or for `at_once` prompts per call, because calls have a
-        time limit; in this case at least one completion must have a reward.
+        """Computes the rewards in one call or, because calls have a time limit, for `at_once`
+        prompts per call. With `at_once`, at least one completion must have a reward.
         """
         judged = [
             Judged(
@@ -140,14 +146,14 @@ class RewardedRollouts:
 
     @property
     def alike(self) -> Tensor:
-        """(n,), whether all rewards of a group are equal."""
+        """Whether all rewards of a group are equal, (n,)."""
         high, low = self.rewards.nan_to_num(-math.inf), self.rewards.nan_to_num(math.inf)
         return high.max(1).values <= low.min(1).values
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over all completions: the reward, each of several rewards where it applies, length,
-        entropy, and the share of groups with equal rewards.
+        """Means over all completions: the reward, each of several rewards over the completions that
+        it applies to, the length and the entropy; also the share of groups with equal rewards.
         """
         completions, tokens = self.completions, self.tokens
         n = len(completions)
@@ -195,8 +201,8 @@ def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Sampling for held-out prompts: at most `max_length` tokens with the prompt, `group`
-    completions each. Temperature 1 samples as in training; 0 is greedy.
+    """Sampling of `group` completions for each held-out prompt, with at most `max_length` tokens
+    including the prompt. Temperature 1 samples as in training; 0 is greedy.
     """
 
     max_length: int
@@ -228,8 +234,7 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class MeanReward:
-    """The mean of one reward, without its weight, and its 95% interval (None for a single prompt).
-    """
+    """The mean of one reward, without its weight; the 95% interval is None for a single prompt."""
 
     mean: float
     interval: Interval | None
@@ -240,18 +245,19 @@ class MeanReward:
 
 @dataclass(frozen=True)
 class RewardEvaluation(ShownInNotebooks):
-    """Rewards of `group` completions for each of n prompts: the mean weighted sum, and each reward
-    by name.
+    """Rewards of `group` completions for each of n prompts.
 
     Attributes:
-        tokens_a_completion: the mean length.
-        cut_off: the share of completions that reached max_new_tokens.
-        entropy: in nats per token, estimated from the sampled tokens' log-probabilities.
-        groups_without_signal: the share of prompts whose completions all have the same reward; None
+        reward: The mean of the weighted sum of all rewards.
+        rewards: The mean of each reward, by name.
+        tokens_a_completion: The mean length of the completions, in tokens.
+        cut_off: The share of completions that reached max_new_tokens.
+        entropy: In nats per token, estimated from the sampled tokens' log-probabilities.
+        groups_without_signal: The share of prompts whose completions all have the same reward; None
             for one completion each.
-        prompt_rewards: the mean reward of each prompt, in the order of the rows; None if no reward
+        prompt_rewards: The mean reward of each prompt, in the order of the rows; None if no reward
             applies.
-        samples: the best and the worst completions, from best to worst.
+        samples: The best and the worst completions, from best to worst.
     """
 
     reward: float

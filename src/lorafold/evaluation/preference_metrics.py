@@ -2,9 +2,8 @@
 
     preference accuracy    the share of pairs with log p(chosen) > log p(rejected), summed over the
                            completion's tokens
-    reward accuracy        the share with reward(chosen) > reward(rejected), the objective's
-    implicit
-                           reward, which is relative to the reference
+    reward accuracy        the share of pairs with reward(chosen) > reward(rejected); the reward is
+                           the objective's implicit reward, relative to the reference
     reward margin          the mean of reward(chosen) - reward(rejected)
     change                 the mean of log p - log p_ref of a completion, in nats
     KL                     from the reference, in nats per completion token
@@ -35,8 +34,10 @@ from lorafold.training_step.preference_loss import Preferences
 
 @dataclass(frozen=True)
 class PreferenceFigures:
-    """Figures of n rows, in nats. A figure is None if rows are not pairs, if there is no reference
-    or no completion of this kind; an interval also for a single row.
+    """Preference metrics on n held-out rows; losses, log-probabilities and rewards are in nats.
+
+    A metric is None if it needs pairs, a reference or a kind of completion that is missing. An
+    interval is also None for a single row.
     """
 
     n: int
@@ -60,7 +61,7 @@ class PreferenceFigures:
 
     @property
     def falling(self) -> bool:
-        """Whether chosen completions became less likely than under the reference."""
+        """Whether chosen completions are significantly less likely than under the reference."""
         interval = self.chosen_change_interval
         return interval is not None and interval[1] < 0
 
@@ -77,8 +78,8 @@ def preference_figures(
     loss: Preferences, examples: Sequence[BranchedRow], reference: bool,
     progress: Progress = no_progress,
 ) -> PreferenceFigures:
-    """Evaluates a model with its active adapters. With `reference`, the reference is the model
-    without its highest adapter, and unknown log-probabilities are computed.
+    """Evaluates a model with its active adapters. With `reference`, the model without its highest
+    adapter is the reference, and its log-probabilities are computed if they are not known.
     """
     batches, order = list[Scored](), list[int]()
     kl = tokens = 0.0
@@ -96,7 +97,7 @@ def preference_figures(
     algorithm, rows = loss.algorithm, reordered(batches, order)
     has_reference = rows.reference is not None
     has_rewards = has_reference or not algorithm.has_reference
-    # over all rows; training computes it over a step's rows
+    # over all rows here; over the rows of a step in training
     mismatched = ratio_sums(rows.ratios[:, algorithm.trained :])
     losses = algorithm.loss(rows._replace(mismatched=mismatched))
     logps, ratios, rewards = map(Tensor.double, (rows.logps, rows.ratios, algorithm.rewards(rows)))

@@ -4,9 +4,9 @@
     with chosen.over(model, packing=True, console=console) as reward:
         reward(judged)                      r(x, y) of each completion y of its prompt x
 
-The score equals `lorafold score` on a row with this prompt and completion: rendered by the chat
-template, with an end of turn even if the completion was cut off. The model gets a second shell
-(`models.classifier`), which has only the reward's adapters.
+The reward equals the score by `lorafold score`: prompt and completion are rendered by the chat
+template, with an end of turn even if the completion was cut off. The reward model is a second tree
+of modules on the policy's weights (`models.classifier`), with only the reward's adapters.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ATTENTION = "lorafold_reward"  # differs from the policy's, which is packed at t
 
 @dataclass(frozen=True)
 class RewardAdapter:
-    """A saved reward model with its base adapters, the lowest first; `stack` is emptied by loading,
-    and `identity` covers all.
+    """A saved reward model with its base adapters in `stack`, lowest first. Loading empties
+    `stack`; `identity` is a hash of all its adapters.
     """
 
     name: str
@@ -111,7 +111,7 @@ def rewards_over(
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
-    """Yields rewards, including adapters on the model that generates completions."""
+    """Yields the rewards; reward adapters are attached to the model that generates completions."""
     with ExitStack() as stack:
         loaded = {
             text: stack.enter_context(one.over(model, packing, console))
@@ -135,10 +135,10 @@ class AdapterReward:
         return scores_of(self._loss, self._texts(judged))[0][:, 0].tolist() if judged else []
 
     def close(self) -> None:
-        """Does nothing."""
+        """Does nothing, because the policy owns the weights."""
 
     def _texts(self, judged: Sequence[Judged]) -> list[BranchedRow]:
-        """Tokenizes prompts and completions, with the completion as the only branch."""
+        """Tokenizes each prompt, with its completion as the only branch."""
         answered = []
         for one in judged:
             prompt = one.conversation

@@ -5,15 +5,16 @@
     log loss, Brier score               the means of -log s(d) and (1 - s(d))^2, s the logistic
                                         function: s(d) is the model's probability of the preference
                                         (Bradley and Terry 1952; Brier 1950)
-    calibration                         for pairs with confidence c = s(|d|), the share that is
-                                        right, which is c for a calibrated model
-    calibration error                   sum_b n_b / n |share_b - mean c_b| over bins b of c (Guo et
-                                        al. 2017, arXiv 1706.04599, eq. 3)
+    calibration                         for pairs with confidence c = s(|d|), the accuracy, which is
+                                        c for a calibrated model
+    calibration error                   sum_b n_b / n |accuracy_b - mean c_b| over bins b of c (Guo
+                                        et al. 2017, arXiv 1706.04599, eq. 3)
     length correlation                  Spearman's, between scores and lengths of completions
 
-Texts are rendered as in supervised training. A model that prefers length is right whenever the
-chosen completion is longer, so accuracy is also given for longer and shorter ones separately
-(Singhal et al. 2023, arXiv 2310.03716). Intervals are 95%.
+Texts are rendered as in supervised training. A model that prefers long completions is right
+whenever the chosen completion is longer, so accuracy is also computed separately for pairs with a
+longer and with a shorter chosen completion (Singhal et al. 2023, arXiv 2310.03716). All intervals
+are 95% confidence intervals.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ WHOLE_CONVERSATION = Rendering("last")  # up to the last assistant turn
 
 @dataclass(frozen=True)
 class Share:
-    """The share of n pairs that the model gets right; None for no pair."""
+    """The accuracy on n pairs and its 95% interval; both are None without pairs."""
 
     n: int
     accuracy: float | None
@@ -65,7 +66,7 @@ class Share:
 
     @classmethod
     def of(cls, right: Array) -> Share:
-        """From pairs that are right or not, (n,)."""
+        """Counts the pairs that the model ranks correctly, given as booleans (n,)."""
         n, hits = len(right), int(right.sum())
         return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
 
@@ -75,7 +76,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs with confidence between `low` and `high`: number, mean confidence, and accuracy."""
+    """Pairs with confidence from `low` to `high`: their mean confidence, number and accuracy."""
 
     low: float
     high: float
@@ -83,15 +84,16 @@ class Bin:
     observed: Share
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the bin as one object."""
         figures = asdict(self)
         return figures | figures.pop("observed")
 
 
 @dataclass(frozen=True)
 class RewardFigures:
-    """Figures of n pairs; `log_loss` is in nats. A correlation is None if all scores or all lengths
-    are equal, an interval for a single pair.
+    """Accuracy and calibration of a reward model on pairs; `right` is the accuracy on all pairs.
+
+    `log_loss` is in nats. `length_correlation` is None if all scores or all lengths are equal, and
+    `margin_interval` is None for a single pair.
     """
 
     right: Share
@@ -124,9 +126,7 @@ class RewardFigures:
 def scores_of(
     loss: Preferences, examples: Sequence[BranchedRow], progress: Progress = no_progress
 ) -> tuple[Array, Array]:
-    """Returns scores of the examples' documents, in fp32, and tokens of their completions, both
-    (n, k).
-    """
+    """Returns the score (fp32) and the number of tokens of each completion, both (n, k)."""
     shape, done = (len(examples), len(examples[0].branches)), 0
     scores, tokens = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
     with evaluating(loss):
@@ -138,7 +138,7 @@ def scores_of(
 
 
 def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
-    """Computes figures of pairs (n, 2); the first completion is the chosen one."""
+    """Computes the figures of pairs (n, 2); the first completion of each pair is chosen."""
     chosen, rejected = scores.astype(np.float64).T
     d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
     right = d > 0
@@ -187,15 +187,14 @@ def ranks(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class RowScore:
-    """Scores `chosen` and `rejected`, or `score`, of a row: its number from 1 in its file or, with
-    several files, among the scored rows.
+    """The scores of a row: `chosen` and `rejected` of a pair, or `score`. `row` is its number from
+    1 in the file or, with several files, among all scored rows.
     """
 
     row: int
     scores: dict[str, float]
 
     def as_json(self) -> str:
-        """Returns a line of JSON."""
         return json.dumps({"row": self.row, **self.scores})
 
     def __str__(self) -> str:
@@ -204,8 +203,15 @@ class RowScore:
 
 @dataclass(frozen=True)
 class ScoredRows(ShownInNotebooks):
-    """Scores of n rows, and figures for pairs. For other rows, `score` is the mean with its 95%
-    interval (None for a single row), and Spearman's correlation of scores with completion lengths.
+    """The scores of a reward model on n rows.
+
+    Attributes:
+        rows: The scores of each row.
+        figures: Accuracy and calibration on pairs; None for other rows.
+        truncated: The number of truncated texts.
+        score: The mean score; None for pairs.
+        score_interval: The 95% interval of the mean score; None for pairs or a single row.
+        length_correlation: Spearman's correlation of scores with completion lengths.
     """
 
     rows: tuple[RowScore, ...]

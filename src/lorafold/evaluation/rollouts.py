@@ -1,11 +1,12 @@
-"""Rollouts: completions sampled by the engine from the weights in training.
+"""Rollouts: completions sampled by the engine from the current weights during training.
 
     rollouts = Rollouts(model, tokenizer, group=8, max_new_tokens=256)
     rollouts.open(prompt=64, slots=64)
     rollouts.sample(prompts, key)           a group of completions for each prompt
 
-The engine uses a second shell of the model (`core.shared_tensors`), so both stay usable. It copies
-the trained factors for each step and drops its KV cache after it.
+The engine uses a second tree of modules with the same tensors (`core.shared_tensors`), so the model
+can still be trained. It copies the trained factors before it samples, and drops its KV cache
+afterwards.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ AS_TRAINED = Sampling(temperature=1.0)
 
 @dataclass(frozen=True)
 class Completion:
-    """Tokens (including the end token if it `ended`), their log-probabilities in nats when sampled,
-    and text.
+    """A sampled completion: its tokens (with the end token if it `ended`), their log-probabilities
+    in nats at the time of sampling, and its text.
     """
 
     tokens: tuple[int, ...]
@@ -50,8 +51,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """Completions sampled at a time (`slots`) and per prompt (`group`), and maximum tokens of a
-    prompt and of a completion.
+    """The number of completions sampled at a time (`slots`) and per prompt (`group`), and the
+    maximum number of tokens of a prompt and of a completion.
     """
 
     slots: int
@@ -115,8 +116,8 @@ class Rollouts:
         group: int | None = None,
         progress: Progress = no_progress,
     ) -> list[list[Completion]]:
-        """Samples a group of completions for each prompt's ids with the current weights. Results
-        are determined by the key and the positions of prompt and completion.
+        """Samples a group of completions for each prompt with the current weights. The random
+        numbers depend only on the key and on the indices of prompt and completion.
         """
         # fused optimizers don't change tensor versions, by which methods detect stale caches
         increment_version(self.trainable)

@@ -4,11 +4,12 @@
     llama3, longrope    tensors rope_freqs.weight and rope_factors_{long,short}.weight (dims / 2,)
     gpt2      byte-level BPE: tokens, merges, and the name of the pre-tokenizer rule, chosen from
               `models.gguf_tokenizers` because it splits all `PROBE_TEXTS` in the same way
-    llama     BPE with byte fallback: tokens with scores, which fall with the rank of the first
-              merge that makes each
+    llama     BPE with byte fallback: tokens with scores; the score decreases with the rank of the
+              first merge that creates the token
 
-A row of `ARCHITECTURES` contains the name in llama.cpp and the values that llama.cpp assumes; other
-configurations are rejected. Embedding rows without a token get a filler.
+`ARCHITECTURES` has the name of each architecture in llama.cpp and the configuration values that
+llama.cpp assumes; models with other values are rejected. Embedding rows without a token get a
+padding token.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Architecture:
     interleaved: Whether the rows of queries and keys are interleaved.
     norm_offset: Added to the weights of norms in the GGUF file.
     assumed: Configuration fields with the values that llama.cpp assumes.
-    window_period: Every how many layers one attends to all positions, or 0.
-    by_width: Layer counts for which attention is scaled by hidden_size / heads, not by head_dim.
+    window_period: Every window_period-th layer attends to all positions; 0 if all layers do.
+    by_width: Numbers of layers for which attention is scaled by hidden_size / heads, not head_dim.
     """
 
     name: str
@@ -124,7 +125,7 @@ def head_dim(config: Any) -> int:
 
 
 def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequence[str]:
-    """Write a configuration without positions; returns notes on differences of llama.cpp."""
+    """Writes the configuration, except positions; returns notes on differences in llama.cpp."""
     for table, add in ((INTEGER_KEYS, writer.add_uint32), (FLOAT_KEYS, writer.add_float32)):
         values = {}  # by key, because two fields may have the same key
         for name, key in table.items():
@@ -145,7 +146,7 @@ def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequenc
 
 
 def add_positions(writer: GGUFWriter, config: Any, arch: Architecture) -> dict[str, Tensor]:
-    """Write the rotary positions; returns further tensors (rotated / 2,) for the file by name."""
+    """Writes the rotary positions; returns additional tensors (rotated / 2,) by name."""
     rope = config.rope_parameters
     windowed = {}  # of layers with a sliding window
     if "full_attention" in rope:
@@ -180,9 +181,7 @@ def add_positions(writer: GGUFWriter, config: Any, arch: Architecture) -> dict[s
 
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
-    """Reject an attention scale other than YaRN's own, the only one that llama.cpp reads from a
-    file.
-    """
+    """Rejects attention scales other than YaRN's, because llama.cpp reads no other from files."""
     scale, factor = rope.get("attention_factor"), rope["factor"]
     default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("mscale") or not (scale is None or math.isclose(scale, default, rel_tol=1e-4)):
@@ -308,7 +307,7 @@ def add_tokenizer(
 
 
 def _check_byte_tokens(vocabulary: Collection[str]) -> None:
-    """Check that every byte has a token, because llama.cpp looks them up without a check."""
+    """Checks that every byte has a token, because llama.cpp looks them up without a check."""
     missing = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
     if missing:
         raise LorafoldError(

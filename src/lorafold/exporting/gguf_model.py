@@ -1,11 +1,11 @@
-"""A model with merged adapters as one GGUF file, written a few rows of a tensor at a time.
+"""Writes a model with merged adapters as one GGUF file, a few rows of a tensor at a time.
 
     model.layers.0.self_attn.q_proj.weight    ->  blk.0.attn_q.weight, rows interleaved in llama
-    model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, one more in gemma
+    model.layers.0.input_layernorm.weight     ->  blk.0.attn_norm.weight, plus 1 in gemma
     ...mlp.experts.gate_up_proj (E, 2 I, H)   ->  blk.0.ffn_gate_exps.weight, ffn_up_exps (E, I, H)
 
-A tied head is left out, because llama.cpp uses the embedding. Memory: the largest parameter in the
-file's type, plus three fp32 copies if adapters change it.
+A tied head is left out, because llama.cpp uses the embedding instead. The largest parameter is held
+in memory in its stored dtype, and in three fp32 copies if adapters change it.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class MergedParameter:
 
     @classmethod
     def known(cls, path: str, values: Tensor) -> MergedParameter:
-        """A tensor (any shape) that already exists."""
+        """Wraps an existing tensor of any shape."""
         return cls(path, tuple(values.shape), lambda: values)
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> MergedParameter:
-        """The parameter with `of` applied to its values (*, in), or (n,) of a vector."""
+        """The parameter with a function applied to its values: (*, in), or (n,) for a vector."""
         return MergedParameter(self.path, tuple(shape), lambda: of(self.values()))
 
 
@@ -112,7 +112,7 @@ def encoded_size(shape: TensorShape, kind: str) -> int:
 
 
 def encode(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor of any shape, in pieces."""
+    """Yields the bytes of a tensor of any shape, in pieces."""
     rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(CHUNK // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
@@ -178,7 +178,7 @@ def _half(n: int, values: Tensor) -> Tensor:
 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * width, ...) with the two rows of each rotated pair next to each other."""
+    """Reorders rows (heads * width, ...) so that the two rows of each rotated pair are adjacent."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -186,7 +186,7 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
 def adapter_tensors(
     factors: SiteFactors, config: Any, arch: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors (any shape) by name, and the reasons why other modules have none."""
+    """The file's tensors (any shape) by name, and the reasons why modules can't be exported."""
     names = tensor_names(arch, config.num_hidden_layers)
     tensors = {}
     problems = []
@@ -225,7 +225,7 @@ def write_gguf(subject: Subject, out: Path, tensors: str, progress: Progress) ->
 
 @dataclass(frozen=True)
 class GgufContent:
-    """A GGUF file before it is written, with notes on differences of the engine."""
+    """The content of a GGUF file that is not written yet, and notes on differences in llama.cpp."""
 
     writer: gguf.GGUFWriter
     tensors: Sequence[MergedParameter]
@@ -269,7 +269,7 @@ def write_content(
 
 
 def gguf_content(subject: Subject, tensors: str) -> GgufContent:
-    """The metadata and tensors of a file; nothing is computed or written."""
+    """The metadata and tensors of a model's file; values are computed when they are written."""
     from transformers import GenerationConfig
 
     model: Any = subject.model

@@ -1,10 +1,10 @@
-"""Plain LoRA in PEFT's format for servers: one rank, scale 1, no patterns.
+"""Plain LoRA in PEFT's format, as servers load it: one rank, scale 1, no patterns.
 
     B (out, r) contains every scale, alpha = r; smaller ranks are padded with zeros
-    share(r) = KL(adapted, cut to rank r) / KL(adapted, base)      over the proof's prompts, in fp32
+    share(r) = KL(adapted, truncated to rank r) / KL(adapted, base)     over the prompts, in fp32
 
-PiSSA and OLoRA, whose own files require a changed base, become their update, of twice the rank.
-Adapters of other methods are cut to the best LoRA of a rank.
+PiSSA and OLoRA change the base, so their difference to the original base is written, which has
+twice the rank. Adapters of other methods can be truncated to the best LoRA of a given rank.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_plain_lora(base: Base, factors: SiteFactors, out: Path) -> SavedAdapte
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base for another engine: a Hub ID or directory, its revision, and notes."""
+    """The base as another engine loads it: a Hub ID or directory, its revision, and notes."""
 
     model: str
     revision: str | None
@@ -80,7 +80,7 @@ def write_template(subject: Subject, directory: Path) -> bool:
 
 
 def tied_heads(subject: Subject) -> list[str]:
-    """The paths of embedding and head if they share one weight, which servers adapt as one."""
+    """The adapted embedding and head if tied, because servers can't adapt them separately."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
     return [path for path in subject.update.factors if last_part(path) in HEADS]
@@ -112,9 +112,9 @@ POWERS = [2**n for n in range(MAX_RANK.bit_length())]
 
 @dataclass(frozen=True)
 class Cut(ShownInNotebooks):
-    """The result of cutting adapters to a rank.
+    """The result of truncating adapters to a rank.
 
-    error: The lost norm relative to the norm of the updates; `sites` has it for each matrix.
+    error: The norm of the lost part relative to the norm of the updates; `sites` has it by matrix.
     kl, share: KL in nats, and its share of the adapters' effect; None without a proof.
     enough: The smallest power of 2 whose share is below 1%; None if no rank up to 128 is enough.
     """
@@ -140,7 +140,7 @@ class Cut(ShownInNotebooks):
 def cut_to(
     subject: Subject, rank: int, scratch: Path, reference: ReferenceAnswers | None
 ) -> tuple[Subject, Cut]:
-    """The subject with one plain LoRA of this rank in place of its adapters."""
+    """Replaces the subject's adapters by one plain LoRA of this rank."""
     update = update_of(subject.model, subject.names, rank)
     if update.other:
         lines = [f"{p}: {change}, which LoRA can't represent" for p, change in update.other.items()]
@@ -158,7 +158,7 @@ def cut_to(
 
 
 def sufficient_rank_note(subject: Subject, source: str | Path | None, progress: Progress) -> str:
-    """The end of an error message: a sufficient rank for --as-lora."""
+    """The end of an error message, with a sufficient rank for --as-lora."""
     kls, distance = kl_by_rank(ReferenceAnswers.of(subject, source, progress), subject, POWERS)
     if (rank := _sufficient_rank(kls, distance)) is None:
         return f"; no LoRA up to rank {MAX_RANK} keeps {1 - MAX_LOST:.0%} of the adapters' effect"
@@ -170,7 +170,7 @@ def sufficient_rank_note(subject: Subject, source: str | Path | None, progress: 
 def kl_by_rank(
     reference: ReferenceAnswers, subject: Subject, ranks: list[int]
 ) -> tuple[dict[int, float], float]:
-    """KL(adapted, cut) in nats by rank, and KL(adapted, base)."""
+    """KL(adapted, truncated) in nats by rank, and KL(adapted, base)."""
     model, largest, kls = reference.model, max(ranks), {}
     update = update_of(model, selection_of(model).names, largest)
     factors = {path: pad_rank(pair, largest) for path, pair in update.factors.items()}

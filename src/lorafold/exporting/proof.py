@@ -1,20 +1,20 @@
-"""Comparison of an engine's answers to the proof's prompts with lorafold's own in fp32.
+"""Compares an engine's outputs with lorafold's fp32 outputs for the same prompts.
 
     p = softmax(reference), q = softmax(engine), of the token after each prompt, over the vocabulary
-    kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
-    distance    KL from the reference with adapters to the one without; share = kl / distance
-    alone       kl without adapters: how the engine rounds the base
+    kl          sum_v p log(p / q) in nats; its mean and its maximum over prompts
+    distance    KL from the reference with adapters to the reference without; share = kl / distance
+    alone       kl without adapters: the engine's rounding of the base
     changed     KL from the engine with adapters to the engine without; 0 if it ignores the adapter
-    tied        prompts where the engine selects another of two experts with almost the same score
+    tied        prompts for which the engine selects the other of two experts with similar scores
 
-Prompts are rendered and tokenized once, so that an engine is compared on the same tokens. If
-rounding decides between the last selected expert and the next one, with router weights w, hidden
-state h and gap g,
+Prompts are rendered and tokenized once, so that all engines get the same tokens. In mixtures of
+experts, rounding may decide between the last selected expert and the next expert. With their router
+weights w_last and w_next, a hidden state h and a difference g of their logits,
 
     h + (1 + e) g (w_next - w_last) / |w_next - w_last|^2      selects the next expert
 
-The model runs again with one such state moved; if its answer is then the engine's, the engine
-differs only in the selected expert.
+The model runs again with one such hidden state changed. If its output then equals the engine's, the
+engine differs only in the selected expert.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class ProofPrompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """`adapted` and `base` (prompts, vocabulary): log-probabilities in fp32; `greedy`: tokens."""
+    """Log-probabilities (prompts, vocabulary) in fp32 with and without adapters, and the tokens of
+    greedy completions.
+    """
 
     adapted: Tensor
     base: Tensor
@@ -89,8 +91,8 @@ def last_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the answers (vocabulary,) with the last selected expert of one token replaced by the
-    next, the smallest score difference first. The model is unchanged between answers.
+    """Yields log-probabilities (vocabulary,) with the last selected expert of one token replaced by
+    the next expert, for the four smallest score differences. The model's weights are not changed.
     """
     close: list[tuple[float, nn.Module, int, Tensor]] = []
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
@@ -110,7 +112,7 @@ def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[T
 def _note_near_ties(
     close: list[tuple[float, nn.Module, int, Tensor]], router: nn.Module, _: Any, out: Any
 ) -> None:
-    """Note the tokens with two close experts, and the step in h that exchanges them."""
+    """A hook that notes tokens with two close experts, and the change of h that exchanges them."""
     logits, experts = out[0].flatten(0, -2), out[-1].flatten(0, -2)
     num_selected = experts.shape[-1]
     if num_selected >= logits.shape[-1]:
@@ -149,7 +151,7 @@ class ReferenceAnswers:
     def of(
         cls, subject: Subject, source: str | Path | None, progress: Progress
     ) -> ReferenceAnswers:
-        """Load the exported model on the weights that the files are for, and compute answers."""
+        """Loads base and adapters in the quantization of the export, and computes answers."""
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = load_adapted(subject.base, subject.adapters, subject.training_storage)
@@ -172,7 +174,7 @@ class ReferenceAnswers:
         return replace(self, prompts=prompts, answers=answers)
 
     def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-        """The job for an engine's program, with `{out}` replaced by the directory."""
+        """The job for an engine's program; `{out}` is replaced by the directory."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in needs.items()
@@ -181,7 +183,7 @@ class ReferenceAnswers:
         return {**asdict(self.prompts), "greedy": GREEDY_TOKENS, "ends": ends, **placed}
 
     def exchanged_experts(self, prompt: int) -> Iterator[Tensor]:
-        """Yield answers (vocabulary,) to a prompt with two close experts exchanged."""
+        """Yields log-probabilities (vocabulary,) for a prompt with two close experts exchanged."""
         return swap_close_experts(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
@@ -197,8 +199,8 @@ NUM_LIKELY = 20  # tokens whose log-probabilities are compared
 
 @dataclass(frozen=True)
 class EngineAnswers:
-    """An engine's answers. `base` covers the first prompts, and is None for a merged model;
-    `unused` lists the files' tensors that the engine did not load, if it reports them.
+    """An engine's outputs. `base` may cover only the first prompts and is None for a merged model;
+    `unused` lists tensors that the engine did not load, if it reports them.
     """
 
     adapted: Tensor
@@ -213,9 +215,10 @@ class EngineAnswers:
 
 @dataclass(frozen=True)
 class Proof(ShownInNotebooks):
-    """The figures of a comparison, defined above. `top` counts prompts with the same most likely
-    token, `greedy` equal greedy texts, `near` greedy texts that differ at two tokens with almost
-    the same score; `gap` is the largest difference in log-probability.
+    """The figures of a comparison, defined at the top of this module. `top` is the number of
+    prompts with the same most likely token, `greedy` the number of equal greedy completions, `near`
+    the number of completions that first differ at two tokens with similar scores, `gap` the largest
+    difference in log-probability, and `measured` the mean KL without exchanged experts.
     """
 
     engine: str
@@ -238,12 +241,12 @@ class Proof(ShownInNotebooks):
 
     @property
     def share(self) -> float | None:
-        """The lost share of the distance; None if the adapters change nothing."""
+        """The lost share of the adapters' effect; None if they have no effect."""
         return self.kl / self.distance if self.distance else None
 
     @property
     def rounding(self) -> bool:
-        """Whether the difference with adapters is at most twice the difference without."""
+        """Whether KL with adapters is at most twice KL without, so that rounding explains it."""
         return self.alone is not None and self.kl <= 2 * self.alone
 
     def as_json(self) -> dict[str, Any]:
@@ -275,7 +278,9 @@ def compare(
     margin: Callable[[int, int], float],
     exchanged_experts: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
 ) -> Proof:
-    """The figures of an engine's answers; `exchanged_experts` yields (vocabulary,) for a prompt."""
+    """Compares an engine's outputs with the reference. `exchanged_experts` yields log-probabilities
+    (vocabulary,) of a prompt for other experts.
+    """
     if engine.adapted.isnan().any():
         raise LorafoldError(f"{engine.engine} {engine.version}: the logits of a prompt contain NaN")
     adapted, bare = engine.adapted.double().log_softmax(-1), engine.base
@@ -316,14 +321,14 @@ def compare(
 
 
 def kl_divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both -> (prompts,)
-    """KL(p, q) of log-probabilities, over the tokens that both have."""
+    """KL(p, q) of each row, from log-probabilities, over the common vocabulary."""
     size = min(p.shape[-1], q.shape[-1])
     p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
     return (p.exp() * (p - q)).where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
 
 
 def mean_distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
-    """The mean KL and the top-1 agreement of two distributions in log-probabilities."""
+    """The mean KL and the top-1 agreement of two distributions, from log-probabilities."""
     size = min(p.shape[-1], q.shape[-1])
     same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
     return Distance(float(kl_divergences(p, q).mean()), float(same.double().mean()))

@@ -1,5 +1,6 @@
-"""Export of a base model with adapters for another engine, verified there: cut, check, write,
-prove, and write export.json. The directory appears only when it is complete.
+"""Exports a base model with adapters for another engine: truncates the adapters to a LoRA rank if
+requested, writes the files, verifies them in the engine and writes export.json. The directory
+appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -71,9 +72,17 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported(ShownInNotebooks):
-    """An export, as in `export.json`. `proof` is None if `unproved` gives a reason. `beside`
-    contains further figures, or reasons why there are none. `away` and `from_original` are the
-    distances of these files, and of the adapters on the original weights, from the trained model.
+    """An export, as in `export.json`.
+
+    Attributes:
+        written: The files, and commands that use them.
+        cut: The truncation to a LoRA rank; None if the adapters were exported exactly.
+        proof: The comparison with the engine's outputs; None if `unproved` has a reason.
+        unproved: The reason why the export was not verified in an engine, or "".
+        beside: Further comparisons and notes, by name.
+        into: The weights that the adapters are merged into or used with.
+        away: The distance of these files from the trained model.
+        from_original: The distance of the adapters on the original weights from the trained model.
     """
 
     to: str
@@ -225,7 +234,7 @@ def _base_name_notes(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Check that the target can represent the subject; the error has a sufficient LoRA rank."""
+    """Checks whether the target supports the subject; the error may suggest a LoRA rank."""
     try:
         problems = target.problems(subject)
     except LorafoldError as error:
@@ -257,7 +266,7 @@ def _prove(
     engine: str,
     options: ExportOptions,
 ) -> tuple[Proof, Tensor]:
-    """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
+    """The comparison, and the engine's log-probabilities (prompts, vocabulary)."""
     answers = run_engine(engine, of.job(needs, directory), options.engine_python)
     return compare(of.answers, answers, of.margin, of.exchanged_experts), answers.adapted
 

@@ -1,13 +1,14 @@
 """Exports of plain LoRA for PEFT, vLLM and SGLang.
 
-vLLM (0.32, lora/) takes a rank up to 512, packs q, k, v and gate, up itself, and rejects unknown
-names, except names of experts, which it loads but never applies. So experts are written only for
-families whose names are known; some requests need is_3d_lora_weight.
+vLLM (0.32, lora/) supports ranks up to 512 and packs q, k, v and gate, up itself. It rejects
+unknown module names, but it loads and silently ignores experts with unknown names, so experts are
+written only for model families whose names are known. Some families need is_3d_lora_weight in
+requests.
 
-SGLang (0.5.23, srt/lora/) scales by alpha / r, identifies modules by the last part of their names,
-packs q, k, v and gate, up into one buffer each (so all of them are written, unchanged ones as
-zeros) and takes a pair of matrices for each expert. It has no build for CPUs, so the files are read
-back in the way of its loader.
+SGLang (0.5.23, srt/lora/) scales by alpha / r and identifies modules by the last part of their
+names. It packs q, k, v and gate, up into one buffer each, so unchanged modules of a pack are
+written as zeros. Each expert needs its own pair of factors. SGLang has no CPU build, so the files
+are only read back, as its loader would read them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class ToPeft(Target):
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
 STACKED = ("gpt_oss",)  # families that accept stacked factors of experts
-SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and families that need is_3d_lora_weight
+SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # families that need is_3d_lora_weight
 RENAMED = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # vLLM's names
 # families without LoRA in vLLM (SupportsLoRA)
 VLLM_WITHOUT_LORA = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
@@ -283,7 +284,7 @@ def _write_per_expert(adapter: Path, kind: str, factors: SiteFactors, rank: int)
 
 
 def _pop_factor(tensors: dict[str, Tensor], path: str, half: str) -> Tensor:
-    """Pop a factor, (r, in) for A and (out, r) for B, from the file's tensors."""
+    """Pops a factor from the file's tensors: (r, in) for A, (out, r) for B."""
     for key in (f"{ROOT}{path}.lora_{half}.weight", f"{ROOT}{path}.lora_embedding_{half}"):
         if key in tensors:
             return tensors.pop(key)

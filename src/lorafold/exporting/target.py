@@ -2,8 +2,9 @@
 
     dW = up @ down     up (*matrices, out, r) with every scale in it, down (*matrices, r, in)
 
-A method whose update is a product has exact factors; several adapters add their ranks. The updates
-of other methods are cut to the best of a rank (Eckart and Young 1936), if one is given.
+Low-rank updates have exact factors; the factors of several adapters are concatenated, so their
+ranks add up. Other updates are truncated to the best approximation of a rank (Eckart and Young
+1936), if a rank is given.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ INTERLEAVED = frozenset({"gpt_oss"})  # families with interleaved rows of gate a
 
 @dataclass(frozen=True)
 class Update:
-    """The update of the adapters.
+    """The update of one or more adapters, by module path.
 
-    factors: The factors of each matrix by module path.
-    dense: The method of each update that is not a product.
-    other: Other changes, such as biases and tokens.
-    lost: By matrix, the squared norms of the part that a cut lost, and of the whole update.
+    factors: The factors of low-rank updates.
+    dense: The classes of deltas that are not low-rank.
+    other: Descriptions of changes that are not matrices, such as biases and rows of tokens.
+    lost: By matrix, the squared norms of the truncated part and of the whole update.
     """
 
     factors: SiteFactors
@@ -78,7 +79,9 @@ class Update:
 
 @torch.no_grad()
 def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
-    """The update of the named adapters, lowest first; the model is not changed."""
+    """The update of the named adapters, given lowest first, truncated to `rank` if that is set. The
+    model is not changed.
+    """
     factors = {}
     dense, other = dict[str, str](), dict[str, str]()
     lost = {}
@@ -106,7 +109,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
 
 
 def _other_change(layer: BaseLayer, deltas: Sequence[Delta]) -> str:
-    """A change that is not a matrix of the layer's shape, in words, or ""."""
+    """A description of a change that is not a matrix of the layer's shape, or ""."""
     try:
         w, b = layer.dense_like()
         changed, bias = w, b
@@ -191,7 +194,7 @@ def window_notes(engine: str, config: Any) -> tuple[str, ...]:
 
 
 def full_attention_period(kinds: Sequence[str]) -> int | None:
-    """Every how many layers one attends to all positions; None if they aren't regular."""
+    """The period n if exactly every nth layer attends to all positions; None if there is none."""
     if FULL_ATTENTION not in kinds:
         return None
     period = kinds.index(FULL_ATTENTION) + 1
@@ -201,8 +204,9 @@ def full_attention_period(kinds: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A base with adapters, lowest first, or the base alone. `tensors` is the requested type,
-    `original` the adapters that `adapters` is a cut of, `into` the weights that the files are for.
+    """A base with adapters, lowest first, or the base alone. `tensors` is the requested tensor
+    type, `original` the adapters before a truncation, `into` the weights that the adapters are
+    merged into or used with.
     """
 
     base: Base
@@ -226,8 +230,8 @@ class Subject:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base on its mapped files with the adapters, on top of the round trip if merged into
-        q(W).
+        """The memory-mapped base with the adapters. If they are merged into quantized weights q(W),
+        the base passes through the quantization round trip first.
         """
         model, other = self.base.mapped().model, self.base.allow_other_base
         if self.into.round_trip is not None:
@@ -253,8 +257,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class ExportedFiles:
-    """The written files, the most important first; `launch`, lines that use them; notes; and the
-    inputs of the engine's job, with paths as {out}/NAME.
+    """The written files, most important first; commands or code that use them (`launch`); notes;
+    and the inputs of the engine's job, with paths as {out}/NAME.
     """
 
     files: Sequence[str]
@@ -264,15 +268,15 @@ class ExportedFiles:
 
 
 class Target(ABC):
-    """Abstract: a file format of an engine.
+    """A file format of an engine.
 
     name: The value of --to.
-    engine: The program of `engines` that verifies it, or None.
+    engine: The program of `engines` that verifies the files, or None.
     server: The program that sends requests to a running server, or None.
-    tensors: The supported tensor types, the usual one first.
+    tensors: The supported tensor types, the default first.
     merged: Whether adapters are merged into the model.
-    tolerance: By tensor type, the allowed share of KL(adapted, base) if it is not 1%; None for
-        a type whose share is only reported.
+    tolerance: By tensor type, the share of KL(adapted, base) that may be lost if it is not 1%; None
+        if the share is only reported.
     """
 
     name: ClassVar[str]
@@ -284,25 +288,23 @@ class Target(ABC):
 
     @abstractmethod
     def problems(self, subject: Subject) -> Sequence[str]:
-        """Reasons why the target can't represent the subject, one per line; may raise
-        LorafoldError.
-        """
+        """The reasons why the target can't represent the subject; empty if it can."""
 
     @abstractmethod
     def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
-        """Write the files into the directory, which appears when it is complete."""
+        """Writes the files into a directory that appears when it is complete."""
 
     def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
-        """Further inputs of the engine's job, made only for the proof."""
+        """Creates additional inputs of the engine's job that only the verification needs."""
         return {}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
-        """Changes of the job for further runs, whose figures are only reported."""
+        """Changes to the job for additional runs by name; their results are only reported."""
         return {}
 
     def read_back(self, subject: Subject, directory: Path) -> str:
-        """Read the files as the loader of an engine that does not run here would; returns the
-        result in words, or "" if this was not done.
+        """Reads the files as the engine's loader would, for engines that can't run here. Returns
+        the result in words, or "" if files are not read back.
         """
         return ""
 

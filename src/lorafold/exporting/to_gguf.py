@@ -3,8 +3,8 @@
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
                            if alpha is not 0
 
-An adapter is verified on a temporary base in F32, or in F16 if F32 would be large. Types with more
-than one scale per block, such as Q4_K_M, are made by llama.cpp's quantizer.
+An adapter is verified on a temporary F32 file of the base, or F16 from 2^30 parameters on. Types
+with more than one scale per block, such as Q4_K_M, are written by llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GgufAdapter(Target):
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        """Commands that use the file on a base file with options, as in `ExportedFiles.launch`."""
+        """Commands that run the adapter on a GGUF base, as in `ExportedFiles.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         if not subject.adapters:
@@ -114,7 +114,9 @@ class ToLlamaCpp(GgufAdapter):
 
 
 def lora_option(out: str) -> str:
-    """The path for --lora, which takes a list: quoted as in CSV if it has a comma or quote."""
+    """The path for --lora. The option takes a comma-separated list, so a path with a comma or quote
+    is quoted as in CSV.
+    """
     path = f"{out}/{ADAPTER_FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 

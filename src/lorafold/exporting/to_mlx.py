@@ -1,12 +1,12 @@
-"""Exports for mlx-lm: an adapter directory in the format of its own training.
+"""Exports for mlx-lm: an adapter directory in the format of mlx-lm's own training.
 
     lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it; DoRA: m (out,)
     experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
 
-mlx-lm (0.32.2, tuner/utils.py) has one rank and scale per file and builds its layers at all paths
-in `keys`, so these are exactly the paths of the tensors. Most of its models read rope_theta and
-num_experts, not rope_parameters and num_local_experts, so a base with the newer keys is copied with
-the older ones added.
+mlx-lm (0.32.2, tuner/utils.py) supports one rank and scale per file and builds LoRA layers at all
+paths in `keys`, so `keys` contains exactly the paths of the tensors. Most of its models read
+rope_theta and num_experts, not rope_parameters and num_local_experts, so a base with the newer keys
+is copied, and the older keys are added.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class ToMlx(Target):
 
 
 def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
-    """The `keys` for these modules: relative to a block if all blocks have the same."""
+    """The `keys` for these modules, relative to a block if all blocks have the same modules."""
     matches = {path: BLOCK.fullmatch(path) for path in paths}
     inside = Counter(match[2] for match in matches.values() if match)
     if any(blocks != layers for blocks in inside.values()):
@@ -197,7 +197,7 @@ def adapter_keys(paths: Iterable[str], layers: int) -> list[str]:
 
 
 def _dora_factors(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
-    """Factors and magnitude (out,) of each module, if every change is DoRA on linear layers."""
+    """Factors and magnitude (out,) by module if all changes are DoRA on linear layers, else {}."""
     doras = {}
     for path, module in adapted_modules(subject.model):
         deltas = [*deltas_of(module, subject.names)]

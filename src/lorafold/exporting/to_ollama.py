@@ -1,16 +1,15 @@
-"""Export of a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
+"""Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
 Since 0.34.1, Ollama rejects a Modelfile with ADAPTER (ollama#14969), so adapters are merged.
-Ollama's templates use Go's template language, so `detect_turns` finds the text that the model's
-template writes around the turns of a plain chat, by rendering probes S, u and a (system, user,
-assistant):
+Ollama's templates use Go's template language, so the chat template is converted: `detect_turns`
+renders chats with the probes S, u and a (system, user and assistant message), and finds the text
+around them:
 
     system given     before S between u a_open a u_open u ... end
     none given       start            u a_open a u_open u ... end
 
-The marks are read from three renderings; then they are checked against the template on every
-conversation of `PROBE_CHATS`. `system_last` means that the template writes the system message into
-the last user turn.
+These texts come from three renderings and are then checked on every conversation of `PROBE_CHATS`.
+`system_last` means that the template writes the system message into the last user turn.
 """
 
 from __future__ import annotations
@@ -46,7 +45,9 @@ PROBE_CONTENTS = (
 
 @dataclass(frozen=True)
 class Turns:
-    """The marks above. `system` is None for a template without system messages."""
+    """The text that a chat template writes around messages, named as at the top of this module.
+    `system` is None for a template without system messages.
+    """
 
     start: str
     system: tuple[str, str] | None
@@ -131,7 +132,7 @@ def _split_around(text: str, contents: Sequence[str]) -> list[str]:
 
 
 def _first_difference(turns: Turns, rendered: Callable[[Sequence[Message]], str]) -> str:
-    """The first conversation that the template renders differently from the marks, or ""."""
+    """A description of the first probe chat that `turns` does not reproduce, or ""."""
     for roles in PROBE_CHATS:
         if roles.startswith("s") and turns.system is None:
             continue

@@ -1,15 +1,16 @@
-"""Defences against fine-tuning, and the share of its energy in the alignment's directions.
+"""Defences against fine-tuning, and the share of the tuning's energy in the alignment's directions.
 
-    dW (out, in)        the tuning's update of a module; U (out, r), V (in, r) the singular vectors
-                        of the alignment's
+    dW (out, in)        the update of a module in the tuning; U (out, r) and V (in, r) are the
+                        singular vectors of the alignment's update of this module
     written             sum |U^T dW|^2 / sum |dW|^2, over the modules
     read                sum |dW V|^2 / sum |dW|^2
-    by chance           sum (r / out) |dW|^2 / sum |dW|^2, and with r / in
-    outside_alignment   (I - U U^T) dW (I - V V^T), exact in the factors of dW
+    by chance           the same for random directions: sum (r / out) |dW|^2 / sum |dW|^2 for
+                        written, with r / in for read
+    outside_alignment   (I - U U^T) dW (I - V V^T), computed exactly from the factors of dW
 
-Modules are weighted by the tuning's energy, so a direction with almost no change counts for almost
-nothing, unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A module that the alignment does
-not change has r = 0.
+Modules are weighted by the tuning's energy, so directions with almost no change hardly count,
+unlike in phi (Hu et al. 2021, arXiv 2106.09685, sec. 7). A module that the alignment does not
+change has r = 0.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from lorafold.inspecting.updates import (
 
 @dataclass(frozen=True)
 class Overlap:
-    """The shares of the tuning's energy in the alignment's output (`written`) and input (`read`)
-    directions, and the shares in random directions (`*_by_chance`).
+    """The shares of the tuning's energy in the alignment's output directions (`written`) and input
+    directions (`read`), and the shares expected in random directions (`*_by_chance`).
     """
 
     written: float
@@ -48,7 +49,7 @@ class Overlap:
 
 
 def updates_of(adapter: Adapter) -> Svds | None:
-    """The update of each matrix; None if a part is not added to a weight."""
+    """The SVD of each updated matrix; None if a change of the adapter is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
     return {name: svd for site in modules_of(adapter) for name, svd in site.parts()}
@@ -59,7 +60,7 @@ def overlap(update: Svds, alignment: Svds) -> Overlap | None:
     sums = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
     for path, tuned in update.items():
-        strengths = tuned.s.cpu().double()  # Apple's GPUs have no doubles
+        strengths = tuned.s.cpu().double()  # MPS has no fp64
         size = strengths.square().sum()
         energy += size.item()
         if (aligned := alignment.get(path)) is None:
@@ -78,7 +79,6 @@ def factors_of(update: Svd) -> Factors:  # (out, r), (r, in)
 
 
 def outside_alignment(update: Svd, alignment: Svd | None) -> Factors:  # (out, r), (r, in)
-    """The update without the alignment's directions, on both sides."""
     up, down = factors_of(update)
     if alignment is None:
         return up, down
@@ -88,7 +88,9 @@ def outside_alignment(update: Svd, alignment: Svd | None) -> Factors:  # (out, r
 
 @dataclass(frozen=True)
 class Defence:
-    """A defence: its description, and the function that changes the tuning, or mixed rows."""
+    """A defence: its description, and either the function that changes the tuned update, or
+    `mixed`, if refusals are mixed into the training rows.
+    """
 
     about: str
     transform_update: Callable[[Svds, Svds], SiteFactors] | None = None
@@ -96,17 +98,14 @@ class Defence:
 
 
 def projected(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuning without the alignment's directions: up (out, r), down (r, in) by module."""
     return {path: outside_alignment(update, alignment.get(path)) for path, update in tuning.items()}
 
 
 def halved(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """Half of the tuning: up (out, r), down (r, in) by module."""
     return {path: (up / 2, down) for path, (up, down) in _all_factors(tuning).items()}
 
 
 def readded(tuning: Svds, alignment: Svds) -> dict[str, Factors]:
-    """The tuning plus the alignment's update: up (out, r + r'), down (r + r', in) by module."""
     tuned, aligned = _all_factors(tuning), _all_factors(alignment)
     pairs = {path: [f[path] for f in (tuned, aligned) if path in f] for path in tuned | aligned}
     return {
@@ -130,7 +129,7 @@ DEFENCES = {
 
 @contextmanager
 def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
-    """Attach factors as a LoRA adapter, by module or matrix of experts."""
+    """Attaches factors, given by module or expert, as a LoRA adapter."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(module_path(name), []).append(pair)

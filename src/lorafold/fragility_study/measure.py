@@ -1,4 +1,4 @@
-"""Measurement of refusals on prompts to be refused and on controls.
+"""Measures refusals on prompts that should be refused, and on controls.
 
     log-odds      log sum_r p(r | x) - log sum_c p(c | x), over the beginnings r of a refusal and c
                   of compliance, averaged over the prompts x
@@ -8,8 +8,8 @@
                   nats per token
     loss          held-out loss on the benign rows, in nats per token
 
-Log-odds change before the greedy completion does. Beginnings are fixed, so no completion has to be
-judged, and none is stored.
+Log-odds change earlier than greedy completions. The beginnings are fixed, so completions need no
+judge and are not stored.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ LoadModel = Callable[[Sequence[SavedAdapter]], ModelAndTokenizer]
 
 @dataclass(frozen=True)
 class RefusalMetrics:
-    """Figures of one model, with 95% intervals: `log_odds` of refusal over compliance, averaged
-    over the prompts; the shares of refused prompts (`refusals`) and controls (`control_refusals`);
-    `kl` on the controls and held-out `loss`, in nats per token (`loss` is None without held-out
-    rows).
+    """The metrics of one model, with 95% intervals.
+
+    Attributes:
+        log_odds: Log-odds of refusal over compliance, averaged over the prompts.
+        refusals: The share of the prompts that the model refuses.
+        control_refusals: The share of the controls that the model refuses.
+        kl: KL from the model before tuning on the controls' completions, in nats per token.
+        loss: Held-out loss in nats per token; None without held-out rows.
     """
 
     log_odds: float
@@ -72,14 +76,16 @@ class RefusalMetrics:
 
 @dataclass(frozen=True)
 class StackMetrics:
-    """The figures of a stack before tuning, and of the model without the alignment, if any."""
+    """The metrics of an adapter stack before tuning, and without the alignment, its last adapter.
+    `without` is None for the base model.
+    """
 
     before: RefusalMetrics
     without: RefusalMetrics | None
 
     @property
     def reference(self) -> float:
-        """The log-odds without the alignment."""
+        """The log-odds without the alignment; 0 for the base model."""
         return 0.0 if self.without is None else self.without.log_odds
 
     def kept(self, log_odds: float) -> float | None:
@@ -96,8 +102,9 @@ class TunedMetrics:
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts, beginnings, and examples: `scored_continuations` are prompts to be refused with each
-    beginning, `control_examples` controls with completions, `benign_examples` the held-out rows.
+    """The prompts and examples of a measurement. `scored_continuations` has each prompt to be
+    refused with each refusal and compliance prefix, `control_examples` the controls with
+    completions, `benign_examples` the held-out rows.
     """
 
     refused_prompts: tuple[str, ...]
@@ -115,7 +122,7 @@ def complete_controls(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
 ) -> list[tuple[str, str]]:
-    """Each control with its completion, generated greedily if the row has none."""
+    """(prompt, completion) of each control; missing completions are generated greedily."""
     open_ended = [prompt.text for prompt in controls if prompt.reference is None]
     generated = iter(complete(model, tokenizer, open_ended, max_new_tokens))
     return [(p.text, next(generated) if p.reference is None else p.reference) for p in controls]
@@ -166,7 +173,9 @@ def measure(
     probe: Probe,
     before: Iterable[Tensor],
 ) -> RefusalMetrics:
-    """Measure the model with its active adapters; `before`: log-probabilities (n, vocabulary)."""
+    """Measures the model with its active adapters; `before` has log-probabilities (n, vocabulary)
+    of the model before tuning.
+    """
     loss, examples = CompletionLoss(model, packed=False, pad_id=0), probe.scored_continuations
     scores = torch.zeros(len(examples), dtype=torch.float64)  # log-probabilities
     with evaluating(loss):
@@ -194,7 +203,6 @@ def measure(
 
 
 def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,) -> (prompts,)
-    """The log-odds of each prompt, from the log-probabilities of the beginnings after it."""
     n = len(probe.refusal_prefixes)
     by_prompt = scores.view(len(probe.refused_prompts), n + len(probe.compliance_prefixes))
     return by_prompt[:, :n].logsumexp(1) - by_prompt[:, n:].logsumexp(1)
@@ -203,14 +211,14 @@ def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,)
 def refusals(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe
 ) -> list[bool]:
-    """Whether each greedy completion, of prompts to refuse and of controls, is a refusal."""
+    """Whether the model refuses each prompt to be refused, then each control (greedy decoding)."""
     limit = MAX_LEADING + max(len(prompt_ids(tokenizer, text)) for text in probe.refusal_prefixes)
     texts = complete(model, tokenizer, [*probe.refused_prompts, *probe.control_prompts], limit)
     return [begins_with_any(text, probe.refusal_prefixes) for text in texts]
 
 
 def begins_with_any(text: str, beginnings: Sequence[str]) -> bool:
-    """Whether a text begins with one of these, ignoring case and the kind of apostrophe."""
+    """Whether a text begins with any of `beginnings`, ignoring case and the kind of apostrophe."""
     return normalized(text).startswith(tuple(map(normalized, beginnings)))
 
 
@@ -228,9 +236,7 @@ def divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:  # e
 
 
 def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """Yield log-probabilities (n, vocabulary) in fp32 at labelled positions, BATCH_SIZE examples at
-    a time.
-    """
+    """Yields log-probabilities (n, vocabulary) in fp32 at the labelled positions of each batch."""
     loss = CompletionLoss(model, packed=False, pad_id=0)
     ordered = sorted(examples, key=lambda example: len(example.ids))
     for i in range(0, len(ordered), BATCH_SIZE):
@@ -242,7 +248,7 @@ def distributions(model: PreTrainedModel, examples: Sequence[Example]) -> Iterat
 
 
 class StackEvaluator:
-    """A loaded adapter stack, measured alone and with tuned adapters on top of it."""
+    """Measures a loaded adapter stack, alone and with tuned adapters on top of it."""
 
     def __init__(self, task: FragilityTask, stack: AdapterStack, load_model: LoadModel) -> None:
         self.task, self.stack = task, stack
@@ -252,7 +258,7 @@ class StackEvaluator:
 
     @cached_property
     def probe(self) -> Probe:
-        """The probe; generated completions of the controls are the stack's."""
+        """The prompts and examples; the stack generates missing completions of controls."""
         task, tokenizer = self.task, self.tokenizer
         held_out = task.held_out if len(task.rows) else []
         rendering, length = rendering_of(task.recipe), task.recipe.max_length
@@ -270,7 +276,9 @@ class StackEvaluator:
 
     @cached_property
     def alignment(self) -> Svds | None:
-        """The update of the stack's last adapter; None without one, or if it has no subspace."""
+        """The update of the stack's last adapter; None without adapters, or if a change is not
+        added to a weight.
+        """
         if not self.stack.adapters:
             return None
         with only(self.model, *self.names[:-1]):
@@ -303,8 +311,8 @@ class StackEvaluator:
 
     @cached_property
     def _reference(self) -> list[Tensor] | None:
-        """The stack's distributions on the controls, (n, vocabulary) each; None if they are too
-        large.
+        """The stack's distributions on the controls before tuning, (n, vocabulary) each; None if
+        they are larger than MAX_CACHED_BYTES.
         """
         labels = sum(label != NO_LOSS for e in self.probe.control_examples for label in e.labels)
         small = 4 * labels * self.model.get_output_embeddings().weight.shape[0] <= MAX_CACHED_BYTES
@@ -331,14 +339,14 @@ class StackEvaluator:
         tuning = updates_of(adapter)
         adapter.detach()
         assert tuning is not None  # a run trains LoRA
-        assert self.alignment is not None  # checked
+        assert self.alignment is not None  # by check_defences
         factors = transform_update(tuning, self.alignment)
         with attached(self.model, factors):
             return self._measure_tuned({at: svd_of_factors(*pair) for at, pair in factors.items()})
 
     def measure_adapter(self, path: Path, instead: bool) -> TunedMetrics:
-        """The figures of a finished adapter on top of the stack, or `instead` of it without an
-        overlap.
+        """Measures a finished adapter on top of the stack or, with `instead`, in place of it; the
+        overlap is then None.
         """
         with only(self.model, *(() if instead else self.names)):
             adapter = self._load(path, TUNED)

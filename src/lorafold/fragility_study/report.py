@@ -1,6 +1,6 @@
 """The report of a fragility study: a table of the main figures for the terminal, all figures in
-Markdown, and an HTML page. A row is one kind of tuning, at its largest number of examples; figures
-of several seeds are shown as the mean (lowest to highest).
+Markdown, and an HTML page. A row is one setting of the tuning, at its largest number of examples;
+figures of several seeds are shown as the mean (lowest to highest).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafold.fragility_study.defences import DEFENCES
 from lorafold.fragility_study.measure import RefusalMetrics, TunedMetrics
 from lorafold.fragility_study.result import Curve, Fragility, Point, TuningSetting
 
-METRICS = {  # heading: figure of a point, format
+METRICS = {  # heading: (field of a point, format)
     "log-odds": ("measured.log_odds", "+.2f"),
     "kept": ("kept", ".2f"),
     "refusals": ("measured.refusals", ".0%"),
@@ -136,9 +136,7 @@ def page(study: Fragility, path: str | Path) -> None:
 
 
 def plots_of(curves: Sequence[Curve]) -> Iterator[str]:
-    """Yield two plots for each stack, rank and rate: log-odds and refusals, with one line per
-    defence.
-    """
+    """Yields plots of log-odds and of refusals for each stack, rank and learning rate."""
 
     def group(curve: Curve) -> tuple:
         return curve.way.stack, curve.way.rank, curve.way.lr
@@ -193,7 +191,7 @@ def plot(
 
 
 def band(seeds: Sequence[RefusalMetrics], figure: str) -> Interval:
-    """The interval of a figure for a single seed, or the range over several."""
+    """The interval of a figure for a single seed, or its range over several seeds."""
     values = values_of(seeds, figure)
     interval = getattr(seeds[0], f"{figure}_interval") if len(seeds) == 1 else None
     return interval or (min(values), max(values))

@@ -1,10 +1,10 @@
-"""The result of a fragility study: the stacks before tuning, every point after, and the curves over
-the number of benign examples.
+"""The result of a fragility study: the metrics of each stack before tuning and after each tuning,
+and curves over the number of benign examples.
 
     kept        (after - without) / (before - without), of the log-odds of refusal; without is the
-                same model without the alignment, or 0 without adapters: 1 is unchanged
-    halved at   the number of examples at which kept falls to 1/2, on the straight line between two
-                measured points over log(1 + k), from k = 0
+                same model without the alignment, or 0 without adapters; 1 means unchanged
+    halved at   the number k of examples at which kept falls to 1/2, interpolated linearly in
+                log(1 + k) between measured points, from k = 0
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafold.fragility_study.measure import RefusalMetrics, StackMetrics, Tuned
 
 
 class TuningSetting(NamedTuple):
-    """An adapter stack, and how it is tuned and defended; by default it is not."""
+    """An adapter stack, and the defence, rank and learning rate of its tuning."""
 
     stack: str
     defence: str = "none"
@@ -37,7 +37,16 @@ class TuningSetting(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The figures after one tuning under a defence. A finished adapter has no seed or examples."""
+    """The metrics after one tuning under a defence.
+
+    Attributes:
+        way: The stack, defence, rank and learning rate.
+        seed: The seed of the tuning; None for a finished adapter.
+        examples: The number of benign examples; None for a finished adapter.
+        kept: The remaining share of the log-odds that the alignment added; None if it added none.
+        measured: The metrics of the tuned model.
+        overlap: The share of the tuning's energy in the alignment's directions.
+    """
 
     way: TuningSetting
     seed: int | None
@@ -59,7 +68,7 @@ class Point:
         return cls(way, seed, examples, kept, after.measured, after.overlap)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, in one object."""
+        """All figures in one flat object."""
         content = asdict(self)
         way, measured, overlap = (content.pop(name) for name in ("way", "measured", "overlap"))
         return {**way._asdict(), **content, **measured, "overlap": overlap}
@@ -67,8 +76,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one kind of tuning, by number of examples and seed, and the stack's figures
-    before it.
+    """The points of one tuning setting, by number of examples and seed, and the metrics of the
+    stack before tuning.
     """
 
     way: TuningSetting
@@ -84,8 +93,8 @@ class Curve:
         return by_count
 
     def halved_at(self, seed: int | None = None) -> float | None:
-        """The number of examples that halves the log-odds of a seed, or of the mean; None if none
-        does.
+        """The number of examples that halves the log-odds of one seed, or of the mean over seeds;
+        None if no number does.
         """
         means = [
             (k, fmean(p.kept for p in points if p.kept is not None))
@@ -108,14 +117,18 @@ class Curve:
         return f"{'not ' * (halving is None)}halved by {count}"
 
     def as_json(self) -> dict[str, Any]:
-        """The way, and where its log-odds are halved: of the mean, and of each seed."""
+        """The setting, and the number of examples that halves the log-odds, for the mean and by
+        seed.
+        """
         seeds = sorted({p.seed for p in self.points if p.seed is not None})
         each = {str(seed): self.halved_at(seed) for seed in seeds}
         return {**self.way._asdict(), "halved_at": self.halved_at(), "halved_at_by_seed": each}
 
 
 def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """The k at which a value first falls to a level, linear in log(1 + k); None if it does not."""
+    """The k at which a value first falls to a level, interpolated linearly in log(1 + k); None if
+    it never does.
+    """
     for (k, above), (next_k, below) in pairwise(points):
         if above > level >= below:
             start, end = math.log1p(k), math.log1p(next_k)
@@ -125,8 +138,8 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
 @dataclass(frozen=True)
 class Fragility(ShownInNotebooks):
-    """The result of a fragility study: the figures of every stack before tuning, by name, and the
-    points after every tuning.
+    """The result of a fragility study: the metrics of each stack before tuning, by name, and the
+    points after each tuning.
     """
 
     model: str
@@ -136,7 +149,7 @@ class Fragility(ShownInNotebooks):
 
     @property
     def curves(self) -> list[Curve]:
-        """The curves of all kinds of tuning; none for a finished adapter."""
+        """The curves of all tuning settings; none for a finished adapter."""
         tuned = [p for p in self.points if p.examples is not None]
         ways = [p.way for p in tuned]
         ordered = sorted(tuned, key=lambda p: ways.index(p.way))
@@ -147,7 +160,9 @@ class Fragility(ShownInNotebooks):
 
     @property
     def notes(self) -> list[str]:
-        """Which stacks had nothing to erode, in sentences."""
+        """Sentences about stacks whose alignment did not raise the log-odds, or which refused
+        nothing before tuning.
+        """
         notes = []
         for name, stack in self.stacks.items():
             if stack.kept(0) is None:

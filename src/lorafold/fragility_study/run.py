@@ -1,6 +1,6 @@
-"""The sweep: trains every run on its stack, and measures every point. Figures are stored in
-`<out>/figures`, tunings in `<out>/tuned`, so the same call continues a stopped sweep, and several
-calls share the work. Only one model is in memory at a time.
+"""Runs a fragility study: trains every tuning run on its stack, and measures every point. Metrics
+are stored in `<out>/figures`, tuned adapters in `<out>/tuned`, so the same call continues a stopped
+study, and concurrent calls share the work. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def counted(report: ReportProgress, total: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The files of a sweep; their names contain digests of everything that they depend on."""
+    """A study's files, whose names contain digests of all inputs of their content."""
 
     task: FragilityTask
     out: Path
@@ -75,7 +75,6 @@ class StudyFiles:
         return self.out / "figures" / f"before-{digest}.json"
 
     def of_points(self, run: TuningRun) -> dict[str, Path]:
-        """The file of each point of a run, by its defence."""
         probe = digest_of(run.task.probe_identity)
         names = run.task.defences_with(run.mixed)
         return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
@@ -85,7 +84,7 @@ class StudyFiles:
 
 
 def measure_stack(task: FragilityTask, stack: AdapterStack, load_model: LoadModel) -> StackMetrics:
-    """The figures of a stack; also checks the inputs of all later runs."""
+    """Measures a stack before tuning; also checks the inputs of all later runs."""
     evaluator = StackEvaluator(task, stack, load_model)
     evaluator.check_defences()
     for rows in filter(None, (task.rows, task.mix)):

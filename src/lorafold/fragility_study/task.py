@@ -1,5 +1,5 @@
-"""The inputs of a fragility study, and its tuning runs by rank, rate, seed and number of examples.
-The update of a stack's last adapter is the alignment.
+"""The inputs of a fragility study, and its tuning runs by rank, learning rate, seed and number of
+examples. The last adapter of a stack is the alignment.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AdapterStack:
 
 
 def stacks_of(*adapters: Sequence[SavedAdapter]) -> tuple[AdapterStack, ...]:
-    """The stacks, with unique names from their adapters' directories; the empty stack is "base"."""
+    """Stacks named after their adapters' directories; the empty stack is called "base"."""
     short = iter(short_names([one.path for stack in adapters for one in stack]))
     return tuple(
         AdapterStack(tuple(stack), " + ".join(next(short) for _ in stack) or "base")
@@ -82,19 +82,18 @@ class FragilityTask:
 
     @cached_property
     def cache_key(self) -> dict[str, Any]:
-        """The identity of the model, of its quantization and device, and of the code."""
         return self.base.cache_key(self.recipe.chat_template, *CODE_PACKAGES)
 
     @cached_property
     def day(self) -> str:
-        """The date for chat templates that print it, the same in all figures; otherwise empty."""
-        templates = {None, self.recipe.chat_template}  # measured and trained
+        """The date for chat templates that print it, fixed for the whole study; "" if none does."""
+        templates = {None, self.recipe.chat_template}  # of measurements and of training
         inputs = product(templates, (stack.adapters for stack in self.stacks))
         return next(filter(None, (self.base.date(*one) for one in inputs)), "")
 
     @property
     def probe_identity(self) -> list[Any]:
-        """Everything that the figures depend on besides the adapters."""
+        """All inputs of the metrics except the adapters."""
         prompts = [Rows.of(list(rows)).sha256 for rows in (self.refuse, self.controls)]
         held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
         beginnings = [self.refusal_prefixes, self.compliance_prefixes, self.max_new_tokens]
@@ -112,14 +111,12 @@ class FragilityTask:
         return _selected(self.rows, self._row_order[:n])
 
     def benign_rows(self, examples: int, seed: int) -> Rows:
-        """The first rows in the seed's order, so that larger numbers of examples contain the
-        smaller.
-        """
+        """The first rows in the seed's order, so that a large run contains a smaller run's rows."""
         rest = self._row_order[len(self.held_out) :]
         return _selected(self.rows, _shuffled(f"{seed}/benign", rest)[:examples])
 
     def runs(self, stack: AdapterStack) -> Iterator[TuningRun]:
-        """Yield every run on a stack, first without mixed refusals and then with them."""
+        """Yields all tuning runs on a stack, first without mixed refusals, then with them."""
         kinds = [kind for kind in (False, True) if any(self.defences_with(kind))]
         grid = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
         for mixed, rank, lr, seed, examples in grid:
@@ -147,9 +144,7 @@ class TuningRun:
 
     @cached_property
     def rows(self) -> Rows:
-        """The training rows; mixed ones have as many refusals as benign examples, if there are
-        enough.
-        """
+        """The training rows; mixed runs add as many refusals as benign examples, if possible."""
         benign, mix = self.task.benign_rows(self.examples, self.seed), self.task.mix
         if not self.mixed or mix is None:
             return benign
@@ -158,7 +153,7 @@ class TuningRun:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run. Mixed refusals make batches larger and don't add steps, so that
+        """The recipe of the run. Mixed refusals make batches larger but don't add steps, so that
         runs with and without them differ in nothing else.
         """
         recipe, benign = self.task.recipe, self.examples
@@ -182,7 +177,7 @@ class TuningRun:
 
     @cached_property
     def name(self) -> str:
-        """The name of its files, with a digest of everything that the tuning depends on."""
+        """The name of the run's files, with a digest of all inputs of the tuning."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
         inputs = [task.cache_key, task.day, self.stack.identity, self.rows.identity, recipe]
         kind = "mixed-" if self.mixed else ""
@@ -231,9 +226,7 @@ def check(task: FragilityTask) -> None:
 
 
 def _prefix_problems(task: FragilityTask) -> Iterator[str]:
-    """Yield beginnings that include each other, because the sum of their probabilities would exceed
-    1.
-    """
+    """A prefix must not begin with another prefix, because the longer prefix would count twice."""
     prefixes = [("refusal-prefix", text) for text in task.refusal_prefixes]
     prefixes += [("compliance-prefix", text) for text in task.compliance_prefixes]
     for option, text in prefixes:
@@ -246,7 +239,6 @@ def _prefix_problems(task: FragilityTask) -> Iterator[str]:
 
 
 def _leaked_prompts(task: FragilityTask) -> Iterator[str]:
-    """Yield the training rows with prompts that are measured."""
     measured = {
         prompt: f"row {number} of --{option}"
         for option, rows in (("controls", task.controls), ("refuse", task.refuse))

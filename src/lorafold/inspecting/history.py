@@ -1,7 +1,8 @@
-"""The history of a run, read from the adapter's record, and observations about it.
+"""The history of a training run, read from the record that is saved with the adapter, and warnings
+about it.
 
-The first and the last tenth of the steps (three at least) are averaged because of noise. Records of
-earlier versions contain only losses.
+Single steps are noisy, so the means of the first and the last tenth of the steps (at least three
+each) are compared. Records of earlier versions of lorafold contain only losses.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ REWARD_PREFIX = "reward "  # prefix of the name of one reward of several
 
 
 def first_and_last(values: Values) -> tuple[list[float], list[float]] | None:
-    """The first and the last tenth of the values (three at least); None if there are too few."""
+    """The first and the last tenth of the known values, at least three each, or None."""
     known = [value for value in values if value is not None]
     n = max(MIN_STEPS, len(known) // 10)
     return None if len(known) < 2 * n else (known[:n], known[-n:])
 
 
 def significant_change(values: Values) -> tuple[float, float] | None:
-    """The means of both ends, or None if they differ by less than two standard errors."""
+    """The means of the first and the last tenth; None if within two standard errors."""
     if (ends := first_and_last(values)) is None:
         return None
     error = sqrt(sum(variance(end) / len(end) for end in ends))
@@ -56,7 +57,7 @@ def observations_of(
     options: Mapping[str, Any],
     saved_at: int | None = None,
 ) -> list[str]:
-    """The observations as sentences; `saved_at` is the step whose weights this adapter has."""
+    """Warnings about a run; `saved_at` is the step at which the adapter was saved."""
     return [*_observe_steps(steps, options), *_observe_held_out(held_out, saved_at)]
 
 
@@ -143,7 +144,7 @@ class SampleSet(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """The part of a record that describes the run. Records may come from untrusted sources."""
+    """The part of an adapter's record that describes its run; records may be untrusted."""
 
     recipe: dict[str, Any]
     losses: list[Metric | None] = Field(min_length=1)
@@ -180,17 +181,17 @@ class RunRecord(BaseModel):
 
 @dataclass(frozen=True)
 class History(ShownInNotebooks):
-    """The metrics of a run by step.
+    """The metrics of a training run, by step.
 
     Attributes:
         losses: The loss of each step; None if it was not finite.
         steps: Other metrics of each step by name; None for a step without a value.
         evals: Held-out losses by step; step 0 is before training.
-        held_out: Other held-out metrics by name; `step` contains their steps.
-        judged_by: The weights of rewards by name.
+        held_out: Other held-out metrics by name; the entry `step` has the step of each evaluation.
+        judged_by: The weight of each reward, by name.
         samples: Sample completions of the `first` and of the `last` evaluation.
         observations: Warnings and other observations, as sentences.
-        configuration: The settings of the run by name, as texts.
+        configuration: The run's settings as texts, by name.
     """
 
     adapter: str
@@ -211,11 +212,11 @@ class History(ShownInNotebooks):
 
     @property
     def by_step(self) -> dict[str, Sequence[float | None]]:
-        """All metrics with one value per step; the loss is the last."""
+        """All metrics with one value per step; the loss comes last."""
         return {**self.steps, "loss": self.losses}
 
     def measured(self, name: str) -> list[tuple[int, float, Any]]:
-        """(step, value, interval or None) of a held-out metric, without missing values."""
+        """(step, value, interval or None) for each evaluation that has a value of the metric."""
         if name == "loss":
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
         steps, values = (self.held_out.get(column, ()) for column in ("step", name))
@@ -225,7 +226,7 @@ class History(ShownInNotebooks):
 
     @property
     def names(self) -> list[str]:
-        """The metrics that have values, per step or held-out."""
+        """The names of all metrics that have a value, per step or held-out."""
         first = [] if self.judged_by else ["loss"]
         held_out = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         return [
@@ -235,7 +236,7 @@ class History(ShownInNotebooks):
         ]
 
     def in_words(self, name: str) -> str:
-        """The first and last value of a held-out metric, with intervals; "" without values."""
+        """The first and the last value of a held-out metric, with intervals; "" if it has none."""
         if not (points := self.measured(name)):
             return ""
         (start, first, low), (end, last, high) = points[0], points[-1]
@@ -278,7 +279,6 @@ def read_history(path: str | Path) -> History:
 
 
 def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Yield the settings of the run for the page, without unknown ones."""
     peft = read_object(path / PEFT_CONFIG) if (path / PEFT_CONFIG).is_file() else {}
     recipe, data, trained_on = record.recipe, record.data, record.trained_on or {}
     base = [peft.get("base_model_name_or_path"), trained_on.get("storage") or recipe.get("storage")]

@@ -1,5 +1,5 @@
-"""The page of `lorafold history`: curves over the steps of a run, and its first and last sample
-completions side by side. Completions are untrusted, so they are only ever shown as text.
+"""The HTML page of `lorafold history`: metrics by step, and the sample completions of the first and
+the last evaluation side by side. Completions are untrusted, so the page shows them only as text.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lorafold.files.templates import interval_text
 from lorafold.inspecting.history import REWARD_PREFIX, History, first_and_last
 from lorafold.inspecting.page_plots import curves
 
-SHARED_PLOTS = {"largest mismatch": "mismatch"}  # metrics that share another metric's plot
-MAX_REWARDS_PER_PLOT = 4  # rewards per plot
-AXIS_TITLES = {  # axis titles
+SHARED_PLOTS = {"largest mismatch": "mismatch"}  # metrics in another metric's plot
+MAX_REWARDS_PER_PLOT = 4
+AXIS_TITLES = {
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
     "entropy": "entropy, nats per token",
@@ -94,7 +94,7 @@ def constant_metrics(history: History) -> dict[str, float]:
 
 
 def metrics_by_plot(history: History) -> dict[str, list[str]]:
-    """The metrics of each plot by its title: `MAX_REWARDS_PER_PLOT` rewards, or another metric."""
+    """The metrics of each plot, by title; rewards share plots."""
     names = [name for name in history.names if name not in constant_metrics(history)]
     each = [name for name in names if name.startswith(REWARD_PREFIX)]
     size = -(-len(each) // -(-len(each) // MAX_REWARDS_PER_PLOT)) if each else 1
@@ -110,7 +110,7 @@ def metrics_by_plot(history: History) -> dict[str, list[str]]:
 
 
 def render_plots(history: History) -> Iterator[str]:
-    """Yield the curves. A single reward that changes has none, because it equals the total's."""
+    """The plots; a single reward that changes has none, because its curve resembles the total's."""
     plots = metrics_by_plot(history)
     rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]
     titles = without_common([clean(name.removeprefix(REWARD_PREFIX)) for name in rewards])
@@ -120,7 +120,7 @@ def render_plots(history: History) -> Iterator[str]:
     for title, names in plots.items():
         if names == [alone]:
             continue
-        # a policy's held-out loss is minus its reward
+        # a policy's held-out loss is its negated reward
         held_out = [name for name in names if not (name == "loss" and history.judged_by)]
         changes = {n: change_text(history, n, n in held_out) for n in names}
         labels = {n: f"{labels_of.get(n, clean(n))} " * (len(names) > 1) for n in names}

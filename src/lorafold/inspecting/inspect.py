@@ -1,5 +1,5 @@
-"""The figures of `lorafold inspect` for one adapter, except the loss (`paths`). One base matrix at
-a time is read from the files.
+"""The figures of `lorafold inspect` for one adapter, except losses (`loss_paths`). To save memory,
+one base weight at a time is read from the files.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from lorafold.resolve.base import check_language_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), (d,)
+Vocabulary = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # by verb: (V, d), gain (d,)
 EXPERTS_NOTE = "Among the experts of a block, tokens are shown for the one with the largest update."
 FUSED_NOTE = (
     "Fused projections of queries, keys and values are left out, because it is unknown which of"
@@ -68,8 +68,8 @@ def inspect(
     full: bool = False,
     progress: Progress = no_progress,
 ) -> Inspection:
-    """Measure the last adapter of a stack; the adapters below it count as part of the base. `full`
-    also takes the SVD of every base weight.
+    """Analyses the last adapter of a stack, with the adapters below it merged into the base. `full`
+    also computes the SVD of every base weight.
     """
     check_language_model(base, [*stack, *([against] if against is not None else [])])
     *over, saved = stack
@@ -128,7 +128,6 @@ def inspect(
 
 
 def describe_method(spec: Spec) -> str:
-    """The method with its rank, alpha, and whatever is not its default."""
     parts = [type(spec).__name__]
     for f in fields(spec):  # type: ignore[arg-type]
         value = getattr(spec, f.name)
@@ -171,7 +170,7 @@ def named_directions(
 
 
 def matrix_figures(site: AdaptedModule, svd: Svd, w: torch.Tensor, full: bool) -> MatrixFigures:
-    """The figures of a matrix w (out, in), in fp32, from the SVD of its update."""
+    """The figures of an update, given its SVD and its base weight w (out, in) in fp32."""
     s, rank = svd.s, site.rank
     for_90, for_95, for_99 = (effective_rank(s, share) for share in (0.9, 0.95, 0.99))
     directions = for_95 if rank is None else len(s)
@@ -220,7 +219,7 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
 
 
 def truncated(site: AdaptedModule, svd: Svd) -> Svd:
-    """The SVD of a dense update, cut to its top directions because all modules stay in memory."""
+    """The SVD of a dense update with its top directions only, because all SVDs stay in memory."""
     if site.rank is not None:
         return svd
     top = svd.top(NUM_SHOWN)
@@ -228,7 +227,7 @@ def truncated(site: AdaptedModule, svd: Svd) -> Svd:
 
 
 def count_unmeasured(adapter: Adapter) -> dict[str, int]:
-    """The number of deltas without figures, by class: biases, whole modules, tokens."""
+    """The number of deltas without figures, such as biases, by class."""
     measured = {id(delta) for delta in adapter.own_deltas.values()}
     kinds = Counter(type(p).__name__ for _, p in adapter.parts() if id(p) not in measured)
     return dict(sorted(kinds.items()))

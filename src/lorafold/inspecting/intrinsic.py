@@ -50,7 +50,7 @@ class SubspaceRun:
 
 @dataclass(frozen=True)
 class Intrinsic(ShownInNotebooks):
-    """The result of a search. `dimension` is None if none reaches `share`."""
+    """The result of a search; `dimension` is None if no tested dimension reaches `share`."""
 
     dimension: int | None
     share: float
@@ -136,7 +136,7 @@ def search(
 
 
 def identity_of(request: RunRequest, recipe: Recipe) -> dict[str, Any]:
-    """Everything that the losses of a search depend on."""
+    """All inputs that the losses of a search depend on."""
     return {
         **request.base.cache_key(recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],
@@ -172,7 +172,9 @@ def check_search(out: Path, identity: dict[str, Any]) -> None:
 def run(
     request: RunRequest, recipe: Recipe, out: Path, method: str, **options: float
 ) -> HeldOutLoss:
-    """The held-out loss of a run, which is resumed if it was stopped; its files are removed."""
+    """The held-out loss of a training run, which is resumed if it was stopped. The run's files are
+    removed afterwards.
+    """
     recipe = with_method(recipe, method).model_copy(update={"options": options})
     resume = bool(RunDirectory(out).checkpoints())
     try:

@@ -49,8 +49,8 @@ def compare_losses(
     max_length: int,
     below: int = 0,
 ) -> dict[str, float]:
-    """`loss_before` of the first adapter and `loss_after` of the second, each active alone on top
-    of the `below` lowest ones.
+    """The loss with the first adapter (`loss_before`) and with the second (`loss_after`), each on
+    top of the `below` lowest adapters.
     """
     loss, names = loss_function(model, tokenizer, rows, max_length), selection_of(model).names
     losses = {}
@@ -69,8 +69,8 @@ LINE = "line"  # the name under which the weighted sum of adapters is attached
 def weighted_sum(
     model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[float]], float]]:
-    """Activate only a weighted sum of adapters on top of `below`, and yield the loss as a function
-    of the weights. Rows of new tokens are the same at every point.
+    """Activates a weighted sum of adapters on top of the adapters `below`, and yields the loss as a
+    function of the weights. Embedding rows of new tokens are not scaled.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
@@ -110,7 +110,7 @@ def weighted_sum(
 
 
 def _without_new_tokens(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
-    """(the adapter's delta without its rows of new tokens, these rows)."""
+    """The adapter's delta without embedding rows of new tokens, and these rows."""
     delta, weight = module.deltas[name], module._parameters.get("weight")
     parts = list(delta.parts())
     rows = [part for part in parts if isinstance(part, TokenRows)]
@@ -144,7 +144,7 @@ def loss_between(
 
 
 def barrier(points: Sequence[LossPoint]) -> float:
-    """The maximum of the loss minus the line between both ends, in nats; points ascend in t."""
+    """The largest excess over the straight line between both ends, in nats; points ascend in t."""
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
 

@@ -8,7 +8,7 @@ from typing import Any
 from lorafold.files import plots
 from lorafold.inspecting.subspaces import kind_and_block
 
-MAX_POINTS = 300  # of a curve
+MAX_POINTS = 300  # points of a curve
 LOG_METRICS, LOG_RATIO = ("loss", "gradient norm"), 20  # ratio that makes an axis logarithmic
 COLORMAP = "viridis"  # lightness increases with the value
 
@@ -95,7 +95,8 @@ def curves(
             axes.plot(*zip(*line, strict=True), **style | {"marker": mark, "linewidth": 1})
             ends.append(plots.LineEnd(line[-1][1], name, style["color"]))
         names = [*dict.fromkeys([*lines, *measured])]
-        for name, points in measured.items():  # several figures keep the colours of their lines
+        for name, points in measured.items():
+            # the colour of the metric's line or, if there is only one metric, another colour
             style = plots.series_style(names.index(name) if len(names) > 1 else len(lines))
             x, values, intervals = zip(*points, strict=True)
             style |= {"linestyle": ":"}

@@ -1,5 +1,5 @@
-"""The report of `lorafold inspect`: a table for the terminal and an HTML page. Both show only
-figures that the JSON contains too.
+"""The report of `lorafold inspect`: a table for the terminal and an HTML page. The JSON contains
+all figures that they show.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lorafold.inspecting.result import (
 from lorafold.inspecting.subspaces import by_kind, kind_and_block
 from lorafold.inspecting.updates import group_experts, largest_of, module_path
 
-MIN_PHI_SCALE = 0.1  # at the end of a scale of phi
-HEAT_MAPS = {  # heading: figure of a matrix, format
+MIN_PHI_SCALE = 0.1  # the smallest maximum of a colour scale for phi
+HEAT_MAPS = {  # heading: (field of MatrixFigures, format)
     "Effective rank: directions for 95% of the energy": ("effective_rank_95", ".0f"),
     "Size: |dW| over |W0|": ("base.relative_norm", ".1%"),
     "Amplification: |dW| over |Uᵀ W0 V|": ("base.amplification", ".2f"),
     "Intruder dimensions in the top 10": ("intruders", ".0f"),
 }
-RANGES = {  # heading: figure of a matrix, format; experts have a range
+RANGES = {  # heading: (field, format); for experts, the range is shown too
     "stable": ("stable_rank", ".2f"),
     "|dW|/|W0|": ("base.relative_norm", ".2%"),
     "amplified": ("base.amplification", ".2f"),
@@ -139,7 +139,7 @@ def positions(sites: Sites) -> Iterator[str]:
 
 
 def off_diagonal(phi: Grid) -> tuple[Grid, str, str, int, float]:
-    """The grid without its diagonal, where every block is itself, and how a heat map shows it."""
+    """Arguments of a heat map of overlaps between blocks, without the diagonal, where phi is 1."""
     grid = [[nan if i == j else phi[i][j] for j in range(len(phi))] for i in range(len(phi))]
     largest = max((x for line in grid for x in line if x == x), default=1.0)
     return grid, "block", "block", 0, max(MIN_PHI_SCALE, ceil(10 * largest) / 10)
@@ -185,7 +185,7 @@ def experts(sites: Sites, overlaps: Mapping[str, ExpertOverlap]) -> Iterator[tup
 
 
 def tokens(sites: Sites) -> Iterator[tuple[str, str, str, list[Any]]]:
-    """Yield (kind of module, side, subject, rows) of each table of nearest tokens or vectors."""
+    """(kind of module, side, "tokens" or "your vectors", rows) of each table of neighbours."""
     for sign in ("reads", "writes"):
         for name, near in ((sign, "tokens"), (f"{sign}_vectors", "your vectors")):
             tables = {path: table for path, of in sites.items() if (table := getattr(of, name))}

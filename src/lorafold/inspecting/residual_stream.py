@@ -1,5 +1,5 @@
-"""The modules that read the residual stream h, with the norm before each, and the modules that
-write to it, found by running a fake model, so no weights are read.
+"""Finds the modules that read the residual stream h, with the norm before each, and the modules
+that write to it. A fake model is run for this, so no weights are read.
 
     x = g * h / |h|_rms (+ b)       a module whose input is the output of a norm reads h; its input
                                     direction v is the direction g * v of h
@@ -11,8 +11,9 @@ Residual stream: Elhage et al. 2021, "A Mathematical Framework for Transformer C
     share of head h = |dW_h|^2 / |dW|^2        dW_h: the rows of q, k and v that make head h, or the
                                                columns of the output projection that read it
 
-A projection has heads if its attention has `head_dim` and if the side away from the residual stream
-has num_attention_heads or num_key_value_heads of them; fused projections have none.
+A projection is split into heads if its attention module has `head_dim`, and if its outputs (q, k,
+v) or inputs (output projection) are num_attention_heads or num_key_value_heads times `head_dim`.
+Fused projections are not split.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ REMOTE_CODE_PACKAGE = "transformers_modules"  # the package of a model's own Pyt
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """The modules of the residual stream, by path: `readers` with the norm before them, or "";
-    `writers`; the embedding and head; and the stream's dimension.
+    """The paths of the modules that read or write the residual stream. `readers` maps each module
+    to the norm before it, or "" without one; `size` is the stream's dimension.
     """
 
     readers: dict[str, str]
@@ -55,10 +56,9 @@ class ResidualStream:
 
 
 def find_stream(model: PreTrainedModel) -> ResidualStream:
-    """Find the modules of the residual stream by running a fake model on four tokens."""
     config = model.config
-    # by the address of a tensor's storage: the norm that computed it ("" for a block's input), and
-    # the tensor, so that its storage isn't freed and reused
+    # key: the address of a tensor's storage; value: the norm that computed it ("" for a block's
+    # input), and the tensor, so that its storage isn't freed and reused
     outputs = {}
     readers = {}
     modules_run: set[str] = set()
@@ -110,7 +110,7 @@ def find_stream(model: PreTrainedModel) -> ResidualStream:
 
 @torch.no_grad()
 def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
-    """The gain g of a norm, from its outputs for z and -z of mean 0 and rms 1."""
+    """The gain g of a norm, from its outputs for z and -z (mean 0, rms 1), so its bias cancels."""
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z
@@ -118,14 +118,16 @@ def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a projection: `n` of `size` each, on its output (`out`) or input side."""
+    """The attention heads of a projection: `n` heads of dimension `size` each, on its output side
+    (`out`) or its input side.
+    """
 
     n: int
     size: int
     out: bool
 
     def shares(self, svd: Svd) -> list[float]:
-        """The share of the update's energy at each head; zeros for a zero update."""
+        """The share of the update's energy in each head; zeros for a zero update."""
         side = svd.u if self.out else svd.v  # (n * size, k)
         energy = ((side * svd.s) ** 2).sum(1).reshape(self.n, self.size).sum(1)
         total = float(energy.sum())

@@ -1,11 +1,12 @@
-"""The best LoRA of a rank for an adapter's update, or for the difference of two models.
+"""The best LoRA of a given rank for an adapter's update, or for the difference of two models.
 
     dW ~ B A,   B = U sqrt(S) (out, r), A = sqrt(S) V^T (r, in), where U S V^T are the r largest
                 singular values of dW with their vectors
-    error       |dW - B A| / |dW|, the least for any B A (Eckart and Young 1936); |.| Frobenius
+    error       |dW - B A| / |dW|, the smallest for any B A of rank r (Eckart and Young 1936); |.|
+                is the Frobenius norm
 
 The result is plain LoRA with scale 1 (alpha = r for every module). Biases, saved modules and token
-embeddings are copied unchanged. Each matrix of experts has its own factors.
+embeddings are copied unchanged. Each expert's matrix is factorized separately.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ from lorafold.resolve import Base
 from lorafold.resolve.base import check_language_model
 
 NAME = "resized"
-RankErrors = dict[str, tuple[int, float, float]]  # rank, squared norms of error, update
+RankErrors = dict[str, tuple[int, float, float]]  # rank, squared norms of error and update
 
 
 @dataclass(frozen=True)
 class Resized(ShownInNotebooks):
-    """The written adapter. `sites` contains the rank and relative error of each matrix, `left_out`
-    the relative difference of other tensors, `losses` the loss before and after.
+    """The written adapter: `sites` has the rank and relative error of each matrix, `left_out` the
+    relative change of each tensor that the adapter does not contain, `losses` the loss before and
+    after.
     """
 
     sites: dict[str, dict[str, float]]
@@ -182,7 +184,7 @@ def extract(
 
 
 def _difference(cuts: RankErrors, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
-    """The best factors of one matrix, (out, r) and (r, in); r = 0 if nothing changed."""
+    """The best factors of tuned - w, (out, r) and (r, in), whose errors are added to `cuts`."""
     dw = tuned.float() - w.float()
     if not (total := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
@@ -193,8 +195,8 @@ def _difference(cuts: RankErrors, name: str, w: Tensor, tuned: Tensor, rank: int
 
 @torch.no_grad()
 def as_lora(adapter: Adapter, factors: SiteFactors) -> Adapter:
-    """Replace the adapter's method by LoRA with these factors; biases, saved modules and tokens
-    stay.
+    """Replaces the adapter's method by LoRA with these factors; biases, saved modules and token
+    embeddings are kept.
     """
     spec = lora_with_ranks({path: max(a.shape[-2], 1) for path, (_, a) in factors.items()})
     modules = adapter.sites

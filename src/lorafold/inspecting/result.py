@@ -1,4 +1,4 @@
-"""The result of `lf.inspect`. The fields are the keys of `lorafold inspect --json`, but the objects
+"""The result of `lf.inspect`. Its fields are the keys of `lorafold inspect --json`, but the objects
 in `FLATTENED` are merged into their parents, and optional fields that are None are left out.
 """
 
@@ -29,7 +29,9 @@ class NearestNeighbours:
 
 @dataclass(frozen=True)
 class BaseFigures:
-    """An update compared with its base weight. Ratios are None if one of them is zero."""
+    """Figures of an update relative to its base weight, defined in `spectra`. A ratio is None if
+    its denominator is zero.
+    """
 
     norm: float
     base_norm: float
@@ -43,8 +45,8 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class SpectrumPositions:
-    """The update's energy on each tenth of the base's directions and outside of them, and the
-    base's norm in its own top directions.
+    """The distribution of an update's energy: its share in each tenth of the base's singular
+    directions, and outside of them. `top_projection` is the base's norm in its top directions.
     """
 
     position_written: list[float]
@@ -54,7 +56,7 @@ class SpectrumPositions:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFigures:
-    """The update of one matrix; `rank` is the numerical rank if the method has no factors."""
+    """Figures of the update of one matrix; without factors, `rank` is the numerical rank."""
 
     rank: int
     numerical_rank: int
@@ -85,7 +87,9 @@ Sites = Mapping[str, MatrixFigures]  # by module path, or the name of a matrix o
 
 @dataclass(frozen=True)
 class PooledRank:
-    """The common rank that keeps 95% of the energy, the advised rank, and its loss."""
+    """One rank for all modules: `rank_95` keeps 95% of the energy; `advised_rank` is the next
+    practical rank, at which the share `advised_loss` of the energy is lost.
+    """
 
     rank_95: int
     advised_rank: int
@@ -94,7 +98,7 @@ class PooledRank:
 
 @dataclass(frozen=True)
 class AdapterFigures:
-    """Means and medians over the modules; `rank` is None if they have different ranks."""
+    """Figures over all modules; `rank` is None if their ranks differ or a module has no factors."""
 
     sites: int
     rank: int | None
@@ -127,7 +131,9 @@ class ExpertOverlap:
 
 @dataclass(frozen=True)
 class UpdateOverlap:
-    """Two updates of one matrix: cosine, phi of the first and all directions, and by chance."""
+    """The overlap of two updates of one matrix: their cosine, phi of their first directions and of
+    all directions, and the phi expected for unrelated updates.
+    """
 
     cosine: float
     phi_read_first: float
@@ -140,7 +146,9 @@ class UpdateOverlap:
 
 @dataclass(frozen=True)
 class KindOverlap:
-    """phi[i][j] of the first i + 1 and j + 1 directions, averaged over a kind of module."""
+    """phi[i][j] of the first i + 1 directions of one adapter and j + 1 of another, averaged over
+    all modules of a kind, such as q_proj.
+    """
 
     phi_read: Grid
     phi_written: Grid
@@ -167,12 +175,20 @@ class LossPaths:
 class Inspection(ShownInNotebooks):
     """The figures of one adapter.
 
-    `sites` has the figures of each module path, or matrix of experts as in `...gate_up_proj[3]`;
-    `whole` of all modules together; `beside` the number of deltas without figures, by class.
-    `layers` and `experts` are overlaps of the top directions of blocks and experts, `chance_cosine`
-    the cosine of a random direction to its nearest token, `advice` the conclusions. Without base
-    adapters, a second adapter or data, `over`, `against` or `paths` is None. `tokens_left_out`,
-    `heads_left_out` and `experts_left_out` are reasons for missing figures.
+    Attributes:
+        beside: The number of deltas without figures, such as biases, by class.
+        whole: Figures of all modules together.
+        sites: Figures by module path, and for experts by matrix, as in `...gate_up_proj[3]`.
+        layers: The overlap of the top directions of blocks, by kind of module.
+        chance_cosine: The mean cosine of random directions to their nearest token, as a baseline.
+        tokens_left_out: The reason why there are no nearest tokens.
+        advice: Conclusions, as sentences.
+        over: The adapters below this one; None if there are none.
+        against: The overlap with a second adapter; None if none was given.
+        paths: Losses along lines in weight space; None if no rows were given.
+        experts: The overlap of the top directions of experts, by module.
+        experts_left_out: The reason why tokens are not shown for all experts.
+        heads_left_out: The reason why projections are missing in the figures by head.
     """
 
     adapter: str
@@ -193,7 +209,7 @@ class Inspection(ShownInNotebooks):
     heads_left_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All figures under the keys of `lorafold inspect --json`."""
+        """All figures, under the keys of `lorafold inspect --json`."""
         return asdict(self, dict_factory=_flat)
 
     def __str__(self) -> str:

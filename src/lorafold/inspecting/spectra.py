@@ -7,20 +7,20 @@
                                                 Roy and Vetterli 2007, "The effective rank"
     phi(i, j)         |U_a[:, :i]^T U_b[:, :j]|^2 / min(i, j): 1 if the smaller subspace lies in the
                       larger one, 0 if they are orthogonal, max(i, j) / n for unrelated ones
-    projection        |U^T W0 V|: the size of the base in the update's own directions;
-                      r |W0| / sqrt(out in) in random ones
+    projection        |U^T W0 V|: the norm of the base in the update's directions; it is
+                      r |W0| / sqrt(out in) in random directions
     amplification     |dW| / |U^T W0 V|
     strength          |W0 V S|^2 in / (|W0| |S|)^2 for the input directions, |S U^T W0|^2 out /
-                      (|W0| |S|)^2 for the output directions: below 1 the update changes weak
+                      (|W0| |S|)^2 for the output directions; below 1, the update changes weak
                       directions of the base
     position          p_j = sum_i s_i^2 (u_i . u0_j)^2 / sum_i s_i^2, and the same with v: how the
                       update's energy is distributed over W0's singular directions
     intruders         the top 10 left singular vectors of W0 + dW with |cos| < 0.5 to every u0_j;
                       Shuttleworth et al. 2024, arXiv 2410.21228
 
-phi, projection and position: Hu et al. 2021, arXiv 2106.09685, section 7. Unlike the paper's, phi
-is computed from dW on both sides and not from the factor A, so it does not depend on how a method
-parametrizes dW. Positions and intruders need the SVD of every W0, which is cached.
+phi, projection and position: Hu et al. 2021, arXiv 2106.09685, section 7. The paper computes phi
+from the factor A; here it is computed from the singular vectors of dW, so it does not depend on how
+a method parametrizes dW. Positions and intruders need the SVD of every W0, which is cached.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ ENERGY_SHARE = 0.95
 
 
 def effective_rank(s: Tensor, share: float) -> int:  # (k,)
-    """The smallest number of directions that hold a share of the energy; 0 for a zero update."""
     squares = s.double().square()
     # the tolerance is for the rounding of the sum, so that a share of 1 is reached
     below = squares.cumsum(0) / squares.sum() < share * (1 - 1e-12)
@@ -53,19 +52,17 @@ def effective_rank(s: Tensor, share: float) -> int:  # (k,)
 
 
 def stable_rank(s: Tensor) -> float:  # (k,)
-    """|dW|^2 / s_1^2; 0 for a zero update."""
     return float(s.double().square().sum() / s[0].double().square()) if len(s) else 0.0
 
 
 def entropy_rank(s: Tensor) -> float:  # (k,)
-    """exp of the entropy of s / sum s; 0 for a zero update."""
     p = s.double() / s.double().sum()
     return float(torch.exp(torch.special.entr(p).sum())) if len(s) else 0.0
 
 
 def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
-    """The rank that is enough if all modules are cut to it, and the advised one: 1, 2 or a multiple
-    of 4.
+    """The rank that keeps 95% of the energy if all modules are truncated to it, and the advised
+    rank: 0, 1, 2 or a multiple of 4.
     """
     energies = pad_sequence(list(s), batch_first=True).double().square().sum(0)
     total = float(energies.sum())
@@ -81,7 +78,9 @@ def pooled(s: Sequence[Tensor]) -> PooledRank:  # (k,) for each site
 
 
 def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
-    """A sentence on the pooled rank; `nominal` is None if the adapter has no single rank."""
+    """A sentence on the rank that the adapter needs; `nominal` is the adapter's rank, or None if
+    modules have different ranks.
+    """
     if not pooled_rank.rank_95:
         return "the update is zero: training changed nothing"
     enough, advised = pooled_rank.rank_95, pooled_rank.advised_rank
@@ -97,15 +96,16 @@ def advice(nominal: int | None, pooled_rank: PooledRank) -> str:
 
 
 def phi(a: Tensor, b: Tensor) -> Tensor:  # (n, i), (n, j), orthonormal columns -> (i, j)
-    """phi of the first 1, 2, ... columns of both: entry [i, j] is for i + 1 and j + 1 columns."""
+    """phi of the leading columns: entry [i, j] is for i + 1 columns of a and j + 1 columns of b."""
     overlap = (a.t() @ b).double().square().cumsum(0).cumsum(1)
     i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in overlap.shape)
     return overlap / torch.minimum(i[:, None], j)
 
 
 def against_base(svd: Svd, w: Tensor, directions: int | None = None) -> BaseFigures:
-    """An update compared with its base weight w (out, in). Projection and amplification use the
-    strongest directions, because all directions of a square matrix span the whole space.
+    """Figures of an update relative to its base weight w (out, in). Projection and amplification
+    use only the strongest directions, because all directions of a square matrix span the whole
+    space.
     """
     top = svd.top(len(svd.s) if directions is None else directions)
     size, base_size = map(torch.linalg.vector_norm, (svd.s, w))
@@ -140,7 +140,7 @@ CODE_FILES = ("inspecting/spectra", "inspecting/updates")  # cached SVDs depend 
 
 
 def cached_svd(w: Tensor) -> Svd:  # (out, in)
-    """The SVD of a base weight in fp32, cached; vectors are stored in fp16."""
+    """The SVD of a base weight in fp32, cached on disk with vectors in fp16."""
     digest = sha256(f"{tuple(w.shape)} {w.dtype}\n".encode())
     digest.update(w.flatten().numpy().data)
     made_by = cache_directory() / "svd" / of_code(*CODE_FILES)[:DIGEST_LENGTH]
@@ -155,15 +155,15 @@ def cached_svd(w: Tensor) -> Svd:  # (out, in)
 
 
 def position(vectors: Tensor, s: Tensor, base: Tensor) -> list[float]:  # (n, k), (k,), (n, m)
-    """The shares of the update's energy on each tenth of W0's directions, and outside of them."""
+    """The shares of the update's energy in each tenth of W0's directions, and outside of them."""
     p = (base.t() @ vectors).square() @ s.square() / s.square().sum()
     edges = [round(i * len(p) / BINS) for i in range(BINS + 1)]
     return [float(p[a:b].sum()) for a, b in pairwise(edges)] + [max(0.0, 1 - float(p.sum()))]
 
 
 def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
-    """The number of intruder dimensions: top singular vectors of w + dW that are similar to none of
-    w.
+    """The number of intruder dimensions: top left singular vectors of w + dW that are dissimilar to
+    all left singular vectors of w.
     """
     tuned = svd_of_dense(w + update.dense()).top(NUM_TOP)
     return int(((base.u.t() @ tuned.u).abs().amax(0) < MAX_INTRUDER_COSINE).sum())
@@ -172,7 +172,7 @@ def intruders(base: Svd, w: Tensor, update: Svd) -> int:  # w (out, in)
 def in_base_spectrum(
     w: Tensor, update: Svd, directions: int
 ) -> tuple[int, SpectrumPositions | None]:
-    """(intruder dimensions, positions) in the spectrum of w (out, in), in fp32."""
+    """The number of intruder dimensions and the positions of an update, for w (out, in) in fp32."""
     base = cached_svd(w)
     if not len(update.s):
         return 0, None

@@ -1,5 +1,5 @@
-"""Overlap of the directions that two adapters, blocks or experts change: cosine and phi (`spectra`;
-Hu et al. 2021, arXiv 2106.09685, sec. 7).
+"""Overlap of the directions that two adapters, blocks or experts change, as cosine and phi (defined
+in `spectra`; Hu et al. 2021, arXiv 2106.09685, sec. 7).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_TOP = 4  # directions of each block or expert that are compared
 
 
 def kind_and_block(path: str) -> tuple[str, int | None]:
-    """A module's path within its block and the block's number, or the whole path and None."""
+    """A module's path within its block and the block's number; outside of blocks, (path, None)."""
     path = module_path(path)
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", path)
     return (match[2], int(match[1])) if match else (path, None)
@@ -66,7 +66,7 @@ def compare_updates(name: str, a: Svds, b: Svds) -> AdapterOverlap:
     return AdapterOverlap(name, sites, kinds, *only)
 
 
-# sides in the residual stream: their modules in `ResidualStream`, and an update's vectors
+# side: (field of `ResidualStream` with its modules, singular vectors of the update)
 SIDES = {"read": ("readers", "v"), "written": ("writers", "u")}
 
 
@@ -83,7 +83,9 @@ def across_layers(svds: Svds, stream: ResidualStream) -> dict[str, LayerOverlap]
 
 
 def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverlap]:
-    """phi of the top directions of every two experts; near 1 if they change the same directions."""
+    """The mean, smallest and largest phi over all pairs of experts of a module, near 1 if experts
+    change the same directions.
+    """
     overlaps = {}
     changed = {name: svd for name, svd in svds.items() if len(svd.s)}
     for site, experts in group_experts(changed).items():
@@ -96,7 +98,7 @@ def across_experts(svds: Svds, stream: ResidualStream) -> dict[str, ExpertOverla
 
 
 def _pairs(top: Sequence[Tensor]) -> Tensor:
-    """phi of all directions of every two of these (n, k), each pair once."""
+    """phi of each pair of subspaces, given as orthonormal columns (n, k)."""
     ranks = torch.tensor([directions.shape[1] for directions in top])
     owner = torch.arange(len(top)).repeat_interleave(ranks)
     columns = torch.cat(list(top), 1)

@@ -7,8 +7,9 @@ Highly Interpretable").
     W writes u to the residual stream:                          logits E' (g' * u)
         so g' * u, with the gain g' of the final norm, is compared with the unembedding E'
 
-The entries of v at the embedding and of u at the head are tokens already. A pair u, v is unique up
-to a common sign, so both ends are shown. The norm's division by |h| and its mean are ignored.
+At the embedding, each entry of v already belongs to a token, as does each entry of u at the head.
+The sign of a pair u, v is arbitrary, so the nearest tokens of both signs are shown. The norm's
+division by |h| and its subtraction of the mean are ignored.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CHUNK_SIZE = 8192  # vectors of the vocabulary that are converted to fp32 at a t
 
 @dataclass(frozen=True)
 class Extremes:
-    """(values, indices) of the largest and smallest along each direction, (NUM_TOKENS, n) each."""
+    """(values, indices) of the k largest and smallest values of n directions, (k, n) each."""
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
@@ -52,7 +53,7 @@ class Extremes:
 
 
 def nearest(vectors: Tensor, directions: Tensor, k: int = NUM_TOKENS) -> Extremes:  # (V, d), (d, n)
-    """The vectors with the largest and smallest cosine to each direction, CHUNK_SIZE at a time."""
+    """The k vectors with the largest and smallest cosines to each direction."""
     unit = F.normalize(directions, dim=0)
     near = [
         extremes(F.normalize(part.float(), dim=1) @ unit, k, i * CHUNK_SIZE)
@@ -68,18 +69,17 @@ def nearest(vectors: Tensor, directions: Tensor, k: int = NUM_TOKENS) -> Extreme
 
 
 def mean_nearest(vectors: Tensor, norm_gain: Tensor | None) -> float:  # (n, d), (d,)
-    """The mean cosine of random directions to the nearest vector, as a baseline."""
+    """The mean cosine between a random direction and its nearest vector, as a baseline."""
     directions = torch.randn(vectors.shape[1], SAMPLES, generator=torch.Generator().manual_seed(0))
     return float(nearest(vectors, after_norm(directions, norm_gain), 1).top[0].mean())
 
 
 def after_norm(directions: Tensor, norm_gain: Tensor | None) -> Tensor:  # (d, n), (d,) -> (d, n)
-    """The directions after a norm with the gain `norm_gain`; None means no norm."""
     return directions if norm_gain is None else norm_gain[:, None] * directions
 
 
 def extremes(values: Tensor, shown: int = NUM_TOKENS, first: int = 0) -> Extremes:  # (V, n)
-    """The largest and the smallest values of each column; `first` is added to the indices."""
+    """The `shown` largest and smallest values of each column; `first` is added to the indices."""
     k = min(shown, len(values))
     (top, at_top), (bottom, at_bottom) = (values.topk(k, 0, largest) for largest in (True, False))
     return Extremes((top, at_top + first), (bottom, at_bottom + first))
@@ -87,7 +87,7 @@ def extremes(values: Tensor, shown: int = NUM_TOKENS, first: int = 0) -> Extreme
 
 @dataclass(frozen=True)
 class Directions:
-    """Directions of a module in the residual stream (d, k), or over the vocabulary (V, k)."""
+    """Directions in the residual stream (d, k) or, if `of_tokens`, over the vocabulary (V, k)."""
 
     directions: Tensor
     of_tokens: bool
@@ -132,7 +132,7 @@ def near_to(
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and vectors (n, d) of a safetensors file with tensors (d,), (n, d) or (d, n)."""
+    """The names and vectors (n, d) in a safetensors file with tensors (d,), (n, d) or (d, n)."""
     file, names, matrices = FileWeights([Path(path)]), [], []
     problems = []
     for name in sorted(file.names):
@@ -151,7 +151,7 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
 
 def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
-    """The share of an update's energy on each vector: |dW f|^2 / |dW|^2; 1 / d if random."""
+    """The share |dW f|^2 / |dW|^2 of an update's energy along each vector f; 1 / d if random."""
     cosines = F.normalize(vectors, dim=1) @ F.normalize(side.directions, dim=0)
     return (cosines * s).square().sum(1) / s.square().sum()
 
@@ -159,7 +159,7 @@ def shares(side: Directions, s: Tensor, vectors: Tensor) -> Tensor:  # (n,)
 def largest_shares(
     side: Directions, s: Tensor, names: Sequence[str], vectors: Tensor
 ) -> dict[str, float]:
-    """The vectors (n, d) with the largest shares, in descending order."""
+    """The NUM_VECTORS largest shares by name, in descending order, for vectors (n, d)."""
     all_shares = shares(side, s, vectors)
     values, indices = all_shares.topk(min(NUM_VECTORS, len(all_shares)))
     return {names[i]: value for i, value in zip(indices.tolist(), values.tolist(), strict=True)}

@@ -1,10 +1,10 @@
-"""The updates of an adapter, one module at a time, as thin singular value decompositions.
+"""Thin singular value decompositions of an adapter's updates, one module at a time.
 
     dW = U S V^T       U (out, k), S (k,) in descending order, V (in, k)
 
-Each matrix of experts is separate, as in `...gate_up_proj[3]`. A product is decomposed from its
-factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other updates are built as dense matrices.
-The base's weights stay in their mapped files until a figure needs one.
+Each expert's matrix is decomposed separately and named as in `...gate_up_proj[3]`. A low-rank
+update is decomposed from its factors (`ops.svd.svd_of_product`), in O((out + in) r^2); other
+updates are built as dense matrices. Base weights stay memory-mapped until a figure needs them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Svd:
-    """U (out, k), S (k,) descending and V (in, k) in fp32, above the rounding error."""
+    """An SVD in fp32: U (out, k), S (k,) descending, V (in, k). Rounding errors are dropped."""
 
     u: Tensor
     s: Tensor
@@ -51,12 +51,13 @@ class Svd:
         return Svd(self.u[:, :k], self.s[:k], self.v[:, :k])
 
     def factors(self, rank: int) -> Factors:
-        """The best factors of at most this rank, of the same size each (Eckart and Young 1936)."""
+        """The best factors of at most this rank (Eckart and Young 1936); each is multiplied by the
+        square root of the singular values.
+        """
         root = self.s[:rank].sqrt()
         return self.u[:, :rank] * root, root[:, None] * self.v[:, :rank].t()
 
     def dense(self) -> Tensor:  # (out, in)
-        """U S V^T."""
         return (self.u * self.s) @ self.v.t()
 
 
@@ -85,7 +86,7 @@ def group_experts(values: Mapping[str, T]) -> dict[str, list[T]]:
 
 
 def largest_of(figures: Sites) -> list[str]:
-    """The name of one matrix per module; for experts, the one with the largest update."""
+    """The name of one matrix per module: for experts, the matrix with the largest update."""
     return [max(names, key=lambda n: figures[n].base.norm) for names in by_module(figures).values()]
 
 
@@ -100,7 +101,7 @@ class AdaptedModule:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) of each matrix by name, as in training, with the adapters below merged."""
+        """W0 (out, in) by name, quantized as in training, with the adapters below merged."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
@@ -119,7 +120,6 @@ class AdaptedModule:
 
     @torch.no_grad()
     def parts(self) -> Iterator[tuple[str, Svd]]:
-        """The name and the SVD of each matrix's update, computed on each call."""
         if (factors := self.delta.factors()) is not None:
             svds = map(svd_of_factors, *(unstacked(factor.detach()) for factor in factors))
             return zip(self.names, svds, strict=True)
@@ -131,7 +131,7 @@ class AdaptedModule:
 
 
 def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedModule]:
-    """Yield the modules with deltas of the adapter's method, without biases and tokens."""
+    """The modules that the adapter's method changes; biases and token embeddings are left out."""
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
         layer = modules[path].layer(ROUND_TRIP, *below)
@@ -146,14 +146,14 @@ def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedM
 
 
 def load_below(model: nn.Module, base: Base, stack: Sequence[SavedAdapter]) -> tuple[str, ...]:
-    """Load all adapters of the stack but the last; returns their names on the model."""
+    """Loads all adapters of the stack except the last; returns their names on the model."""
     attach_training_round_trip(model, base.source, base.storage, stack)
     below = load_all(model, stack[:-1], "over", allow_other_base=base.allow_other_base)
     return tuple(adapter.name for adapter in below)
 
 
 def unstacked(w: Tensor) -> Sequence[Tensor]:
-    """The matrices of w (E, ., .) as views, or w (., .) itself."""
+    """The matrices of experts w (E, ., .) as views, or (w,) for a single matrix w (., .)."""
     return w.unbind() if w.dim() == 3 else (w,)
 
 
@@ -163,7 +163,7 @@ def pad_rank(factors: Factors, rank: int) -> Factors:
 
 
 def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
-    """The factors of a module: of its matrix, or (E, out, r) and (E, r, in), padded with zeros."""
+    """A module's factors; factors of experts are padded to one rank and stacked."""
     if not matrices:
         return factors[0]
     rank = max(len(down) for _, down in factors)
@@ -173,7 +173,7 @@ def stacked(factors: Sequence[Factors], matrices: Sequence[int]) -> Factors:
 
 @torch.no_grad()
 def add_lora(model: nn.Module, factors: SiteFactors, name: str) -> Adapter:
-    """A new LoRA of scale 1 with these factors; rank 0 changes nothing."""
+    """Attaches a LoRA of scale 1 with these factors; rank 0 leaves a module unchanged."""
     spec = lora_with_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
     adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
     for path, delta in adapter.own_deltas.items():
@@ -196,7 +196,7 @@ def svd_of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread, because two threads are 2 to 20 times as slow for many small SVDs
+    """Runs torch on one thread, because two threads are 2 to 20 times as slow for many small SVDs
     when both cores are busy.
     """
     threads = torch.get_num_threads()
@@ -215,6 +215,6 @@ def svd_of_dense(dw: Tensor) -> Svd:  # (out, in)
 
 
 def _significant(u: Tensor, s: Tensor, v: Tensor, share: float) -> Svd:
-    """The singular values above the rounding error, with their vectors, in fp32."""
+    """Drops singular values below `share` of the largest, which are rounding errors."""
     k = int((s > share * s[0]).sum())
     return Svd(u[:, :k].float(), s[:k].float(), v[:, :k].float())

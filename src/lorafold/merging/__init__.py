@@ -1,3 +1,3 @@
-"""`lorafold merge`: the target weights, the plan, merging and rounding, writing, and the merge
-report.
+"""Implements `lorafold merge`: the target weights, the plan, merging and rounding, writing, and the
+merge report.
 """

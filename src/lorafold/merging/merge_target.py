@@ -1,13 +1,13 @@
-"""The weights to merge an adapter into, if its base was quantized in training. q quantizes W and
-dequantizes it again.
+"""The weights that an adapter is merged into if its base was quantized in training. q quantizes W
+and dequantizes it again.
 
     trained         q(W) + dW           the weights that the adapter was trained on, in 16 bits
     original        W + dW              the weights before quantization
     nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
 nf4 and int8 start from the original weights, because quantizing q(W) again would round away every
-change of less than half a level (an adapter with 99% exact match fell to 0%). A model with
-quantized files has no original weights; its own, dequantized, are the only target.
+change of less than half a level (an adapter with 99% exact match fell to 0%). If the model's files
+are quantized, there are no original weights, so the dequantized weights are the only target.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Distance:
 class MergeTarget:
     """The target of a merge.
 
-    trained_on: The quantization of the base in training, or None. prequantized: The base's files
-    are quantized. requested_storage: The storage named by the user. recorded_storages: Other
-    storages in the adapters' records. base: The storage of the base in training, if known.
+    trained_on: The quantization of the base in training, or None.
+    prequantized: Whether the base's files are quantized.
+    requested_storage: The quantization or dtype that the user named.
+    recorded_storages: Other quantizations or dtypes in the adapters' records.
+    base: The quantization or dtype of the base in training, if known.
     """
 
     target: str
@@ -58,30 +60,31 @@ class MergeTarget:
 
     @property
     def round_trip(self) -> str | None:
-        """The quantization to which W is quantized and back before adapters are merged."""
+        """The quantization q if W is replaced by q(W) before adapters are merged, or None."""
         return self.trained_on if (self.target == "trained" and not self.prequantized) else None
 
     @property
     def training_storage(self) -> str:
-        """The storage of the base in training, fp32 if unknown."""
+        """The quantization or dtype of the base in training; fp32 if unknown."""
         known = self.base.storage if self.base else "fp32"
         return self.trained_on or (known if known in UNQUANTIZED else "fp32")
 
     @property
     def unsupported_storage(self) -> str:
-        """The storage in training, if it is a quantization that lorafold does not make."""
+        """The quantization of the base in training if lorafold can't produce it, or ""."""
         known = "" if self.base is None or self.prequantized else self.base.storage
         return "" if known in ("", "auto", "float16", *UNQUANTIZED, *ON_LOAD) else known
 
     @property
     def quantized(self) -> str | None:
-        """The quantization of the merged model."""
         return self.target if self.target in ON_LOAD else None
 
     def describe_distances(
         self, base: str, files: str, distance: Distance | None, from_original: Distance | None
     ) -> str:
-        """A sentence on the base in training, and the distances of files and original weights."""
+        """Text on the base in training, and on the distances of the files and of the original
+        weights from the trained model.
+        """
         values = {"base": base, "files": files, "distance": distance, "original": from_original}
         return render_text("merging/distances.jinja", into=self, **values)
 
@@ -95,7 +98,7 @@ def choose_merge_target(
     base: str = "auto",
     in_files: str | None = None,
 ) -> MergeTarget:
-    """The requested target, else trained for a quantized base, else original."""
+    """The requested target; by default, trained after quantized training, otherwise original."""
     known = training_storage_of(adapters) if base == "auto" else TrainingStorage(base)
     target = ALIASES.get(requested or "", requested)
     storage = known.storage if known else "auto"
@@ -135,7 +138,7 @@ def choose_merge_target(
 
 
 def check_savable(model: nn.Module, quantization: str) -> None:
-    """Raise LorafoldError for quantized experts, which transformers can't save."""
+    """Checks that no experts would be quantized, because transformers can't save them."""
     experts = [
         path
         for path in quantizable_paths(model)  # type: ignore[arg-type]

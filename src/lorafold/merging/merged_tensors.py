@@ -1,13 +1,13 @@
-"""The merged and rounded values of a checkpoint's tensors, one tensor at a time, and their writer.
+"""Computes and writes the merged and rounded tensors of a checkpoint, one tensor at a time.
 
-    W' = round(fold_n(... fold_1(W)))       with each delta's own `fold`
+    W' = round(fold_n(... fold_1(W)))       with the `fold` of each delta
 
-A parameter that transformers computes from several tensors is merged once for all of them; tensors
-that are not written yet are cached, rounded, because files list the experts' tensors in another
-order than the parameters.
+A parameter that transformers computes from several tensors is merged once for all of them. Rounded
+tensors are cached until they are written, because files list the experts' tensors in another order
+than the parameters.
 
-Memory: the adapters, and at most three times the largest changed tensor in fp32. Unchanged tensors
-are copied byte for byte; names, dtypes and shards stay.
+Memory holds the adapters, and at most three times the largest changed tensor in fp32. Unchanged
+tensors are copied byte for byte; names, dtypes and shards stay the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_CACHED = 4
 
 @torch.no_grad()
 def encode_wide(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The parameters that store W (out, in) in a module, in fp32 or wider, as new tensors."""
+    """New tensors, fp32 or wider, in which a module stores the weight w (out, in) and bias b."""
     layer = layer_of(module)
     stored = {}
     for name, value in layer.plain().encode(w, b).items():
@@ -54,8 +54,8 @@ def encode_wide(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Ten
 
 
 def equate_rows(target: Tensor, original: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(target, original), both (n', k), made equal in rows that adapters replace or append, which
-    are neither update nor noise.
+    """Makes target and original, both (n', k), equal in rows that adapters replace or append, so
+    that these rows count neither as update nor as rounding noise.
     """
     replaced = torch.tensor(
         [*(i for i in rows if i < len(original)), *range(len(original), len(target))],
@@ -72,7 +72,7 @@ def equate_rows(target: Tensor, original: Tensor, rows: Sequence[int]) -> tuple[
 
 
 class MergedValues:
-    """The new values by name, each used once, with rounding statistics."""
+    """The new values of tensors, each requested once, with rounding statistics."""
 
     def __init__(self, plan: MergePlan, rounding: Rounding, seed: int) -> None:
         self.plan, self.rounding, self.seed = plan, rounding, seed
@@ -102,7 +102,7 @@ class MergedValues:
         return result.tensor
 
     def _folded(self, parameter: str) -> tuple[Tensor, Tensor]:
-        """(target, original) of a parameter, of any shape."""
+        """(merged, original) values of a parameter, of any shape."""
         path, leaf = self.plan.sites[parameter]
         module: Adapted = module_at(self.plan.model, path)  # type: ignore[assignment]
         before, after = before_and_after(module, self.plan.adapters, leaf)
@@ -122,7 +122,7 @@ class MergedValues:
 
     @torch.no_grad()
     def _convert(self, conversion: Conversion) -> dict[str, RoundedTensor]:
-        """The merged tensors, by name, that a conversion makes parameters from."""
+        """The merged tensors from which transformers computes the parameters of a conversion."""
         targets, originals = {}, {}
         with conversion.made() as values:
             for parameter, value in values.items():
@@ -140,7 +140,7 @@ class MergedValues:
 def before_and_after(
     module: Adapted, adapters: Sequence[str], parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """A parameter (any shape) before (in its dtype) and after merging (fp32 or wider)."""
+    """A parameter (any shape) before merging, in its dtype, and after, in fp32 or wider."""
     layer = layer_of(module)
     w, b = layer.dense()
     before = (
@@ -161,8 +161,8 @@ Writer = Callable[[MergePlan, NewValues, OnWritten], None]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Rounding statistics, the number of tensors by rounding, and added tensors, biases and
-    vocabulary.
+    """The result of a merge: rounding statistics, the number of tensors by rounding mode, tensors
+    added for untied weights, added biases, and the vocabulary's size if it grew.
     """
 
     stats: RoundingStats
@@ -179,7 +179,7 @@ def write_merged(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> MergeResult:
-    """Write the merged model; `progress` counts bytes."""
+    """Writes the merged model; `progress` counts bytes."""
     values, total, done = MergedValues(plan, rounding, seed), plan.weight_bytes, 0
 
     def written(_: str, size: int) -> None:
@@ -194,7 +194,7 @@ def write_merged(
 
 
 def write_shards(out: Path, plan: MergePlan, values: NewValues, on_written: OnWritten) -> None:
-    """A `Writer`, apart from `out`, of a transformers model directory."""
+    """Writes a transformers model directory; a `Writer` once `out` is bound."""
     other_files = plan.checkpoint.other_files()
     total = plan.weight_bytes
     other_bytes = sum((plan.checkpoint.path / path).stat().st_size for path in other_files)
@@ -212,7 +212,7 @@ def write_shards(out: Path, plan: MergePlan, values: NewValues, on_written: OnWr
 
 
 def check_disk_space(directory: Path, size: int, content: str) -> None:
-    """Raise LorafoldError unless the disk of `directory` has `size` bytes left."""
+    """Checks that the disk of `directory` has `size` bytes left."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(
             f"{directory}: the disk has {free / 1e9:.1f} GB left, {content} needs"

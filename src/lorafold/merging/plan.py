@@ -1,5 +1,5 @@
-"""The plan of a merge, made before anything is written: the tensors of the files that change,
-changes of `config.json`, and all problems.
+"""The plan of a merge, made before anything is written: the tensors that change, the changes to
+`config.json`, and all problems.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ from lorafold.resolve import Base
 def untied_config(
     config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """(`config.json` without tied weights, parameters that must be added to the files), except for
-    ties of the architecture itself.
-    """
+    """`config.json` without tied weights, and the parameters that the files need in addition."""
     written = _without_ties(config, True)
     loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
     still = tied_parameters(build_on_meta(loose, trust_remote_code))
@@ -66,7 +64,7 @@ def untied_config(
 
 
 def _without_ties(config: dict[str, Any], declare: bool) -> dict[str, Any]:
-    """The config without tied weights, including its parts; with `declare`, explicitly."""
+    """The config without tied weights, including sub-configs; `declare` adds a missing key."""
     written = {
         key: _without_ties(value, key == "text_config") if isinstance(value, dict) else value
         for key, value in config.items()
@@ -85,9 +83,7 @@ def _with_text_config(config: Mapping[str, Any], values: Mapping[str, Any]) -> d
 def with_biases(
     config: dict[str, Any], mapped: MappedModel, switches: Switches
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """(`config.json`, entries of added biases by parameter). Sets the new biases of the model to
-    zero.
-    """
+    """`config.json` and new entries for added biases; the model's new biases become zero."""
     model = mapped.model
     enable_switches(model, switches)
     entries = {}
@@ -107,7 +103,6 @@ def with_biases(
 
 
 def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The config for a vocabulary of this size."""
     written = _with_text_config(config, {"vocab_size": size})
     return written | ({"vocab_size": size} if "vocab_size" in config else {})
 
@@ -120,10 +115,13 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class MergePlan:
     """The tensors to write, by name.
 
-    changed: The changed parameter. converted: The conversion of a changed parameter. added: The
-    entry of a new tensor; in `zeros` if no adapter changes it. dequantized: The path of the
-    quantized module. sites: Changed parameter -> module path and name. vocabulary: Its size if it
-    grew. other_base: A message for each adapter of another base.
+    changed: The parameter that a changed tensor stores.
+    converted: The conversion from changed tensors to parameters.
+    added: The entry of a new tensor; it is in `zeros` if no adapter changes it.
+    dequantized: The path of the quantized module.
+    sites: By changed parameter, the module's path and the parameter's name in it.
+    vocabulary: The size of the vocabulary if it grew.
+    other_base: A message for each adapter that was trained on another base.
     """
 
     checkpoint: Checkpoint
@@ -141,7 +139,7 @@ class MergePlan:
     other_base: tuple[str, ...] = ()
 
     def layout(self, file: str) -> list[tuple[str, TensorEntry]]:
-        """The names and entries of the tensors to write to this file, in order."""
+        """The names and entries of the tensors to write to `file`, in order."""
         entries = [
             *self.checkpoint.files[file].entries.items(),
             *((name, e) for name, e in self.added.items() if e.file.name == file),
@@ -150,16 +148,13 @@ class MergePlan:
 
     @property
     def weight_bytes(self) -> int:
-        """The size in bytes of all tensors to write."""
         return sum(entry.size for file in self.checkpoint.files for _, entry in self.layout(file))
 
 
 def plan_merge(
     base: Base, adapters: Sequence[SavedAdapter], *, round_trip: str | None = None
 ) -> MergePlan:
-    """Attach the adapters to the model and find the tensors that change, without computing or
-    writing.
-    """
+    """Attaches the adapters and finds the tensors that change, without computing or writing."""
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all, because unchanged files are copied
     checkpoint, mapped, dequantized = as_unquantized(checkpoint, mapped_model(checkpoint))
     remember_source(mapped.model, base.source)
@@ -217,7 +212,7 @@ def plan_merge(
 def _changed_tensors(
     mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
 ) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """The changed tensors' parameters and conversions; errors are added to the problems."""
+    """The parameter, or the conversion, of each changed tensor; errors become `problems`."""
     changed = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
@@ -246,7 +241,6 @@ def _changed_tensors(
 
 @contextmanager
 def _collecting_problems(problems: Problems, path: str) -> Iterator[None]:
-    """Add errors inside the `with` block to the problems of this path."""
     try:
         yield
     except LorafoldError as error:
@@ -254,7 +248,7 @@ def _collecting_problems(problems: Problems, path: str) -> Iterator[None]:
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, TensorEntry]:
-    """The name of a parameter in the files, and its entry or a tied parameter's."""
+    """A parameter's name in the files, and its entry or the entry of a tied parameter."""
     names = (parameter, *mapped.tied.get(parameter, ()))
     if any(n in mapped.converted for n in names):
         raise NotMergeable(

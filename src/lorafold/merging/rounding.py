@@ -1,4 +1,4 @@
-"""Rounds merged weights to their stored dtype, and measures the loss.
+"""Rounds merged weights to their stored dtype, and measures the rounding error.
 
     T = W + dW (fp32)  ->  W' in the dtype of W
     nearest         loses changes below half a unit in the last place, so small updates vanish
@@ -28,7 +28,7 @@ MIN_SURVIVAL = 0.98  # the smallest survival at which auto rounds to nearest
 
 @dataclass(frozen=True)
 class RoundingStats:
-    """Sums over tensors: surviving is <W' - W, dW>, update <dW, dW>, error |W' - T|^2."""
+    """Sums over tensors: `surviving` is <W' - W, dW>, `update` <dW, dW>, `error` |W' - T|^2."""
 
     surviving: float = 0.0
     update: float = 0.0
@@ -39,12 +39,10 @@ class RoundingStats:
 
     @property
     def survival(self) -> float:
-        """The share of the update that remains after rounding; 1 without an update."""
         return self.surviving / self.update if self.update else 1.0
 
     @property
     def noise(self) -> float:
-        """The rounding error relative to the update; 0 without an update."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
 
@@ -60,7 +58,7 @@ class RoundedTensor:
 def round_to(
     target: Tensor, original: Tensor, mode: Rounding, generator: torch.Generator
 ) -> RoundedTensor:
-    """Round a merged weight, of any shape, to the dtype of the original weight."""
+    """Rounds a merged weight, of any shape, to the dtype of the original weight."""
     if mode == "auto":
         nearest = _round(target, original, "nearest", generator)
         if nearest.stats.survival >= MIN_SURVIVAL:

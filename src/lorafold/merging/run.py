@@ -1,4 +1,4 @@
-"""Merging adapters into their base, written as a Hugging Face model with a merge report.
+"""Merges adapters into their base, and writes a Hugging Face model with a merge report.
 
 The report compares the merged model with base + adapters, in fp32 on probe texts:
 
@@ -6,9 +6,9 @@ The report compares the merged model with base + adapters, in fp32 on probe text
     kl                  mean of sum_v p log(p / q)      (nats)
     max_logit_gap       max |adapted - merged|
     relative_logit_gap  |adapted - merged| / |adapted|  (Frobenius)
-    argmax_agreement    fraction of positions at which both choose the same token
+    argmax_agreement    fraction of positions with the same top-1 token
 
-Only one model at a time is in memory; the logits of the first one are in a file.
+Only one model at a time is in memory; the logits of the first model are stored in a file.
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ from lorafold.resolve.base import check_language_model
 
 @dataclass(frozen=True)
 class Gap:
-    """The difference between the merged and the adapted model's logits, and the number of
-    positions.
+    """The difference between the logits of the merged model and of base + adapters.
+
+    Attributes:
+        kl: The mean KL divergence in nats per token.
+        max_logit_gap: The largest absolute difference of two logits.
+        relative_logit_gap: The norm of the difference relative to the norm of the logits.
+        argmax_agreement: The fraction of positions with the same top-1 token.
+        positions: The number of compared positions.
     """
 
     kl: float
@@ -73,7 +79,7 @@ def compare_logits(
     scratch: Path,
     progress: Progress = no_progress,
 ) -> list[Gap]:
-    """The differences between a model and others, which are loaded one after the other."""
+    """The differences between a model's logits and each other model's; loads one at a time."""
     done, total = count(1), (1 + len(others)) * len(texts)
 
     def with_progress(logits: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -92,7 +98,7 @@ def compare_logits(
 
 
 def _gap(file: BinaryIO, others: Iterator[Tensor]) -> Gap:
-    """The difference between the logits in a file and others, (T, vocabulary) for each text."""
+    """The difference between logits in a file and other logits, (T, vocabulary) for each text."""
     kl = gap = squares = total = 0.0
     agreed = positions = 0
     for logits in others:
@@ -115,7 +121,7 @@ def _gap(file: BinaryIO, others: Iterator[Tensor]) -> Gap:
 def _logits(
     build: Callable[[], PreTrainedModel], texts: Sequence[tuple[int, ...]]
 ) -> Iterator[Tensor]:
-    """The logits of each text, (T, vocabulary) in fp32, on the CPU."""
+    """Yields the logits of each text, (T, vocabulary) in fp32 on the CPU."""
     model = build()
     for ids in texts:
         input_ids = torch.tensor([ids], device=model.device)
@@ -149,8 +155,16 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Merged(ShownInNotebooks):
-    """A merged model, as in `merge.json`. `gap` is None without the report; `from_original` is the
-    distance from the adapters on the original weights, if the target is not these.
+    """A merged model, as in `merge.json`.
+
+    Attributes:
+        gap: The difference from base + adapters; None without the merge report.
+        folded: Rounding statistics, and tensors that the merge added.
+        into: The weights that the adapters were merged into.
+        rounding: The requested rounding mode.
+        other_base: A message for each adapter that was trained on another base.
+        from_original: The distance between the adapters on the original and on the quantized
+            weights; None if it was not measured.
     """
 
     gap: Gap | None
@@ -166,7 +180,7 @@ class Merged(ShownInNotebooks):
 
     @property
     def kl(self) -> float | None:
-        """The report's KL divergence in nats per token, or None without a report."""
+        """The merge report's KL divergence in nats per token; None without a report."""
         return None if self.gap is None else self.gap.kl
 
     def as_json(self) -> dict[str, Any]:
@@ -194,7 +208,7 @@ class Merged(ShownInNotebooks):
         }
 
     def summary(self) -> str:
-        """A summary of a few lines."""
+        """The report as a few lines of text."""
         return render_text("merging/merged.jinja", merged=self)
 
 
@@ -205,7 +219,6 @@ def merge(
     options: MergeOptions,
     console: Console | None = None,
 ) -> Merged:
-    """Merge saved adapters into their base and write a Hugging Face model; see `lf.merge`."""
     check_out(out, options.overwrite)
     storage, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.loaded_as  # fails early for a wrong name or device
@@ -249,7 +262,7 @@ def merge(
 
 
 def load_adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> PreTrainedModel:
-    """The base in a storage, computed in fp32, with the adapters."""
+    """Loads the base in a quantization or dtype, with the adapters, for computation in fp32."""
     base = replace(base.stored(storage), dtype="fp32")
     model, other = base.load(), base.allow_other_base
     load_all(model, adapters, "adapter", allow_other_base=other, base=base.weights())
@@ -257,7 +270,7 @@ def load_adapted(base: Base, adapters: Sequence[SavedAdapter], storage: str) -> 
 
 
 def quantize_in_place(plain: Base, quantization: str) -> None:
-    """Replace the weights of a plain model by quantized ones, one tensor at a time."""
+    """Quantizes the files of a model, one tensor at a time."""
     directory = plain.source.path
     model = load_model(plain.source, Storage(torch.bfloat16, quantization))
     for file in directory.glob("*.safetensors*"):

@@ -1,6 +1,6 @@
-"""The engines that verify an export, each in its own process and possibly another Python
-environment. `program.py` runs there and imports nothing of lorafold. A new engine is a function in
-it and a row of `ENGINES`.
+"""Runs the engines that verify an export. Each engine has its own process, possibly in another
+Python environment, so `program.py` imports nothing from lorafold. To add an engine, add a function
+to `program.py` and a row to `ENGINES`.
 """
 
 from __future__ import annotations

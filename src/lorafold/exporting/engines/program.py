@@ -1,4 +1,4 @@
-"""The program in an engine's process: it runs a job and writes the answers.
+"""Runs one engine in a separate process: reads a job, and writes the engine's answers.
 
     program.py ENGINE JOB.json
     job        base       the directory or file of the base, or of the merged model
@@ -6,17 +6,17 @@
                ids        the tokens of each prompt
                texts      the prompts as texts
                chats      the messages and tools of each prompt
-               greedy     the number of tokens of a greedy text
+               greedy     the maximum number of tokens of a greedy completion
                ends       the end-of-text tokens
-               lora       for vLLM: its options and the fields of its request
+               lora       for vLLM: engine options, and fields of the LoRA request
                url        the URL of a running vLLM server
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
-               base       the same without adapters, for the first prompts, if the engine can
-               greedy     the tokens of each prompt, without end-of-text tokens
+               base       the same without adapters, possibly only for the first prompts
+               greedy     the tokens of each greedy completion, without end-of-text tokens
                version    the engine's version
                unused     tensors of the files that were not loaded, if the engine reports them
-               other_tokens    the prompts that the engine tokenizes differently, if it can
+               other_tokens    the prompts that the engine tokenizes differently, if known
                other_texts     the prompts that its own chat template renders differently
 """
 
@@ -40,7 +40,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-Job = dict[str, Any]  # or the answers
+Job = dict[str, Any]  # also the type of answers
 NAME = "lorafold-export"
 SLOTS = 8  # concurrent requests to llama.cpp, and prompts without the adapter
 CONTEXT_UNIT = 256  # llama.cpp's context sizes are multiples of it
@@ -49,12 +49,12 @@ VLLM_OPTIONS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-l
 
 
 def llamacpp(job: Job) -> Job:
-    """Answers of llama.cpp's server in this process (xllamacpp); `base` only for the first prompts,
-    and not without an adapter.
+    """Runs llama.cpp's server in this process (xllamacpp). `base` covers the first prompts, and is
+    absent for a model without adapter.
 
-    The server writes probabilities as text, which costs as much as computing them, so several
-    prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy texts
-    use it.
+    The server writes probabilities as text, which takes as long as computing them, so several
+    prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy
+    completions use it.
     """
     server, version = start_llamacpp(job)
     address, adapter = server.listening_address, job.get("adapter")
@@ -88,7 +88,7 @@ def llamacpp(job: Job) -> Job:
 
     def greedy(ids: Sequence[int], slot: int) -> list[int]:
         completion: list[int] = []
-        while len(completion) < job["greedy"]:  # it also stops at tokens that are not in `ends`
+        while len(completion) < job["greedy"]:  # llama.cpp also stops at other tokens
             body = {
                 "prompt": [*ids, *completion], "n_predict": job["greedy"] - len(completion),
                 "id_slot": slot, "temperature": 0, "cache_prompt": True, "return_tokens": True,
@@ -210,8 +210,8 @@ def peft(job: Job) -> Job:
 
 
 def mlx(job: Job) -> Job:
-    """mlx-lm's answers on the CPU in fp32, and the modules that it leaves out or changes. The
-    common prefix is computed once, and only the last position goes through the head.
+    """Runs mlx-lm on the CPU in fp32; `unused` lists tensors that it does not load, or loads with
+    other values. The prompts' common prefix is computed once, and the head only for last positions.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -269,7 +269,7 @@ def mlx(job: Job) -> Job:
 
 
 def vllm(job: Job) -> Job:
-    """vLLM's answers in this process in fp32, and the modules that it loads but never applies."""
+    """Runs vLLM in this process in fp32; `unused` lists modules that it loads but never applies."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -312,8 +312,8 @@ def unused_modules(worker: Any) -> list[str]:
 
 
 def vllm_url(job: Job) -> Job:
-    """Answers of a running vLLM server, which loads and unloads the adapter for them; it needs
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING and --max-logprobs -1, and access to the files.
+    """Queries a running vLLM server, which loads the adapter temporarily. The server needs
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING, --enable-lora, --max-logprobs -1 and access to the files.
     """
     url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
     version = json.loads(post_to_vllm(url, "/version"))["version"]
@@ -373,7 +373,6 @@ def error_message(error: HTTPError) -> str:
 
 
 def logprob_row(logprobs: dict[int, float]) -> np.ndarray:
-    """Log-probabilities (vocabulary,) from a mapping by token."""
     row = np.full(max(logprobs) + 1, -np.inf, np.float32)
     row[[*logprobs]] = [*logprobs.values()]
     return row
