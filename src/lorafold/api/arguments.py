@@ -255,7 +255,6 @@ def console_or_default(console: Console | Literal[False] | None) -> Console:
 
 
 def console_or_quiet(console: Console | None) -> Console:
-    """Returns the console, or for None a console that prints nothing."""
     from rich.console import Console
 
     if console is not None and not isinstance(console, Console):

@@ -23,8 +23,6 @@ class RenderedPrompts(NamedTuple):
 
 
 class Rendering(opt.BaseOptions, total=False):
-    """Options for loading the model and rendering a prompt."""
-
     system: opt.System
     tools: Annotated[
         str | Sequence[Mapping[str, Any]],

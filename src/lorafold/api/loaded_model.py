@@ -53,7 +53,7 @@ def resolve_model(
     **options: Any,
 ) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
     """Does the same as `resolve_base`, but also accepts a loaded model, for which it rejects
-    arguments that would have no effect.
+    arguments that have no effect.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
         return resolve_base(model, adapters, console, **options)

@@ -177,8 +177,8 @@ def _option(hint: Any) -> Any:
 
 
 def validated(function: Verb) -> Verb:
-    """Makes a function reject unknown argument names and values out of range, as its command does,
-    and accept `quantization` as another name for `storage`.
+    """Makes a function reject unknown arguments and values out of range, as its command does, and
+    accept `quantization` as another name for `storage`.
     """
     signature, options = inspect.signature(function), [*declared_options(function)]
     known = signature.parameters.keys()
@@ -390,8 +390,6 @@ Device = Annotated[
 
 
 class HubOptions(TypedDict, total=False):
-    """Options for loading a base model from the Hub."""
-
     revision: Annotated[
         str | None,
         Option(
@@ -412,14 +410,10 @@ class HubOptions(TypedDict, total=False):
 
 
 class DeviceOptions(HubOptions, total=False):
-    """Options for loading a base model on a device."""
-
     device: Device
 
 
 class StackOptions(DeviceOptions, total=False):
-    """Options for loading a base model for saved adapters."""
-
     allow_other_base: Annotated[
         bool,
         Option(
@@ -440,8 +434,6 @@ def _storage(auto: str, when: str = "") -> Option:
 
 
 class BaseOptions(StackOptions, total=False):
-    """Options for loading a base model for saved adapters, with a quantization or dtype."""
-
     storage: Annotated[
         str,
         _storage(
@@ -452,14 +444,10 @@ class BaseOptions(StackOptions, total=False):
 
 
 class TrainedBaseOptions(StackOptions, total=False):
-    """Options of functions that merge or export adapters, which need the base model's quantization
-    or dtype during training.
-    """
+    """Options for merging or exporting adapters; `storage` is the base model's during training."""
 
     storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
 class DirectoryBaseOptions(StackOptions, total=False):
-    """Options for loading the base model of most adapters in a directory."""
-
     storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

@@ -63,8 +63,8 @@ def unknown_command(
 def unknown_options(
     typed: Iterable[Word], options: Mapping[str, Any], path: str
 ) -> LorafoldError | None:
-    """Returns the error for the unknown options of a command line, or None. `options` contains each
-    option of the command under all of its names; `path` is the command as typed.
+    """Returns the error for the unknown options of a command line, or None if there are none.
+    `path` is the command as typed, for example lorafold train.
     """
     unknown = {w.name: w.values[0] if w.values else None for w in typed if w.name and not w.option}
     values = {_normalized(name): value for name, value in unknown.items()}

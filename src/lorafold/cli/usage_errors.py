@@ -32,9 +32,7 @@ BOUNDS = {
 
 
 class TypedLine(NamedTuple):
-    """A command line as typed. `options` contains each option of the command under all of its
-    names; `path` is the command, for example lorafold train.
-    """
+    """A command line as typed; `path` is the command, for example lorafold train."""
 
     words: Sequence[Word]
     options: Mapping[str, Any]
@@ -69,9 +67,7 @@ def repeated_options(line: TypedLine) -> LorafoldError | None:
 
 
 def unquoted_text(line: TypedLine) -> LorafoldError | None:
-    """Returns the error for a text of several words without quotes; all words after the first would
-    be read as paths.
-    """
+    """Returns the error for a text without quotes, whose other words would be read as paths."""
     for number, (name, option, values, _) in enumerate(line.words, 1):
         following = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXT_OPTIONS and following and not Path(following[0]).exists():

@@ -37,7 +37,6 @@ LOW_DISK = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
-    """Checks lorafold, Python and all required packages against the supported versions."""
     own = distribution(name)
     yield Finding(
         name, own.version, {"version": own.version, "path": str(Path(__file__).parents[1])}
@@ -111,7 +110,6 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str) -> str:
-    """Returns the reason why a package can't be imported, or an empty string."""
     module, before = MODULES.get(name.lower(), name.replace("-", "_")), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -133,7 +133,6 @@ def number(low: int, high: int) -> Slot:
 
 
 def day(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Samples a weekday, today or tomorrow, spoken with its preposition."""
     value = rng.choice([*DAYS, "today", "tomorrow"])
     return (f"on {value}" if value in DAYS else value), value
 

@@ -91,7 +91,6 @@ class Base:
 
     @cached_property
     def loaded_as(self) -> Storage:
-        """The quantization and dtype on this device, with the reason for them."""
         storage = choose_storage(self.storage, self.where)
         if self.dtype is None:
             return storage
@@ -186,7 +185,6 @@ class Base:
         return tokenizer
 
     def mapped(self) -> MappedModel:
-        """The model with weights that are read from its files when they are used."""
         from lorafold.models.checkpoint import mapped_model_of
 
         return mapped_model_of(self.source)
@@ -364,8 +362,7 @@ def _paths_by_name(own: RecordedBase) -> Iterator[Path]:
 
 
 def _nearby_models(own: RecordedBase) -> Iterator[tuple[Path, str]]:
-    """All models in and next to the adapter, in the directory of its base model's path, and in the
-    Hub cache, with their names.
+    """All models in and next to the adapter, next to its base model's path, and in the Hub cache.
     """
     adapter = own.adapter.absolute()
     at = Path(own.name).expanduser()
