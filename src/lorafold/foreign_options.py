@@ -1,12 +1,12 @@
-"""Suggestions for unknown names: the nearest name, and lorafold's names for other tools' options.
-`FOREIGN_OPTIONS` is the only table of these, for command lines, recipes, specs, `attach` and other
-tools' files.
+"""Suggestions for unknown names: the most similar name, or lorafold's equivalent of another tool's
+option. Command lines, recipes, specs, `attach` and the conversion of other tools' files must all
+use `FOREIGN_OPTIONS`, so that they agree.
 
     lora_r: 8            rank=8
     learning_rate: 1e-4  lr=0.0001, lr_b=0.0001
     load_in_4bit: true   storage='nf4'
 
-YAML and command lines leave `2e-4` and quoted numbers as text, so values are converted.
+Values are converted, because YAML and command lines leave `2e-4` and quoted numbers as text.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lorafold.errors import LorafoldError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SIMILARITY = 0.6  # similarity for a suggestion
-TYPO = 0.8  # similarity of a misspelling
+SIMILARITY = 0.6  # minimum similarity for a suggestion
+TYPO = 0.8  # minimum similarity of a misspelling
 
 
 class UnknownName(LorafoldError, TypeError):
-    """An unknown keyword argument."""
+    """The error for an unknown keyword argument."""
 
 
 def number(value: Any) -> float:
-    """A finite number, also given as text."""
+    """Converts a finite number, which may be text."""
     try:
         if isinstance(value, bool) or not isfinite(result := float(value)):
             raise ValueError
@@ -42,7 +42,7 @@ def number(value: Any) -> float:
 
 
 def integer(value: Any) -> int:
-    """An integer, also given as text or as 3.0."""
+    """Converts an integer, which may be text or a float such as 3.0."""
     result = number(value)
     if result != int(result):
         raise LorafoldError(f"found {value!r}, expected an integer")
@@ -50,7 +50,7 @@ def integer(value: Any) -> int:
 
 
 def boolean(value: Any) -> bool:
-    """A boolean, also given as the texts true, yes, on, false, no and off."""
+    """Converts a boolean, which may be one of the texts true, yes, on, false, no and off."""
     texts = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     result = texts.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(result, bool):
@@ -66,7 +66,7 @@ def names(value: Any) -> tuple[str, ...]:
 
 
 def product(a: Any, b: Any) -> float:
-    """The product of two numbers in 12 digits: 2e-4 times 3 is 6e-4, not 0.0006000000000000001."""
+    """Multiplies two numbers to 12 digits: 2e-4 times 3 is 6e-4, not 0.0006000000000000001."""
     return float(f"{number(a) * number(b):.12g}")
 
 
@@ -74,10 +74,10 @@ Fields = dict[str, Any]
 
 
 class ForeignOption(NamedTuple):
-    """A name of other tools.
+    """lorafold's equivalent of another tool's option.
 
-    fields: The fields that it may set.
-    read: A function of its value and the other given names that returns the fields to set.
+    fields: The names of the fields that `read` may return.
+    read: A function of the option's value and of all given options that returns lorafold's fields.
     remark: A note for the user.
     example: An example value for a command line.
     """
@@ -108,12 +108,14 @@ def _one_of(name: str, choices: Mapping[str, str]) -> ForeignOption:
 
 
 def modules(value: Any) -> str | tuple[str, ...]:
-    """Names of modules, or a text unchanged: a regular expression or a preset."""
+    """Converts a list of module names. Text is returned unchanged, because it is a regular
+    expression or a preset.
+    """
     return value if isinstance(value, str) else names(value)
 
 
 def targets(value: Any, every: str = "all-linear") -> str | tuple[str, ...]:
-    """Names of modules; `every` alone is the preset all-linear."""
+    """Converts a list of module names. If `every` is the only name, it means all-linear."""
     return "all-linear" if (items := names(value)) == (every,) else items
 
 
@@ -132,9 +134,9 @@ ONE_RATE = "the same learning rate for A and B, without LoRA+"
 NO_FP16 = "lorafold does not train in fp16; bf16 uses the same memory"
 SCHEDULES = {
     "cosine": "cosine",
-    "cosine_with_restarts": "cosine",  # one cycle unless the scheduler's arguments say otherwise
+    "cosine_with_restarts": "cosine",  # the same with one cycle, the default
     "linear": "linear",
-    "polynomial": "linear",  # of power 1 unless the scheduler's arguments say otherwise
+    "polynomial": "linear",  # the same with power 1, the default
     "constant_with_warmup": "constant",
 }
 OPTIMIZERS = {
@@ -190,7 +192,7 @@ TRAINING_OPTIONS = {
     "train_dataset dataset datasets dataset_name": _field("data"),
     "eval_dataset test_datasets": _field("eval_data"),
 }
-# of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
+# options of vLLM, SGLang, llama.cpp, and tools for conversion and merging
 SERVER_OPTIONS = {
     "lora_modules lora_paths lora": _field("adapters")._replace(example="DIR"),
     "api_key": _field("keys", remark="a file of lorafold serve new-key")._replace(example="FILE"),
@@ -202,7 +204,7 @@ FOREIGN_OPTIONS = {
     key: one for keys, one in (TRAINING_OPTIONS | SERVER_OPTIONS).items() for key in keys.split()
 }
 SERVER_OPTION_NAMES = {key for keys in SERVER_OPTIONS for key in keys.split()}
-# whose option a name is, where it is not the recipe's
+# field -> the function or class that has it, if that is not lf.Recipe
 OWNERS = {
     **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
     **dict.fromkeys(("model", "revision", "out", "data", "eval_data"), "lf.train"),
@@ -218,7 +220,7 @@ def did_you_mean(name: str, known: Collection[str], cutoff: float = SIMILARITY, 
 
 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
-    """The replacement for an unknown name, in words; empty if there is none."""
+    """Returns a suggestion in words for an unknown name, or an empty string."""
     option, other = FOREIGN_OPTIONS.get(name), ""
     if option is not None:
         try:
@@ -244,7 +246,7 @@ def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -
 
 
 def with_suggestions(function: Callable[P, T]) -> Callable[P, T]:
-    """Add suggestions to a function's error for unknown keyword arguments."""
+    """Makes a function suggest names in its error for unknown keyword arguments."""
     known = inspect.signature(function).parameters.keys()
 
     @wraps(function)

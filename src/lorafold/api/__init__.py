@@ -1,3 +1,3 @@
-"""The public functions, such as `lf.train`: they take names, paths, rows or a loaded model, and
-return frozen dataclasses. The commands of `lorafold.cli` call them.
+"""The functions of the public API, such as `lf.train`. They accept names, paths, rows or a loaded
+model. The commands of `lorafold.cli` call them.
 """

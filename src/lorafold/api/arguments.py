@@ -1,7 +1,7 @@
-"""Conversion of the arguments of public functions: rows, rewards, paths, consoles.
+"""Conversion and validation of the arguments of public functions.
 
-It imports neither torch nor, before rows are read, transformers, so that errors in rows are
-reported at once.
+This module must not import torch, nor transformers before rows are read, so that errors in rows are
+reported before these slow imports.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lorafold.data.stream import RowStream
     from lorafold.recipe.recipe import Recipe
 
-STEPS, TEST_ROWS = 60, 100  # of the quickstart's task: steps with new rows, held-out rows
+STEPS, TEST_ROWS = 60, 100  # the quickstart task's training steps and held-out rows
 
 
 def as_rows(
@@ -39,8 +39,8 @@ def as_rows(
     weighted: bool = False,
     objective: str | None = DEFAULT,
 ) -> Rows:
-    """The rows, read if `data` names sources, and checked; an objective of None reads preference
-    pairs whole. The console shows which keys are ignored.
+    """Reads the rows if `data` contains paths or dataset names, checks them, and prints ignored
+    keys. If `objective` is None, preference rows keep both completions.
     """
     entry, label = None if objective is None else OBJECTIVES[objective], source_label(data)
     content = PAIRS if entry is None else entry.takes  # both completions of preferences
@@ -72,8 +72,8 @@ def train_and_test(
     console: Console,
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
-    """(training rows, held-out rows, source); the quickstart's task if `data` is None. `rewarded`
-    also accepts objectives that are measured by rewards.
+    """Returns training rows, held-out rows and a description of their source. If `data` is None,
+    they come from the quickstart task. `rewarded` also accepts objectives that sample completions.
     """
     from lorafold.data.batches import split
     from lorafold.quickstart.task import rows as quickstart_rows
@@ -99,7 +99,7 @@ def train_and_test(
 def with_rewards(
     recipe: Recipe, rewards: RewardSources
 ) -> tuple[Recipe, tuple[Callable[..., Any], ...]]:
-    """The recipe with the rewards that are names, and the rewards that are functions."""
+    """Adds rewards given by name to the recipe; returns it and the rewards that are functions."""
     reward_list = as_rewards(rewards)
     if reward_list and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
@@ -114,7 +114,6 @@ def with_rewards(
 
 
 def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
-    """The rewards as a list of functions and names."""
     is_single = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
     reward_list: list[Any] = [rewards] if is_single else [*cast(Iterable[Any], rewards)]
     if wrong := [entry for entry in reward_list if not (isinstance(entry, str) or callable(entry))]:
@@ -127,7 +126,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
 
 
 def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
-    """The checked rows of prompts, which need no completion."""
+    """Reads and checks rows of prompts; their completions are optional."""
     from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
     inputs: list[tuple[Iterable[tuple[int, Any]], str]]
@@ -146,7 +145,6 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
 def as_stream(
     data: Data, columns: ColumnNames | None, console: Console | None, objective: str
 ) -> RowStream:
-    """The stream of rows for a recipe with `streaming`."""
     from lorafold.data.stream import RowStream
 
     if (sources := source_names(data)) is None:
@@ -175,7 +173,7 @@ def _ignored_keys(keys: Sequence[str]) -> str:
 
 
 def source_names(data: Data) -> list[str] | None:
-    """The sources that `data` names; None if it is a list of rows."""
+    """Returns the paths and dataset names in `data`, or None if it is a list of rows."""
     if isinstance(data, (str, Path)):
         return [str(data)]
     if isinstance(data, Mapping):
@@ -189,7 +187,9 @@ def source_label(data: Data) -> str:
 
 
 def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
-    """The recipe, or `default` for None; `trains` also checks the trackers."""
+    """Returns the recipe, or `default` if it is None. `trains` also checks that its trackers are
+    installed.
+    """
     if recipe is not None and not isinstance(recipe, type(default)):
         raise LorafoldError(
             f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
@@ -201,7 +201,7 @@ def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> R
 
 
 def missing_argument(name: str) -> LorafoldError:
-    """The error for a required argument that has a default because it follows `model`."""
+    """Returns the error for a required argument that has a default only because `model` has one."""
     return LorafoldError(f"{name}: missing; this argument is required")
 
 
@@ -212,7 +212,7 @@ def as_paths(adapters: Paths) -> list[Path]:
 
 
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
-    """The path with ~ expanded; `name` is the argument in the error message."""
+    """Expands ~ in a path; `name` is the argument's name in the error message."""
     if not isinstance(path, (str, PathLike)):
         raise LorafoldError(f"{name}: found {truncate(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
@@ -229,7 +229,9 @@ def as_html_path(file: str | Path | None, name: str = "html") -> Path | None:
 
 
 def as_study_path(out: str | Path) -> Path:
-    """The directory of a study, checked to be writable and to be the one that workers share."""
+    """Returns the directory of a study after checking that it is writable and, in a cluster worker,
+    that all workers share it.
+    """
     from lorafold.files.atomic import check_folder
     from lorafold.files.claims import check_token
 
@@ -240,7 +242,9 @@ def as_study_path(out: str | Path) -> Path:
 
 
 def console_or_default(console: Console | Literal[False] | None) -> Console:
-    """The console. None prints on a terminal and in a notebook only; False prints nothing."""
+    """Returns the console, or for None a console that prints only on a terminal or in a notebook,
+    or for False a console that prints nothing.
+    """
     from rich.console import Console
 
     if console is not None and console is not False:
@@ -251,7 +255,6 @@ def console_or_default(console: Console | Literal[False] | None) -> Console:
 
 
 def console_or_quiet(console: Console | None) -> Console:
-    """The console, or for None one that prints nothing."""
     from rich.console import Console
 
     if console is not None and not isinstance(console, Console):

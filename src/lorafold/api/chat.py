@@ -59,7 +59,7 @@ def chat(
     loaded, tokenizer = load_with_adapters(base, saved, console=console)
     if allow_control_tokens:
         allow_tokens(tokenizer)
-    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # their names
+    attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # names on the model
     return Chat(
         loaded,
         tokenizer,

@@ -59,7 +59,7 @@ def compare(
         vary: A recipe field and the values to try, for example rank=8,32 or
             options.init=kaiming,gaussian. Values are YAML, so targets=all-linear,[q_proj,v_proj]
             works too. In Python, a mapping such as {"rank": [8, 16]}.
-        seeds: The number of seeds per line. Naming a best method takes 3.
+        seeds: The number of seeds for each line of the table. A best method is named from 3 on.
         recipe: The recipe of all runs.
         html: Also write the table and plots to one HTML file.
 

@@ -22,7 +22,7 @@ def _gates_recipe(_: Any) -> "Recipe":
 
 @dataclass(frozen=True)
 class Learning:
-    """How lorahub finds weights, and how a mixture trains its gates.
+    """Options for lorahub's search for weights, and for training a mixture's gates.
 
     Args:
         gates: The gates of a mixture: one per adapter (global), one per adapter and layer (layer),
@@ -79,7 +79,7 @@ def compose(
             composing method's.
         rank: Truncate the update of each module to this rank.
         density: The share of entries that ties, dare and magnitude keep.
-        learning: How weights and gates are learned.
+        learning: Options for learning weights and gates.
         data: Rows of a task to evaluate on; repeat it for each task.
 
     Raises LorafoldError, with nothing written, for invalid arguments, adapters or rows.
@@ -136,7 +136,7 @@ def compose(
 
 
 def rows_by_task(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
-    """Rows by the name of their task; the name of a file is the last part of its path."""
+    """Returns the rows of each task. A task given as a file is named after the file."""
     from collections.abc import Mapping
 
     from lorafold.api.arguments import as_rows

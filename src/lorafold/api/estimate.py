@@ -176,7 +176,7 @@ def estimate(
         setting = setting_on_rows(base, mode, run_recipe, data, rewards, columns, console)
         memory_recipe = Recipe(**{k: v for k, v in set_fields.items() if k in MEMORY_FIELDS})
         base_storage = memory_setting(mode, memory_recipe, 1, DEFAULT_MAX_LENGTH).base
-        # as without rows, for a GPU
+        # the estimate is for a GPU, as it is without `data`
         setting, config = replace(setting, base=base_storage, widened=False), base.config()
     setting = with_file_quantization(setting, config, str(model), "storage" in set_fields)
     measured_device = base.where if measure else None
@@ -216,7 +216,7 @@ def setting_on_rows(
     columns: opt.ColumnNames | None,
     console: "Console",
 ) -> "MemorySetting":
-    """The setting of the largest micro-batch in the first steps of `lorafold train`."""
+    """Returns the memory setting of the largest micro-batch of a `lorafold train` run."""
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
@@ -237,13 +237,13 @@ def setting_on_rows(
 
 
 def check_excluded(option: str, excluded: Mapping[str, bool], reason: str) -> None:
-    """Raise LorafoldError if options are given that an option excludes."""
+    """Raises an error if one of the `excluded` options is given together with `option`."""
     if conflicts := [name for name, is_given in excluded.items() if is_given]:
         raise LorafoldError(f"{option}: can't be combined with {', '.join(conflicts)}: {reason}")
 
 
 def parse_capability(text: str | None) -> tuple[int, int]:
-    """(major, minor) of a compute capability such as 8.0."""
+    """Parses a compute capability such as 8.0 into (major, minor)."""
     from lorafold.runtime.devices import AMPERE
 
     if text is None:
@@ -257,7 +257,7 @@ def parse_capability(text: str | None) -> tuple[int, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes of a size such as 24GB, 24GiB or 500MB."""
+    """Parses a size such as 24GB, 24GiB or 500MB into bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None or not match[2]:
         hint = f"; did you mean {text}GB?" if re.fullmatch(r"[\d.]+", text) else ""

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lorafold.peft.adapter_directory import SavedAdapter
     from lorafold.training_step.preference_algorithms import Law
 
-SAMPLING = next(name for name, one in OBJECTIVES.items() if one.draws)  # any of them will do
-REWARDS = "Rewards"  # a panel
+SAMPLING = next(name for name, one in OBJECTIVES.items() if one.draws)  # all read the same rows
+REWARDS = "Rewards"  # a panel of the help
 
 
 @opt.verb
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def preference_algorithm(adapters: Sequence["SavedAdapter"]) -> "Law":
-    """The preference algorithm of the last adapter, or DPO if it has none."""
+    """Returns the preference algorithm that the last adapter was trained with, or else DPO."""
     from lorafold.objectives.algorithm_options import preference_algorithm
     from lorafold.training_step.preference_algorithms import Dpo
 

@@ -20,7 +20,7 @@ def extract(
     **opening: Unpack[opt.HubOptions],
 ) -> "Resized":
     """Make a LoRA adapter from the difference between a fine-tuned model and its base model: the
-    best one of a rank, for every linear layer of the blocks.
+    best approximation of the given rank for every linear layer of the blocks.
 
     Only one tensor at a time is in memory, so the models may be larger than memory. Other tensors
     that differ (norms, embeddings) are listed and left out.

@@ -25,11 +25,11 @@ def _tuning_recipe(_: Any) -> "Recipe":
 
 @dataclass(frozen=True)
 class Probes:
-    """The prompts to ask, and how the answers begin.
+    """The prompts on which refusals are measured, and the prefixes of refusal and compliance.
 
     Args:
-        refusal_prefix: How a refusal begins.
-        compliance_prefix: How compliance begins.
+        refusal_prefix: The beginning of a refusal.
+        compliance_prefix: The beginning of compliance.
         max_new_tokens: The maximum number of tokens per control completion.
     """
 
@@ -51,7 +51,7 @@ class Tuning:
             several.
         rank: The LoRA rank of a fine-tuning run; repeat the option to test several.
         lr: A learning rate for A; the rate for B is 15 times as high.
-        seeds: The number of seeds for each run; a seed also samples the examples.
+        seeds: The number of seeds for each run. The seed also selects the examples.
     """
 
     examples: Annotated[Sequence[int], opt.Option(panel=TUNING)] = (1, 3, 10, 30, 100)
@@ -62,7 +62,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Defending:
-    """The defences against tuning.
+    """The defences against the fine-tuning runs.
 
     Args:
         defence: A defence to measure: none, halved, projected, mixed, readded. Default: all that
@@ -106,13 +106,13 @@ def fragility(
     Args:
         out: The directory for the results. To continue, run the same command again. In Python, it
             is not needed for a finished adapter.
-        probes: The prompts to ask, and how answers begin.
-        data: Benign rows, as for train. Rows that are not trained on measure the loss.
+        probes: The prompts on which refusals are measured, and the prefixes of answers.
+        data: Benign rows, as for train. The loss is measured on the rows that are not trained on.
         against_adapter: A second stack to tune and measure in the same way.
         tuned: Measure this finished adapter on top of the stack, and train nothing.
         instead: `tuned` replaces the stack instead of lying on top of it.
-        tuning: The tuning runs.
-        defending: The defences against them.
+        tuning: The fine-tuning runs.
+        defending: The defences against the fine-tuning runs.
         recipe: The recipe of all runs. Default: batches of 4 rows, and 5 epochs.
         html: Also write the curves and the table to one HTML file.
 
@@ -231,7 +231,9 @@ def fragility(
 def argument_problems(
     out: object, data: object, tuned: object, against: bool, instead: bool
 ) -> Iterator[str]:
-    """Yield errors in a combination of arguments; `against`: there is a second stack."""
+    """Yields the errors in a combination of arguments; `against` means that there is a second
+    stack.
+    """
     if tuned is None:
         required = {"out": out, "data": data}
         if missing := [f"--{name}" for name, value in required.items() if value is None]:

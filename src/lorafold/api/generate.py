@@ -23,8 +23,6 @@ class RenderedPrompts(NamedTuple):
 
 
 class Rendering(opt.BaseOptions, total=False):
-    """Options for loading the model and rendering a prompt."""
-
     system: opt.System
     tools: Annotated[
         str | Sequence[Mapping[str, Any]],
@@ -95,7 +93,7 @@ def prepare_prompts(
     allow_control_tokens: bool = False,
     **base_options: Any,
 ) -> RenderedPrompts:
-    """The loaded model and the rendered prompts, from the arguments of `generate`."""
+    """Loads the model and renders the prompts for the arguments of `generate`."""
     import copy
 
     from lorafold.api.loaded_model import load_with_adapters, resolve_model
@@ -104,7 +102,7 @@ def prepare_prompts(
     base, saved = resolve_model(model, adapters, console, **base_options)
     loaded, own = load_with_adapters(base, saved, tokenizer, console=console)
     if allow_control_tokens:
-        own = copy.copy(own)  # it may be the caller's
+        own = copy.copy(own)  # the caller may still use the tokenizer
         allow_tokens(own)
     return RenderedPrompts(
         loaded, own, [render_prompt(prompt, system, own, tools) for prompt in prompts]

@@ -58,19 +58,21 @@ def load(
 ) -> Adapter:
     """Attach a saved adapter to a model.
 
-    LorafoldError lists every problem, and the model is unchanged: unknown or missing keys, wrong
-    shapes, values that are not finite, unsupported options, a base model with another fingerprint.
-    An adapter trained on top of other adapters requires exactly these to be active, in their order.
+    An adapter that was trained on top of other adapters requires exactly these adapters to be
+    active, in the same order. If the adapter can't be attached, LorafoldError lists every problem
+    (unknown or missing keys, wrong shapes, values that are not finite, unsupported options, a base
+    model with another fingerprint), and the model is unchanged.
 
     Args:
-        model: A model. A name or path, or None for the adapter's own base model, is loaded first,
-            in the quantization or dtype of its training: `adapter.model`.
+        model: The model to attach to. A name or path, or None for the adapter's own base model, is
+            loaded first, with the quantization or dtype used in training, and is then available
+            as `adapter.model`.
         path: The adapter's directory.
         name: The adapter's name on this model.
         allow_other_base: Accept a base model with another fingerprint, and other base adapters, and
             log a warning.
-        trainable: Make the adapter's parameters trainable. An adapter without base adapters is then
-            on top of the active ones.
+        trainable: Make the adapter's parameters trainable. The adapters that are active on the
+            model become its base adapters if it has none.
         base: The base model's original weights, for a model that does not have them because it is
             quantized or on the meta device.
     """

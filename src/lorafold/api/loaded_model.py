@@ -1,4 +1,4 @@
-"""Loading the model of a public function: a base model with saved adapters, or a loaded model."""
+"""Loading of the `model` and `adapters` arguments of public functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model that the caller passed; `trust_remote_code` applies to its tokenizer."""
+    """A loaded model that the caller passed. `trust_remote_code` applies to its tokenizer."""
 
     model: PreTrainedModel
     trust_remote_code: bool
@@ -41,7 +41,7 @@ class LoadedModel:
 def resolve_base(
     model: str | Path | ModelSource | None, adapters: Paths, console: Console | None, **options: Any
 ) -> tuple[Base, tuple[SavedAdapter, ...]]:
-    """The base model (see `base_for`), and the saved adapters, opened but not loaded."""
+    """Finds the base model (see `base_for`) and opens the adapters, without loading weights."""
     saved = open_all(as_paths(adapters))
     return base_for(model, saved, console, **options), saved
 
@@ -52,8 +52,8 @@ def resolve_model(
     console: Console | None = None,
     **options: Any,
 ) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
-    """Like `resolve_base`, but accepts a loaded model and then rejects arguments that have no
-    effect on it.
+    """Does the same as `resolve_base`, but also accepts a loaded model, for which it rejects
+    arguments that have no effect.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
         return resolve_base(model, adapters, console, **options)
@@ -78,9 +78,9 @@ def load_with_adapters(
     reward: bool = False,
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode with the saved adapters attached as adapter1, adapter2 ..., and
-    its tokenizer, by default the tokenizer of the last adapter that has one. `classify` expects a
-    sequence classifier, `reward` a reward model.
+    """Loads a model in evaluation mode and its tokenizer, and attaches the saved adapters as
+    adapter1, adapter2, ... By default, the tokenizer comes from the last adapter that has one.
+    `classify` requires a sequence classifier, `reward` a reward model.
     """
     console = console_or_quiet(console)
     if isinstance(model, LoadedModel):
@@ -119,8 +119,9 @@ def truncation_length(
     *,
     head: bool = False,
 ) -> int:
-    """The length in tokens to truncate rows to: `max_length`, or a default within the positions
-    that virtual tokens of adapters leave. `head` is for a classifier or a reward model.
+    """Returns the number of tokens to truncate rows to: `max_length`, or a default that leaves
+    positions for the adapters' virtual tokens. `head` means that the model has a classification
+    head, as classifiers and reward models do.
     """
     if isinstance(model, LoadedModel):
         positions = positions_of(model.model)

@@ -1,15 +1,15 @@
-"""Conversion of the parameters of a public function to the options of its command, and the
+"""Declarations of the public functions' parameters, from which the command line is built, and the
 parameters that several functions share.
 
-The function's docstring contains the help: the summary, `Args:` for the options, `Examples:` and
-`Notes:`. Paragraphs that begin with "Raises" or "In Python" are for the function alone. `Option`
-adds what type hints can't express:
+A command's help comes from its function's docstring: the summary, `Args:`, `Examples:` and
+`Notes:`. Paragraphs that begin with "Raises" or "In Python" are not part of the help. `Option`
+adds details that a type hint can't express:
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
                **base_options: Unpack[BaseOptions]) -> "Resized": ...
 
-A group of parameters is such a typed dictionary or a dataclass.
+Parameters can be grouped in a typed dictionary, as `BaseOptions` here, or in a dataclass.
 """
 
 import inspect
@@ -54,18 +54,18 @@ ENTRY = re.compile(r"^(\w+): (.*\n(?:    .*\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True, repr=False)
 class Option:
-    """The command-line form of a parameter, beyond its type hint, name and docstring.
+    """Command-line details of a parameter that its type hint, name and docstring do not contain.
 
-    help: For a shared parameter; others are described under `Args:`.
-    kind: The type on the command line, if the hint allows more: str, Path, list[str].
-    flag: The option's name if it differs, as in "--weight" for a list of weights.
-    rare: Show it in `--help-all` only, if the command has many options.
-    required: The command requires it although the parameter has a default.
-    default: The default of a parameter of a group.
+    help: The help text of a shared parameter; `Args:` describes the other parameters.
+    kind: The type on the command line (str, Path, list[str]), if the type hint allows several.
+    flag: The option's name if it is not the parameter's name, as in --weight for `weights`.
+    rare: If the command has many options, only `--help-all` shows this one.
+    required: The command requires the option although the parameter has a default.
+    default: The parameter's default, for a parameter in a typed dictionary.
     python_only: The command has no such option.
-    saved: How many saved adapters it takes, by position or by `--adapter`.
-    second_flag: Another option that adds values: its name and its help.
-    choices: The values to complete in a shell.
+    saved: The number of saved adapters, which are given by position or with `--adapter`.
+    second_flag: The name and help of a second option for the same parameter.
+    choices: The values that shell completion offers.
     """
 
     help: str = ""
@@ -84,16 +84,17 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return "..."  # in signatures that are shown
+        return "..."  # keeps the signatures in `help()` short
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """A recipe whose fields are options of the command, besides `--set` and `--config`.
+    """Command-line details of a recipe parameter: `--set`, `--config` and an option per field.
 
-    names: The fields; None means all but `without`.
-    sets: The help of `--set`.
-    defaults: The default recipe, which may depend on the other arguments.
+    names: The fields that have an option; None means all fields except `without`.
+    config: Whether the command has `--config`.
+    sets: The help text of `--set`.
+    defaults: A function that returns the default recipe for the command's other arguments.
     """
 
     names: Collection[str] | None = None
@@ -104,14 +105,16 @@ class RecipeOptions:
 
 
 def quickstart_recipe(arguments: Mapping[str, Any]) -> "Recipe | None":
-    """The recipe of the quickstart, unless there is `data`."""
+    """Returns the quickstart's recipe if there is no `data`, because the command then uses the
+    quickstart task.
+    """
     from lorafold.quickstart.run import RECIPE
 
     return None if arguments["data"] else RECIPE
 
 
 class Docs(NamedTuple):
-    """The sections of a docstring: the text for the command, its entries, examples and notes."""
+    """The sections of a docstring that a command's help uses."""
 
     about: str
     args: dict[str, str]
@@ -120,7 +123,6 @@ class Docs(NamedTuple):
 
     @classmethod
     def of(cls, documented: Any) -> "Docs":
-        """The sections of the docstring of a function or a dataclass."""
         text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
         sections = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
@@ -133,8 +135,8 @@ class Docs(NamedTuple):
 
 
 class DeclaredOption(NamedTuple):
-    """A parameter of a function, or a member of a group of parameters. `group` is the name of the
-    parameter that holds the group, and its class.
+    """A parameter of a function, or a member of a group of parameters. For a field of a dataclass,
+    `group` is the name and the class of the function's parameter.
     """
 
     name: str
@@ -146,7 +148,7 @@ class DeclaredOption(NamedTuple):
 
 
 def declared_options(verb: Any) -> Iterator[DeclaredOption]:
-    """Yield the parameters of a function, with groups expanded."""
+    """Yields a function's parameters, with the members of a group in place of the group."""
     entries = Docs.of(verb).args
     for name, parameter in inspect.signature(verb, follow_wrapped=False).parameters.items():
         hint, default = parameter.annotation, parameter.default
@@ -175,8 +177,8 @@ def _option(hint: Any) -> Any:
 
 
 def validated(function: Verb) -> Verb:
-    """Reject arguments that the command would refuse: unknown names, and values out of range.
-    `quantization` is another name for `storage`.
+    """Makes a function reject unknown arguments and values out of range, as its command does, and
+    accept `quantization` as another name for `storage`.
     """
     signature, options = inspect.signature(function), [*declared_options(function)]
     known = signature.parameters.keys()
@@ -207,8 +209,8 @@ def validated(function: Verb) -> Verb:
 
 
 def verb(function: Verb) -> Verb:
-    """Add the parameters of groups to the function's signature and docstring, and check its
-    arguments.
+    """Decorates a public function: its signature and docstring list the members of its typed
+    dictionaries, and its arguments are validated.
     """
     documented: Any = function
     signature, entries, lines = inspect.signature(documented), Docs.of(documented).args, []
@@ -228,7 +230,7 @@ def verb(function: Verb) -> Verb:
 
 
 def rows(text: str, weighted: bool = False) -> str:
-    """The help of rows that have the formats in `text`."""
+    """Returns the help text of a parameter for rows with the formats in `text`."""
     share = " FILE:0.3 uses 30% of its rows in each epoch." if weighted else ""
     return (
         "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"
@@ -239,9 +241,9 @@ def rows(text: str, weighted: bool = False) -> str:
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
 Data = str | Path | Sequence[str] | Sequence[dict[str, Any]]  # one source, several, or the rows
-ColumnNames = Mapping[str, str]  # the names of your columns, by lorafold's names
+ColumnNames = Mapping[str, str]  # lorafold's name of a column -> your name
 RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
-Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
+Tasks = Mapping[str, Data] | Sequence[str | Path]  # name of a task -> its rows, or files
 
 Count = Annotated[int, Option(min=1)]
 OptionalCount = Annotated[int | None, Option(min=1)]
@@ -288,7 +290,7 @@ _OUT = Option(
     required=True,
 )
 Out = Annotated[str | Path, _OUT]
-OutLast = Annotated[str | Path | None, _OUT]  # after parameters that have defaults
+OutLast = Annotated[str | Path | None, _OUT]  # after an optional parameter
 StudyOut = Annotated[
     str | Path,
     Option("The directory for the results. To resume, run the same command again."),
@@ -388,8 +390,6 @@ Device = Annotated[
 
 
 class HubOptions(TypedDict, total=False):
-    """Options for loading a base model from the Hub."""
-
     revision: Annotated[
         str | None,
         Option(
@@ -410,14 +410,10 @@ class HubOptions(TypedDict, total=False):
 
 
 class DeviceOptions(HubOptions, total=False):
-    """Options for loading a base model, and its device."""
-
     device: Device
 
 
 class StackOptions(DeviceOptions, total=False):
-    """Options for loading a base model on which saved adapters are loaded."""
-
     allow_other_base: Annotated[
         bool,
         Option(
@@ -438,8 +434,6 @@ def _storage(auto: str, when: str = "") -> Option:
 
 
 class BaseOptions(StackOptions, total=False):
-    """Options for loading a base model and its saved adapters."""
-
     storage: Annotated[
         str,
         _storage(
@@ -450,12 +444,10 @@ class BaseOptions(StackOptions, total=False):
 
 
 class TrainedBaseOptions(StackOptions, total=False):
-    """Options for finding the base model of adapters that are written to files."""
+    """Options for merging or exporting adapters; `storage` is the base model's during training."""
 
     storage: Annotated[str, _storage("the adapters' records", " during training")]
 
 
 class DirectoryBaseOptions(StackOptions, total=False):
-    """Options for loading the base model of a directory of adapters."""
-
     storage: Annotated[str, _storage("what most adapters in the directory were trained with")]

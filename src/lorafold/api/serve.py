@@ -92,7 +92,7 @@ def serve(
         bases = recorded_bases(folder, server_settings.state, None if model else console)
     base = base_for(model, [] if model else bases, console, **base_options)
     if base_options.get("storage", "auto") == "auto":
-        with suppress(LorafoldError):  # a tie between quantizations
+        with suppress(LorafoldError):  # the adapters' quantizations differ
             base = base.stored_as_trained(bases)
     first = bases[0] if bases and model is None else None
     load = partial(load_with_adapters, console=console)
@@ -102,9 +102,9 @@ def serve(
 def recorded_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
 ) -> list["RecordedBase"]:
-    """The base model of the last start without `model`, or else of most adapters in a directory, so
-    that an adapter added later does not change it. All of them if there is a tie; none without
-    adapters.
+    """Returns the base model of the server's last start without `model`, so that adapters added
+    later do not change it. At the first start, returns the base model of most adapters in the
+    directory, or all base models if there is a tie.
     """
     from dataclasses import replace
 

@@ -147,7 +147,7 @@ def build_request(
     console: "Console",
     **fields: Any,
 ) -> "RunRequest":
-    """The request for a run; `fields` are its other fields."""
+    """Builds the request of a run; `fields` are further fields of `RunRequest`."""
     from lorafold.api.arguments import (
         as_path,
         as_paths,

@@ -1,4 +1,4 @@
-"""The `lorafold` command: a table of commands, whose modules are imported when they are called.
+"""The `lorafold` command, which imports the module of a command only when it is called.
 
 An error that the user can fix is printed as one line on stderr, with exit code 2. Ctrl-C has exit
 code 130. Any other exception is a bug and shows its traceback.
@@ -55,7 +55,7 @@ GROUPS = {
         "doctor": "Check this machine and installation.",
     },
 }
-# commands whose functions are in `other_commands`
+# command -> its function in `other_commands`
 OTHER_COMMANDS = {
     "quickstart": "quickstart",
     "recipe": "recipe",
@@ -74,8 +74,6 @@ MULTI_PROCESS = {"train", "doctor"}  # may run in several processes
 
 
 class Commands(CommandGroup):
-    """The top-level group, which imports a command's module when it is called."""
-
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands.update(
@@ -212,7 +210,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception:
-        sys.stderr = sys.__stderr__  # also on other ranks
+        sys.stderr = sys.__stderr__  # because it is /dev/null on ranks other than 0
         raise
     sys.exit(code)
 

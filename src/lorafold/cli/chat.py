@@ -1,4 +1,4 @@
-"""`lorafold chat`: the terminal session."""
+"""The terminal session of `lorafold chat`."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-WITHOUT_ARGUMENT = {"/both", "/reset", "/new", "/help", "/quit"}  # commands without an argument
+WITHOUT_ARGUMENT = {"/both", "/reset", "/new", "/help", "/quit"}
 
 
 class Session:
@@ -140,8 +140,8 @@ class Session:
 
 @contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list instead of raising, so that no forward pass is interrupted and a
-    second Ctrl-C does not end the conversation.
+    """Collects Ctrl-C in a list instead of raising KeyboardInterrupt, so that no forward pass is
+    interrupted and a second Ctrl-C does not end the conversation.
     """
     stop = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
@@ -152,7 +152,7 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 def read_typed(console: "Console") -> Iterator[str]:
-    """Yield lines from a terminal until Ctrl-D. The prompt goes to stderr if stdout is a file."""
+    """Yields lines from a terminal until Ctrl-D. If stdout is a file, the prompt goes to stderr."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it from here on)
     console.print(f"{PROMPT}/help lists the commands; Ctrl-D exits", highlight=False)
@@ -176,7 +176,7 @@ def read_typed(console: "Console") -> Iterator[str]:
 
 
 def read_piped() -> Iterator[str]:
-    """Yield lines from a pipe or file. A line that is not UTF-8 ends the conversation."""
+    """Yields lines from a pipe or file. A line that is not UTF-8 ends the conversation."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode()

@@ -1,6 +1,5 @@
-"""`--on ray`: run a command on a Ray cluster, whose workers share the work in a directory
-(`files.claims`). Each worker prints the complete table; the command returns the table of the
-first one that succeeds.
+"""Runs a command on a Ray cluster (`--on ray`). The workers divide the work through a shared
+directory (`files.claims`), and each prints the complete table, of which one is returned.
 """
 
 import os

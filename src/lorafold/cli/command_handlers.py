@@ -1,7 +1,7 @@
 """Command runners, for commands that do more than call their function and print the result.
 
-A runner gets the function as a partial with all arguments; its keywords are further options of the
-command.
+A runner gets the function as a partial with all arguments. The runner's keyword arguments are
+further options of the command.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Splits a command line into options with their values and words without an option.
+"""Splits a command line into options with their values, and positional arguments.
 
-    --rank 8 --json rows.jsonl      --rank with 8, --json, and rows.jsonl without a name
+    --rank 8 --json rows.jsonl      --rank with 8, --json, and rows.jsonl by position
 """
 
 from collections import deque
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ALIASES = {"--quantization": ("--storage",)}
-# old names of options, and their current names: the first that the command has
+# old name of an option -> current names, of which the first one that the command has applies
 OLD_NAMES = {
     "--base": ("--storage", "--model"),
     "--seq": ("--max-length",),
@@ -19,11 +19,11 @@ OTHER_NAMES = ALIASES | OLD_NAMES
 
 
 class Word(NamedTuple):
-    """An option with its values, or a word that belongs to no option.
+    """An option with its values, or a positional argument, which has an empty name and one value.
 
-    name: The option's name as typed; empty for a word without an option, its only value.
-    option: The declared option; None if no option has the name.
-    args: The same under the option's current name, for Typer.
+    name: The option's name as typed.
+    option: The declared option, or None if the name is unknown.
+    args: The arguments to pass to Typer, with the option's current name.
     """
 
     name: str
@@ -35,11 +35,13 @@ class Word(NamedTuple):
 def split_words(
     args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
 ) -> Iterator[Word]:
-    """Yield the words of a command line; `options` are the command's, by each of their names.
+    """Yields the options and positional arguments of a command line. `options` contains each
+    option under all of its names.
 
-    A value may look like an option. The value of an unknown option is the next word, unless it
-    begins with two dashes. For an option on|off|auto, `--x` and `--no-x` are the values on and off.
-    If options are not `interspersed`, the first word without an option is the last.
+    A declared option takes its value even if that begins with a dash. An unknown option takes the
+    next argument as its value, unless that begins with two dashes. For an option with the values
+    on|off|auto, `--x` means on and `--no-x` means off. If options are not `interspersed`, the first
+    positional argument ends the iteration.
     """
     current_names = {
         other: name

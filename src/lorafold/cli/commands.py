@@ -1,8 +1,8 @@
-"""Builds a command from a function: its options, the call, and the printed result.
+"""Builds a command from a public function.
 
-A runner calls the function and prints the result; the default is `plain`. Its keywords are options
-of the command too, declared as in `api.options`. Messages and progress go to stderr. The result
-goes to stdout: text, or with --json one JSON object as the last line.
+A runner, by default `print_result`, calls the function and prints its result. The runner's keyword
+arguments become options of the command too, declared as in `api.options`. Messages and progress go
+to stderr. The result goes to stdout, as text or with --json as one JSON object on the last line.
 """
 
 import re
@@ -20,7 +20,7 @@ from lorafold.cli.parameters import parameter_of
 from lorafold.errors import LorafoldError
 from lorafold.files.record import current_names
 
-Typed = Mapping[str, Any]  # values by the command's parameters
+Typed = Mapping[str, Any]  # parameter of the command -> value
 Json = Annotated[
     bool, Option("Print the result as one JSON object, the last line of stdout.", rare=True)
 ]
@@ -44,9 +44,7 @@ def print_result(run: Callable[[], Any], *, json: Json = False) -> None:
 
 
 def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
-    """Print a result to stdout: `text`, or with `json` one line, in which NaN and infinity are
-    null.
-    """
+    """Prints `text`, or with `json` the result as one line, with null for NaN and infinity."""
     if json:
         from pydantic_core import to_json
 
@@ -55,8 +53,8 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
 
 
 def build_command(verb: Any, runner: Any = print_result, is_group: bool = False) -> BuiltCommand:
-    """The command of a function, which the runner calls as a partial. With subcommands
-    (`is_group`), one of them may be called instead.
+    """Builds the command of a public function, which `runner` gets as a partial with all arguments.
+    A command with subcommands (`is_group`) does nothing if one of them is called.
     """
     declared = [*declared_options(verb)]
     recipe_last = sorted(declared, key=lambda d: isinstance(d.option, RecipeOptions))
@@ -132,7 +130,7 @@ def _argument(declaration: DeclaredOption) -> Argument:
 
 
 def _read_adapters(count: str, typed: Typed) -> Any:
-    """The saved adapters, by position or by name; the only one for `count` "one"."""
+    """Returns the adapters given by position or with --adapter; one path if `count` is "one"."""
     positional, by_option = typed["positional"], typed["adapter"]
     if positional and by_option:
         raise LorafoldError(
@@ -188,7 +186,7 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
     return [*(names or ()), *(f"{ADAPTER}{path}" for path in adapters or ())]
 
 
-# conversion of an option's text to the argument of this name
+# argument of a function -> conversion from the values of its options
 READERS: dict[str, Callable[..., Any]] = {
     "columns": parse_columns,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],

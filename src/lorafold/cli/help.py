@@ -1,7 +1,7 @@
 """The layout of a command's help: description, examples, options by panel.
 
-`--help` omits the rare options of a long list, which are declared with `hidden=True` and shown by
-`--help-all`. Placeholders are words such as PATH and NUMBER instead of Python types.
+If a command has many options, `--help` omits the rare ones, which are declared with `hidden=True`;
+`--help-all` shows them. Placeholders are words such as PATH and NUMBER instead of Python types.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 OTHER_OPTIONS = "Options"
-MAX_OPTIONS = 25  # options in --help at most, with --help and --help-all
+MAX_OPTIONS = 25  # if a command has more, including --help, rare options are omitted
 DEMO_DIRECTORY = "demo"  # the directory for rows and adapters in examples
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 class Panels:
-    """Help with the options by panel, those without a panel first."""
+    """Help that shows arguments first, then options without a panel, then the options by panel."""
 
     examples: tuple[str, ...] = ()
     get_params: Callable[[Any], list[Any]]

@@ -1,4 +1,4 @@
-"""The commands without a function in `lf`: quickstart, recipe, cache, doctor, serve new-key."""
+"""The commands that have no function in `lf`: quickstart, recipe, cache, doctor, serve new-key."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -69,8 +69,8 @@ def quickstart(
 
 
 def this_command() -> str:
-    """The command line for lorafold in this directory: its name if it is on the PATH, else its path
-    as typed, else this Python.
+    """Returns the command that runs this lorafold in the current directory: lorafold if that is on
+    the PATH, or else its path as typed, or else this Python with -m lorafold.
     """
     typed_path, on_path = Path(sys.argv[0]), which("lorafold")
     if typed_path.name != "lorafold" or not typed_path.is_file():

@@ -1,4 +1,4 @@
-"""Conversion of declared options to parameters that Typer reads."""
+"""Conversion of declared options to Typer's parameters."""
 
 from collections.abc import Iterator, Sequence
 from inspect import Parameter
@@ -52,7 +52,7 @@ def typed_kind(hint: Any) -> Any:
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """Yield the members of a union, without None and constraints."""
+    """Yields the types in a union, without None and without the metadata of `Annotated`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from alternatives(get_args(annotation)[0])

@@ -1,4 +1,4 @@
-"""Command-line parsing: old option names, ~ in paths, and errors of one line."""
+"""Command-line parsing with old option names, ~ in paths, and one-line error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from lorafold.errors import renamed_warning
 
 class CommandLine(Panels):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; rejects options that are given twice."""
         params = self.get_params(ctx)
         options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
         typed = [*split_words(args, options, ctx.allow_interspersed_args)]
@@ -36,18 +35,18 @@ class CommandLine(Panels):
 
 
 def _expanded(value: Any) -> Any:
-    """Expand ~ in paths, which a shell does not do everywhere."""
+    """Expands ~ in paths, because shells do not expand it in `--out=~/adapter`."""
     if isinstance(value, list):
         return [_expanded(path) for path in value]
     return value.expanduser() if isinstance(value, Path) else value
 
 
 class Command(CommandLine, TyperCommand):
-    """A command."""
+    """A command without subcommands."""
 
 
 class CommandGroup(TyperGroup):
-    """A command with subcommands, whose unknown ones are reported in one line."""
+    """A group of subcommands that reports an unknown subcommand in one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] not in self.commands and not ctx.resilient_parsing:

@@ -1,7 +1,7 @@
-"""The recipe's fields as options, generated from `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
+"""Generates a command-line option from each field of `Recipe`: `--rank 8 --lr 1e-4 --epochs 3`.
 
-A list is a repeated option, a mapping a repeated option KEY=VALUE. `--set` takes precedence over
-`--config FILE`, and the options over both.
+An option for a list is repeated, and so is an option for a mapping, as KEY=VALUE. `--set` takes
+precedence over `--config FILE`, and the options over both.
 """
 
 import re
@@ -21,7 +21,7 @@ from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
 
 CONFIG = "A recipe in YAML. --set and the options below take precedence over it."
-MAX_CHOICES_WIDTH = 50  # characters of choices as a placeholder
+MAX_CHOICES_WIDTH = 50  # characters: longer lists of choices are not used as a placeholder
 
 
 def options_of(declared: RecipeOptions) -> list[Parameter]:
@@ -77,7 +77,7 @@ def _option(name: str, panel: str | None) -> DeclaredOption:
     if choices:
         numbers = [PLACEHOLDERS[k] for k in alternatives(info.annotation) if k in (int, float)]
         metavar = "|".join([*numbers, *choices])
-        metavar = metavar if len(metavar) < MAX_CHOICES_WIDTH else "NAME"  # the text lists them
+        metavar = metavar if len(metavar) < MAX_CHOICES_WIDTH else "NAME"  # the help lists them
     default = "" if info.default in (None, {}, ()) else f"  [default: {as_typed(info.default)}]"
     option = Option(
         kind=kind, metavar=metavar, panel=panel, rare=name not in COMMON, choices=tuple(choices)
@@ -100,8 +100,8 @@ def _kind(annotation: Any) -> tuple[Any, list[str]]:
 
 
 def _is_name_ending(target: str) -> bool:
-    """Whether a target is a name, and not a preset or regular expression, which are passed as
-    strings.
+    """Whether a target is the ending of a module's name. Presets and regular expressions are passed
+    to the recipe as strings and not as lists.
     """
     from lorafold.core.targets import PRESETS
 

@@ -1,5 +1,5 @@
-"""Hints for unknown options and commands: lorafold's name for another tool's option, from the
-tables of `config_import`, or the nearest name.
+"""Hints for unknown options and commands: lorafold's equivalent of another tool's option, from
+`foreign_options` and `config_import`, or the most similar name.
 
     unknown option --lora-r: use --rank 16
     unknown command trian: did you mean train?
@@ -16,17 +16,17 @@ from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
 from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY
 
-SAMPLE_VALUES = ("true", "1")  # for a missing value of a switch or a number
-MISSPELLING_CUTOFF = 0.9  # similarity of a misspelling
+SAMPLE_VALUES = ("true", "1")  # tried if a value is missing or invalid
+MISSPELLING_CUTOFF = 0.9  # minimum similarity of a misspelling
 MAX_HINTS_LENGTH = 270  # characters of all hints
-# commands of other tools
+# command of another tool -> lorafold's command
 COMMANDS = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
     **dict.fromkeys(("infer", "inference", "predict", "run"), "generate"),
     **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
-# hints for names without an equivalent option, by an option of the command
+# option that a command has -> hints for other tools' options without an equivalent
 HINTS = {
     "--adapters": {
         **dict.fromkeys(
@@ -41,8 +41,8 @@ HINTS = {
 def unknown_command(
     name: str, commands: Collection[str], path: str, rest: Sequence[str] = (), option: str = ""
 ) -> LorafoldError:
-    """The error for an unknown command below `path`. `rest` are the following words; if `path`
-    takes a path, `option` is its option.
+    """Returns the error for an unknown subcommand `name` of the command `path`. `rest` contains the
+    arguments after it. `option` is the option to suggest if `name` is an existing path.
     """
     from lorafold.objectives import OBJECTIVES
 
@@ -63,8 +63,8 @@ def unknown_command(
 def unknown_options(
     typed: Iterable[Word], options: Mapping[str, Any], path: str
 ) -> LorafoldError | None:
-    """The error for the unknown options of a command line, or None. `options` are the command's, by
-    each of their names; `path` is the command as typed.
+    """Returns the error for the unknown options of a command line, or None if there are none.
+    `path` is the command as typed, for example lorafold train.
     """
     unknown = {w.name: w.values[0] if w.values else None for w in typed if w.name and not w.option}
     values = {_normalized(name): value for name, value in unknown.items()}
@@ -88,7 +88,7 @@ def _hint(name: str, typed: Mapping[str, str | None], options: Mapping[str, Any]
         or _suggest_completion(name, flags)
         or _suggest_nearest(name, flags)
     )
-    # or options with the same last word
+    # otherwise, suggest options with the same last word
     last = f"_{plain.rpartition('_')[2]}"
     same_ending = [flag for flag in flags if "_" in plain and _normalized(flag).endswith(last)]
     if not hint and 0 < len(same_ending) < 4:

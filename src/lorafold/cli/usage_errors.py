@@ -1,5 +1,5 @@
-"""One-line errors for wrong or missing values, repeated options, and words that belong to no
-option.
+"""One-line errors for wrong or missing values, repeated options, and unexpected positional
+arguments.
 
     --rank: found '8.5', expected an integer
     --rank: found 8 and 16, expected only one of them; see lorafold train --help
@@ -32,9 +32,7 @@ BOUNDS = {
 
 
 class TypedLine(NamedTuple):
-    """A command line as typed; `options` are the command's, by each of their names, `path` is the
-    command.
-    """
+    """A command line as typed; `path` is the command, for example lorafold train."""
 
     words: Sequence[Word]
     options: Mapping[str, Any]
@@ -50,7 +48,7 @@ class TypedLine(NamedTuple):
 
 
 def repeated_options(line: TypedLine) -> LorafoldError | None:
-    """The error for options that are given twice with different values, or under two names."""
+    """Returns the error for an option that is given with two values or under two names."""
     words_by_option: dict[str, list[Word]] = {}
     for word in line.words:
         if word.option is not None:
@@ -69,7 +67,7 @@ def repeated_options(line: TypedLine) -> LorafoldError | None:
 
 
 def unquoted_text(line: TypedLine) -> LorafoldError | None:
-    """The error for a text without quotes, whose other words would be read as paths."""
+    """Returns the error for a text without quotes, whose other words would be read as paths."""
     for number, (name, option, values, _) in enumerate(line.words, 1):
         following = [w.values[0] for w in takewhile(lambda w: not w.name, line.words[number:])]
         if option and option.name in TEXT_OPTIONS and following and not Path(following[0]).exists():
@@ -79,8 +77,8 @@ def unquoted_text(line: TypedLine) -> LorafoldError | None:
 
 
 def parsing_error(error: Any, line: TypedLine, params: Sequence[Any]) -> LorafoldError | None:
-    """The error for an exception of Typer; None if Typer's own message is good."""
-    if hasattr(error, "possibilities"):  # of an unknown name
+    """Returns a clearer error for an exception of Typer, or None if Typer's message is clear."""
+    if hasattr(error, "possibilities"):  # an unknown option
         return unknown_options(line.words, line.options, line.path)
     if name := getattr(error, "option_name", None):
         option = line.options[name]
@@ -95,8 +93,8 @@ def parsing_error(error: Any, line: TypedLine, params: Sequence[Any]) -> Lorafol
 
 
 def _missing(line: TypedLine, params: Sequence[Any]) -> LorafoldError:
-    """The error for missing required options. If a command takes only options, words without one
-    are assumed to be their values.
+    """Returns the error for missing required options. If the command has no positional arguments,
+    the positional arguments on the line are suggested as the values of the missing options.
     """
     given_options = {word.option.name for word in line.words if word.option is not None}
     only_options = all(param.param_type_name == "option" for param in params)
@@ -148,7 +146,7 @@ def _bad_values(error: Any) -> Iterator[str]:
 
 
 def _number_in(text: str) -> str:
-    """A suggestion for a number such as 0,5 or 50%; empty if there is none."""
+    """Returns a suggestion for a value such as 0,5 or 50%, or an empty string."""
     for number, factor in ((text.replace(",", ".", 1), 1.0), (text.removesuffix("%"), 0.01)):
         try:
             value = float(number) * factor

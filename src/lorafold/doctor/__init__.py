@@ -11,11 +11,8 @@ from lorafold.files.terminal import paragraph
 
 @dataclass(frozen=True)
 class Finding:
-    """A checked thing: its name, the finding as text, and a `value` for JSON if the text is
-    unsuitable.
-
-    `problem` is a sentence with the problem and its solution. `broken` means that lorafold can't
-    work because of it.
+    """The result of one check. `value` replaces the text in JSON. `problem` is a sentence with a
+    problem and its solution; `broken` means that lorafold does not work because of the problem.
     """
 
     name: str
@@ -31,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings under a title. In a `compact` group, findings without a problem share a line."""
+    """Findings under a title. In a `compact` group, all findings without a problem share a line."""
 
     key: str
     title: str
@@ -51,7 +48,7 @@ class FindingGroup:
 
 
 def run_check(name: str, check: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
-    """The findings of `check`, or its failure as a finding, because doctor has to work in broken
+    """Runs a check. An exception is returned as a finding, because doctor has to work in broken
     installations.
     """
     try:

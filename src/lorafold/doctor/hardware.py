@@ -1,5 +1,5 @@
-"""Findings on processor, GPUs and memory (measured for about a second), slow settings, launchers,
-and compiled operations.
+"""Checks of processor, GPUs and memory (in about a second), slow settings, launchers, and compiled
+operations.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from lorafold.runtime.processor import (
     usable_cores,
 )
 
-SHAPE = (1024, 576, 1536)  # rows, in, out: a matmul of the embedded model's MLP
+SHAPE = (1024, 576, 1536)  # (rows, in, out) of a matmul in the embedded model's MLP
 GPU_SHAPE = (4096, 4096, 4096)
 FEW_CORES = 4
 BUSY_CORES = 0.5  # cores
-LOW_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
-PARAMETERS, TOKENS = 1e9, 1024  # in the example
+LOW_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a 1B model in NF4 in about 3 GB
+PARAMETERS, TOKENS = 1e9, 1024  # of the model and step in the message about the CPU
 FLOPS = 4  # per parameter and token of a LoRA step: 2 forward, 2 for the inputs' gradient
 HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"
 
 
 def measure_gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """The rate of a matmul x W^T in GFLOP/s, of x (rows, in) and W (out, in): the fastest run,
-    because other processes can only slow it down.
+    """Measures the matmul x W^T of x (rows, in) and W (out, in) in GFLOP/s, as the fastest of
+    several runs, because other processes can only slow a run down.
     """
     rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
     x = torch.ones(rows, width, dtype=dtype, device=device)
@@ -85,7 +85,7 @@ def code_paths(capability: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Hardware:
-    """This machine. Memory is in bytes, rates are in GFLOP/s on `device`, the default device."""
+    """This machine. Memory is in bytes; `fp32` and `bf16` are GFLOP/s on the default `device`."""
 
     processor: str
     cores: int  # usable by this process
@@ -95,7 +95,7 @@ class Hardware:
     free: int
     total: int
     gpus: tuple[Gpu, ...]
-    unused_driver: str  # why torch can't use a GPU that has a driver; else empty
+    unused_driver: str  # the reason why torch can't use a GPU with a driver; empty if it can
     device: str
     fp32: float
     bf16: float
@@ -112,7 +112,7 @@ class Hardware:
 @cache
 def examine() -> Hardware:
     device = choose_device()
-    busy = cores_used_by_others(0.3)  # before the measurement, which is load too
+    busy = cores_used_by_others(0.3)  # first, because measuring matmuls is load too
     native, why = native_bf16(device)
     return Hardware(
         processor=processor_name(),
@@ -192,9 +192,9 @@ def slow_here() -> Iterator[str]:
 def slow_settings(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
 ) -> Iterator[str]:
-    """Yield the slow settings, the most important first. `pages` is the kernel's setting for huge
-    pages (always, madvise or never), `threads` the environment variables that limit threads, and
-    `untuned` whether the tuning of training processes is off.
+    """Yields a sentence for each slow setting, the most important first. `pages` is the kernel's
+    setting for huge pages (always, madvise or never), `threads` contains the environment variables
+    that limit threads, and `untuned` means that the tuning of training processes is off.
     """
     cpu, few = h.device == "cpu", h.threads < h.cores
     seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
@@ -237,7 +237,7 @@ def slow_settings(
 
 
 def launchers() -> Iterator[Finding]:
-    """The launcher of this process, and the number of processes that torchrun, accelerate and srun
+    """Yields the launcher of this process, and how many processes torchrun, accelerate and srun
     start.
     """
     yield _this_process()
@@ -263,7 +263,7 @@ def _this_process() -> Finding:
 
 
 def _accelerate(cuda: int) -> Finding:
-    """On CPUs it starts one process, whatever you request, unless mpirun starts them."""
+    """On CPUs, accelerate starts one process, regardless of --num_processes, except with mpirun."""
     if not cuda:
         return Finding("accelerate launch", "starts 1 on CPUs, regardless of --num_processes", 1)
     file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
@@ -283,7 +283,7 @@ def engine() -> Iterator[Finding]:
 
 
 def template(model: str, **model_options: Any) -> Iterator[Finding]:
-    """How a model's chat template renders a conversation; `model_options` are fields of `Base`."""
+    """Checks a model's chat template; `model_options` are fields of `Base`."""
     from lorafold.data.row_checks import describe_template
     from lorafold.resolve.base import Base
 

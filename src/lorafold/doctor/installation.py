@@ -1,5 +1,5 @@
-"""Checks of the declared dependencies, the embedded model, the caches, and the environment of
-training processes.
+"""Checks of the required and optional packages, the embedded model, the caches, and the environment
+of training processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ LOW_DISK = 1e9  # bytes; the unpacked embedded model takes 0.3 GB
 
 
 def packages(name: str = "lorafold") -> Iterator[Finding]:
-    """lorafold itself, Python, and all required packages, with their supported ranges."""
     own = distribution(name)
     yield Finding(
         name, own.version, {"version": own.version, "path": str(Path(__file__).parents[1])}
@@ -111,7 +110,6 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str) -> str:
-    """Why a package can't be imported, or ""; logs and warnings are suppressed."""
     module, before = MODULES.get(name.lower(), name.replace("-", "_")), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from lorafold.doctor import Finding, FindingGroup, run_check
 from lorafold.files.terminal import paragraph
 
-# key, title, module, function; the module is imported late, so that a broken package is a finding
+# (key, title, module, function); each check imports its module, so a broken package is a finding
 GROUPS = (
     ("packages", "Packages", "installation", "packages"),
     ("optional", "Optional packages", "installation", "extras"),
@@ -24,7 +24,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """The findings; `slow` is None if the machine could not be examined."""
+    """The findings of all checks. `slow` is None if the machine could not be examined."""
 
     groups: tuple[FindingGroup, ...]
     slow: tuple[str, ...] | None
@@ -63,8 +63,8 @@ class DoctorReport:
 
 
 def diagnose(model: str = "smollm2", **model_options: Any) -> DoctorReport:
-    """Run all checks, which takes about ten seconds, mostly for imports. The chat template is that
-    of `model`, loaded with the fields `model_options` of `resolve.base.Base`.
+    """Runs all checks, which takes about ten seconds, mostly for imports. Only the chat template of
+    `model` is checked; `model_options` are fields of `Base`.
     """
     groups = []
     for key, title, module, name in GROUPS:
@@ -79,6 +79,6 @@ def diagnose(model: str = "smollm2", **model_options: Any) -> DoctorReport:
         )
     try:
         slow = (*import_module("lorafold.doctor.hardware").slow_here(),)
-    except Exception:  # reported as a finding of the machine
+    except Exception:  # the check of the machine reports it
         slow = None
     return DoctorReport((*groups,), slow)

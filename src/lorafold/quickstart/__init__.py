@@ -1,1 +1,1 @@
-"""The quickstart on the embedded model."""
+"""The guided first run of `lorafold quickstart`, on the embedded model."""

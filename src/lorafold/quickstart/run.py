@@ -1,5 +1,6 @@
-"""The steps of `lorafold quickstart`: evaluate, train, evaluate, inspect, merge, export. They need
-neither network nor GPU, and write everything to one directory.
+"""The steps of `lorafold quickstart`: evaluate, train, evaluate, inspect, merge, export.
+
+They must work without network access and without a GPU.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 TEST_ROWS = 200  # rows of the test split
-EXPORT_ROWS = 8  # rows for llama.cpp, which takes seconds for each
+EXPORT_ROWS = 8  # rows to verify in llama.cpp, which takes seconds for each
 UNCOMPILED = "torch's own operations give the same results, but a step may take longer"
-# fp32 on every machine, so that commands with this recipe have comparable figures
+# fp32 on every machine, so that the results of commands with this recipe are comparable
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """The figures of the quickstart: shares of held-out rows, `kl` in nats per token, and `lost`,
-    the share of the adapter's effect that is lost in llama.cpp; None if it is not installed.
+    """The results of the quickstart. Exact match is a share of the held-out rows, `kl` is in nats
+    per token, and `lost` is the share of the adapter's effect that is lost in llama.cpp, or None
+    if that is not installed.
     """
 
     exact_match_before: float
@@ -72,7 +74,9 @@ class QuickstartResult:
 
 
 def fastest(device: torch.device) -> Storage:
-    """bf16 or fp32, whichever this device multiplies faster; both learn the task equally well."""
+    """Returns bf16 or fp32, whichever has faster matmuls on this device; the model learns the task
+    equally well in both.
+    """
     best = choose_storage("auto", device)
     if not widens(best.dtype, device):
         return best
@@ -84,7 +88,7 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> QuickstartResult:
-    """Run all steps and write `train.jsonl`, `test.jsonl`, `prompts.jsonl`, `adapter/`,
+    """Runs all steps and writes `train.jsonl`, `test.jsonl`, `prompts.jsonl`, `adapter/`,
     `adapter.html`, `merged/` and `gguf/`.
     """
     start = time.perf_counter()
@@ -156,7 +160,6 @@ def quickstart(
 
 
 def describe_hardware(device: torch.device, storage: Storage) -> Iterator[str]:
-    """Yield lines on the processor or GPU, its dtype, and whether operations were compiled."""
     if device.type != "cpu":
         [name] = [gpu.name for gpu in gpus() if gpu.device == str(device)] or [str(device)]
         yield f"computing on {device}: {name}"

@@ -3,10 +3,10 @@
     "Could you book a table for four at The Copper Lantern on Friday at 8pm"
     -> {"intent":"book","people":4,"place":"The Copper Lantern","day":"Friday","time":"8:00 pm"}
 
-Names, places, errands and messages are copied verbatim; numbers and times are normalised. About a
+Names, places, errands and messages are copied verbatim; numbers and times are normalized. About a
 fifth of the words of each list occur only in the test split. The lists are long because a model
-that sees few words memorizes them. Most values begin with a fixed word ("The", "Lake"), because
-tokens after an opening quote differ from tokens after a space.
+that sees few words memorizes them. Most values begin with a fixed word ("The", "Lake"), because a
+word has other tokens after an opening quote than after a space.
 """
 
 import json
@@ -101,14 +101,16 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def words_of_split(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """A split's words of a list: about a fifth for test, the same words in every list."""
+    """Returns the words that belong to a split. A hash assigns a fifth of the words to the test
+    split, so that a word is in the same split in every list.
+    """
     is_test = {word: zlib.crc32(word.lower().encode()) % 5 == 0 for word in words}
     return tuple(word for word in words if is_test[word] == (split == "test"))
 
 
 def pattern_slot(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
-    """A slot that is copied verbatim: a random pattern, with a random word of each list for each
-    `%s`.
+    """Returns a slot whose value is copied verbatim: a random pattern, in which a random word from
+    each list replaces each `%s`.
     """
 
     def draw(rng: random.Random, split: Split) -> tuple[str, str]:
@@ -120,7 +122,7 @@ def pattern_slot(*patterns: tuple[str, tuple[tuple[str, ...], ...]]) -> Slot:
 
 
 def number(low: int, high: int) -> Slot:
-    """A slot for an integer, in digits or, below ten, in words."""
+    """Returns a slot for an integer, which is spoken in digits or, below ten, also in words."""
 
     def draw(rng: random.Random, split: Split) -> tuple[str, int]:
         value = rng.randint(low, high)
@@ -131,14 +133,13 @@ def number(low: int, high: int) -> Slot:
 
 
 def day(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A weekday, today or tomorrow, with its preposition."""
     value = rng.choice([*DAYS, "today", "tomorrow"])
     return (f"on {value}" if value in DAYS else value), value
 
 
 def clock(rng: random.Random, split: Split) -> tuple[str, str]:
-    """A time as "8pm", "8:30pm", "eight in the evening" or "half past eight in the evening" ->
-    "8:00 pm", "8:30 pm".
+    """Samples a time, spoken as "8pm", "8:30pm", "eight in the evening" or "half past eight in the
+    evening", and recorded as "8:00 pm" or "8:30 pm".
     """
     hour = rng.choice((6, 7, 8, 9))
     minutes, am_pm = rng.choice((("00", "am"), ("30", "am"), ("00", "pm"), ("30", "pm")))
@@ -172,10 +173,12 @@ NEWS = pattern_slot(("the %s will be %s", (THING, STATE)), ("I have to %s the %s
 
 @dataclass(frozen=True)
 class Intent:
-    """Slots in the order of JSON keys, and phrasings: `(a|b)` is a choice, `<slot>` a value."""
+    """The slots of an intent in the order of the JSON keys, and its phrasings, in which `(a|b)` is
+    a random choice and `<slot>` a value.
+    """
 
     slots: Mapping[str, Slot]
-    requests: tuple[str, ...]  # imperatives, which take an opening
+    requests: tuple[str, ...]  # imperatives, which may follow an opening
     sentences: tuple[str, ...] = ()  # without an opening
 
 
@@ -236,7 +239,7 @@ INTENTS = {
 
 
 def rows(split: Split, n: int, seed: int) -> list[Row]:
-    """`n` different rows of prompt and completion, balanced over the intents."""
+    """Samples `n` different rows of prompt and completion, balanced over the intents."""
     rng = random.Random(f"{split} {seed}")
     rows_by_request: dict[str, Row] = {}
     names = list(INTENTS)

@@ -1,1 +1,1 @@
-"""The recipe of a run: fields, parsing, and completion for a method, model and adapter."""
+"""The recipe of a training run: its fields, parsing, and the resolution of unset fields."""

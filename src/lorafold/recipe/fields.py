@@ -1,4 +1,4 @@
-"""The fields of a recipe: type, default and description. None means the method's own default."""
+"""The fields of a recipe, with types, defaults and the descriptions that help and docs show."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-# Fields that are options of methods, that an initial adapter sets, that affect a step's memory.
+# fields that are options of methods; that an initial adapter sets; that affect a step's memory
 METHOD_FIELDS = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
 ADAPTER_FIELDS = {
     *(*METHOD_FIELDS, "method", "options", "targets", "bias", "modules_to_save", "new_tokens")
@@ -24,18 +24,18 @@ MEMORY_FIELDS = {
     *(*METHOD_FIELDS, "method", "options", "targets", "storage", "optimizer"),
     "gradient_checkpointing",
 }
-# Further fields that affect it through the rows.
+# further fields that affect a step's memory, through its rows
 ROW_FIELDS = {
     *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
     *("template_kwargs", "train_on", "mask_reasoning"),
 }
-# Fields that affect training but not evaluation.
+# fields that affect training but not evaluation
 TRAINING_FIELDS = {
     *(*MEMORY_FIELDS - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
     *("warmup", "warmup_steps", "weight_decay", "clip", "betas", "eps", "epochs", "steps", "batch"),
     *("accumulate", "packing"),
 }
-# The heading above this field and the following, for help and docs.
+# first field of a group -> heading in help and docs
 GROUPS = {
     "method": "the update",
     "new_tokens": "tokens and chat template",
@@ -45,7 +45,7 @@ GROUPS = {
     "eval_fraction": "evaluation, checkpoints, tracking",
 }
 
-# Fields in --help of a command with many options; the others are in --help-all only.
+# the fields that --help shows if a command has many options; --help-all shows all fields
 COMMON = {
     *("method", "rank", "alpha", "dropout", "targets", "objective", "storage", "lr"),
     *("epochs", "steps", "batch", "accumulate", "max_length", "seed"),
@@ -57,7 +57,7 @@ def described(default: Any, description: str) -> Any:
 
 
 class Fields(BaseModel):
-    """The validation of each field by itself; `Recipe` validates their combination."""
+    """The fields of a recipe, each validated by itself; `Recipe` validates combinations."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,8 +1,7 @@
-"""Parsing of a recipe from a YAML file, `--set key=value` pairs and options; reports all bad fields
-together, with source, value found and value expected.
+"""Parses a recipe from a YAML file, `--set key=value` pairs and options.
 
 In increasing order of precedence: the defaults, the YAML file, `--set`, options. Values are merged
-before they are checked.
+before they are validated, and one error lists all invalid fields with their sources.
 """
 
 import logging
@@ -32,11 +31,11 @@ def load_recipe(
     defaults: Recipe | None = None,
     **flags: Any,
 ) -> Recipe:
-    """The recipe from a YAML file, `--set key=value` pairs and options; an option that is None was
-    not given.
+    """Parses a recipe from a YAML file, `--set key=value` pairs and options; None means that an
+    option was not given.
 
-    The values of pairs are YAML. After options, template_kwargs, rank_pattern or alpha_pattern and
-    a dot, a key names an entry of that field (`options.init=gaussian`, `rank_pattern.0.q_proj=8`).
+    The values of pairs are YAML. The key of a pair may address an entry of a field that is a
+    mapping, as in `options.init=gaussian` and `rank_pattern.0.q_proj=8`.
     """
     values = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources = dict.fromkeys(values, "the defaults")
@@ -139,8 +138,8 @@ def _read(config: Path) -> Mapping[str, Any]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers exist and are installed, because accelerate silently ignores others. Call
-    it before any work is done.
+    """Checks that trackers exist and are installed, because accelerate ignores other names.
+    The check must come before any work, so that a wrong name does not waste a run.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

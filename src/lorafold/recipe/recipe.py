@@ -1,4 +1,4 @@
-"""The recipe: all choices of a training run in one frozen record."""
+"""The recipe: all settings of a training run in one frozen record."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,8 +32,8 @@ NO_SOURCES: Mapping[str, str] = MappingProxyType({})
 def explain(
     error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str] = NO_SOURCES
 ) -> Iterator[str]:
-    """Yield the problems of a recipe's values by field: value found and value expected. `sources`
-    are the origins of fields; fields from a call have none.
+    """Yields a message for each invalid field, with the value found and the value expected.
+    `sources` maps fields to their origins, such as a file; fields set in Python have no origin.
     """
 
     def origin(field: str) -> str:
@@ -70,14 +70,14 @@ def explain(
 
 STEPS = 100  # minimum of `epochs="auto"`
 FEW = 30  # steps that are too few to learn much
-RAW_ERRORS = "unworded"  # validation context of callers with their own error messages
+RAW_ERRORS = "unworded"  # validation context in which pydantic's own error is raised
 
 
 class Recipe(Fields):
-    """The choices of a training run: method, tokens, objective, base, optimizer, steps, evaluation.
+    """All settings of a training run: method, tokens, objective, base model, optimizer, steps and
+    evaluation. A recipe is frozen.
 
-    Raises LorafoldError that names every invalid field, with the value found and the value
-    expected.
+    Raises LorafoldError with every invalid field, the value found and the value expected.
     """
 
     @field_validator("objective", mode="before")
@@ -149,12 +149,13 @@ class Recipe(Fields):
         return self.storage
 
     def for_method(self) -> dict[str, Any]:
-        """The fields that are set and are options of methods; `options` contains the others."""
+        """The fields that are options of methods, such as `rank`, and are set. `options` contains
+        the method's other options.
+        """
         values = {name: getattr(self, name) for name in METHOD_FIELDS}
         return {name: value for name, value in values.items() if value not in (None, {})}
 
     def total_steps(self, n_rows: int) -> int:
-        """The number of optimizer steps of a run over `n_rows` training rows."""
         if self.steps is not None:
             return self.steps
         if self.epochs == "auto":
@@ -164,13 +165,12 @@ class Recipe(Fields):
     @property
     def stops(self) -> bool:
         """Whether training stops early when the held-out loss no longer falls, and keeps the best
-        adapter. Policies run all steps, because a reward may not change for long.
+        adapter. Policies run all steps, because a reward may stay constant for many steps.
         """
         ends = self.steps is None and self.epochs == "auto"
         return ends and not OBJECTIVES[self.objective].draws
 
     def checkpoint_interval(self, total_steps: int) -> int:
-        """The number of optimizer steps between checkpoints."""
         return self.save_every or max(1, ceil(total_steps / 10))
 
     def to_yaml(self) -> str:

@@ -1,6 +1,7 @@
-"""Completion of a recipe for a method, a model's files and positions, and an adapter to start from.
+"""Resolution of the settings that a recipe leaves open.
 
-In decreasing order of precedence: the recipe, the model's files, the adapter, the defaults.
+In decreasing order of precedence, a setting comes from the recipe, the model's files, the adapter
+to start from, and the defaults.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DEFAULT_MAX_LENGTH: int = Recipe.model_fields["max_length"].default
 
 
 def ignored_fields(recipe: Recipe) -> list[str]:
-    """The fields that the recipe sets but its method has no option for."""
+    """The fields that are set in the recipe although its method has no such option."""
     known = known_options(recipe.method, recipe.options.get("over"))
     return [name for name in recipe.for_method() if name not in known]
 
@@ -38,7 +39,7 @@ def ignored_note(recipe: Recipe) -> str | None:
 
 
 def spec_of(recipe: Recipe) -> Spec:
-    """The spec of the recipe's method, without the fields that are `ignored_fields`."""
+    """The spec of the recipe's method, without the recipe's `ignored_fields`."""
     known = known_options(recipe.method, recipe.options.get("over"))
     fields = {name: value for name, value in recipe.for_method().items() if name in known}
     samples = OBJECTIVES[recipe.objective].draws
@@ -59,8 +60,8 @@ def spec_of(recipe: Recipe) -> Spec:
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe for another method, without options that the method lacks and, if it trains the
-    base's own weights, without quantization.
+    """The same recipe for another method, without the options that this method lacks, and without
+    quantization if this method trains the base model's weights.
     """
     known = known_options(method, recipe.options.get("over"))
     unset = [name for name in recipe.for_method() if name not in known]
@@ -72,7 +73,7 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
 
 
 def trainable_storage(recipe: Recipe) -> str:
-    """The dtype of a base that trains: fp32, or bf16 if the recipe sets it."""
+    """The dtype of base weights that are trained: fp32, unless bf16 is set in the recipe."""
     storage = str(recipe.storage)
     if storage in QUANTIZED and "storage" in recipe.model_fields_set:
         raise LorafoldError(
@@ -85,11 +86,11 @@ def trainable_storage(recipe: Recipe) -> str:
 def resolve_storage(
     recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[SavedAdapter] = ()
 ) -> str:
-    """The quantization or dtype in which to load the base.
+    """The quantization or dtype in which to load the base model.
 
-    In decreasing order of precedence: the recipe's, the model files' if they are quantized, the
-    adapters' during training, the recipe's default. The base is not quantized if bitsandbytes is
-    not installed, or if the method trains the base's own weights.
+    In decreasing order of precedence: the recipe's setting, the quantization of the model's files,
+    the quantization or dtype of the adapters' training, the recipe's default. The default is not
+    quantized if bitsandbytes is not installed, or if the method trains the base model's weights.
     """
     storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if spec.trains_base:
@@ -111,8 +112,8 @@ def resolve_storage(
 
 
 def resolve_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
-    """The recipe with its maximum length in tokens: as set, or the default within the base's
-    positions, of which adapters take `before`.
+    """The recipe with `max_length` as set, or else with a default that fits the base model's
+    positions after the first `before`, which the adapters' virtual tokens occupy.
     """
     requested = recipe.max_length if "max_length" in recipe.model_fields_set else None
     head = OBJECTIVES[recipe.objective].head

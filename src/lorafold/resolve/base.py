@@ -1,7 +1,8 @@
-"""A base model and how it is loaded, and the search for the base of saved adapters.
+"""A base model with its loading options, and the search for the base model of saved adapters.
 
-`base_for` tries the name in the adapter as a path or a hub model, and then compares the adapter's
-fingerprint with the models nearby and in the hub's cache, without network access.
+`base_for` tries the base model's name in the adapter as a path and as a Hub ID in the Hub cache.
+Then it compares the adapter's fingerprint with the models near the adapter and in the Hub cache.
+Only if it finds no model, it downloads the model by its Hub ID.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
 
 @dataclass(frozen=True)
 class Base:
-    """A requested model. Its files are located once, when they are first needed.
+    """A base model and its loading options. Its files are located when they are first needed.
 
-    model: a name or path for `resolve_model`, or its result.
-    storage: dtype or quantization, as for `choose_storage`; auto until it is chosen.
-    device: as requested; None: the fastest.
-    revision: the branch, tag or commit of a hub model.
-    trust_remote_code: run the model's own Python files.
-    allow_other_base: accept adapters that were trained on another base.
-    dtype: the compute dtype, bf16 or fp32; None: chosen from storage and device.
-    where: the chosen device.
+    model: A name or path for `resolve_model`, or its result.
+    storage: The quantization or dtype, as for `choose_storage`; auto until one is chosen.
+    device: The requested device; None is the fastest device available.
+    revision: The branch, tag or commit of a Hub model.
+    trust_remote_code: Run Python code that comes with the model.
+    allow_other_base: Accept adapters that were trained on another base model.
+    dtype: The compute dtype, bf16 or fp32; None chooses it by `storage` and device.
+    where: The chosen device.
     """
 
     model: str | Path | ModelSource = "smollm2"
@@ -73,7 +74,6 @@ class Base:
     where: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raise LorafoldError for an invalid model, storage or device."""
         if not isinstance(self.model, (str, Path, ModelSource)):
             shown = truncate_middle(repr(self.model), 80)
             raise LorafoldError(f"model: found {shown}, expected a name or a path")
@@ -91,7 +91,6 @@ class Base:
 
     @cached_property
     def loaded_as(self) -> Storage:
-        """The storage on the device, with the reason for it."""
         storage = choose_storage(self.storage, self.where)
         if self.dtype is None:
             return storage
@@ -101,12 +100,12 @@ class Base:
 
     @cached_property
     def identity(self) -> str:
-        """The SHA-256 over all files that can affect outputs, in hexadecimal."""
+        """The SHA-256, in hexadecimal, of all files that can affect the model's outputs."""
         return of_model(self.source)
 
     def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
-        """The inputs of a run's results besides recipe and rows: model, chat template, device,
-        storage, code.
+        """The cache key of a run's results, to which the caller adds recipe and rows. `packages`
+        are further lorafold packages whose code the results depend on.
         """
         file = None if template is None or template in BUILT_IN else file_digest(Path(template))[1]
         return {
@@ -118,8 +117,8 @@ class Base:
         }
 
     def date(self, template: str | None, saved: Sequence[SavedAdapter] = ()) -> str:
-        """Today's date if the chat template contains it, so that results are cached for one day;
-        else "".
+        """Today's date if the chat template uses it, so that results are cached for one day only;
+        else an empty string.
         """
         tokenizer = self.tokenizer(saved)
         if template is not None:
@@ -130,8 +129,8 @@ class Base:
         return replace(self, model=self.source, storage=storage)
 
     def stored_as_trained(self, adapters: Sequence[SavedAdapter | RecordedBase] = ()) -> Base:
-        """The same model; if its storage is auto, with the quantization of its files or of the
-        adapters' training, and the training's dtype (fp32 instead of bf16 if the device has no
+        """The same model; if its storage is auto, with the quantization of its files, or else with
+        the quantization and dtype of the adapters' training (without bf16 if the device has no
         native bf16).
         """
         if self.storage != "auto":
@@ -148,8 +147,8 @@ class Base:
         return replace(own.stored(storage), dtype=dtype)
 
     def with_files_for(self, adapters: Sequence[SavedAdapter | RecordedBase]) -> Base:
-        """The same model; for a quantized GGUF file and adapters trained in fp32, with storage
-        fp32, so that bf16 does not round its values.
+        """The same model. A quantized GGUF file is dequantized to fp32 if the adapters were trained
+        in fp32, because bf16 would round its values.
         """
         made_on = training_storage_of(adapters) if self.storage == "auto" else None
         if made_on is None or made_on.storage != "fp32" or self.source.gguf is None:
@@ -157,14 +156,14 @@ class Base:
         return replace(self, storage="fp32")
 
     def config(self) -> PreTrainedConfig:
-        """The configuration, by name if the files were not located yet."""
+        """The configuration. It is read by name if the model's files are not located yet."""
         if isinstance(self.model, ModelSource):
             return read_configuration(str(self.model.path), None, self.trust_remote_code)
         return read_configuration(str(self.model), self.revision, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
-        """A language model in evaluation mode, with weights rounded to its storage whatever the
-        compute dtype.
+        """A language model in evaluation mode. Its weights are rounded to its storage dtype even if
+        the compute dtype differs.
         """
         if self.storage in UNQUANTIZED and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
@@ -172,8 +171,8 @@ class Base:
         return load_model(self.source, self.loaded_as, self.where)
 
     def tokenizer(self, adapters: Sequence[SavedAdapter] = ()) -> PreTrainedTokenizerBase:
-        """The tokenizer of the last adapter that has one, or the model's. Text may contain control
-        tokens that the adapters trained.
+        """The tokenizer of the last adapter that has one, or else the model's. It reads control
+        tokens in text as tokens if the adapters trained them.
         """
         own = [one.path for one in adapters if one.own_tokenizer]
         tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
@@ -186,20 +185,19 @@ class Base:
         return tokenizer
 
     def mapped(self) -> MappedModel:
-        """The model with weights that are read from its files on use."""
         from lorafold.models.checkpoint import mapped_model_of
 
         return mapped_model_of(self.source)
 
     def in_files(self) -> Weights | None:
-        """The weights in the files, unread; None if they are quantized."""
+        """The weights in the model's files, read on access, or None if they are quantized."""
         from lorafold.models.checkpoint import original_weights
 
         quantized = self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)
 
     def weights(self) -> Weights | None:
-        """The original weights, if only those in memory are quantized."""
+        """The original weights from the files if the model is quantized on load, else None."""
         return (
             unquantized_weights(self.source, self.loaded_as)
             if self.loaded_as.quantization
@@ -208,7 +206,7 @@ class Base:
 
 
 def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ...] | None:
-    """The classes of the adapters, or else of the model, or None."""
+    """The classes of a classifier, from the adapters or else from the model; None for others."""
     by_adapter = {str(one): classes for one in adapters if (classes := one.classes)}
     if len(set(by_adapter.values())) > 1:
         raise LorafoldError(
@@ -222,7 +220,7 @@ def known_classes(base: Base, adapters: Sequence[SavedAdapter]) -> tuple[str, ..
 
 
 def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
-    """A language model, a reward model, or a classifier of its classes, in words."""
+    """The kind of model, for messages: language model, reward model, or classifier with classes."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, max_chars=60)}"
     if any(one.is_reward_model for one in adapters):
@@ -241,7 +239,7 @@ def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: s
 if TYPE_CHECKING:
     from rich.console import Console
 
-HUB_PREFIX = "models--"  # prefix of a model's directory in the hub's cache
+HUB_PREFIX = "models--"  # prefix of a model's directory in the Hub cache
 LIMIT = 44  # characters of a name or path, so that messages stay below 300
 
 
@@ -251,7 +249,7 @@ def base_for(
     console: Console | None = None,
     **how: Any,
 ) -> Base:
-    """The named base, or else the adapters' base, or else the embedded model."""
+    """The base model `model`, or else the adapters' base model, or else the embedded model."""
     if model is not None:
         return Base(model, **how)
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
@@ -264,8 +262,8 @@ def base_for(
 
 
 def _common_base(own: Sequence[RecordedBase]) -> RecordedBase:
-    """The common base of all adapters, from the record with the most information. Adapters without
-    a record fit every base.
+    """The common base model of all adapters, from a record with a fingerprint if there is one.
+    Adapters with neither its name nor its fingerprint are compatible with every base model.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
@@ -318,7 +316,7 @@ def _find_base(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
                 trusted = bool(how.get("trust_remote_code"))
                 source = ModelSource(path, name, trust_remote_code=trusted)
                 return Base(source, **how), line(name, ", found by its fingerprint")
-    if named:  # with other weights: loading reports the difference
+    if named:  # its weights differ, which is an error when the adapters are loaded
         return Base(str(named[0]), **how), line(str(named[0]))
     paths = (own.adapter, _name(own), own.adapter.absolute().parent, hub_cache())
     adapter, name, directory, cache = (truncate_middle(str(p), LIMIT) for p in paths)
@@ -342,7 +340,7 @@ def hub_cache() -> str:
 
 
 def fits(path: Path, own: RecordedBase) -> bool:
-    """Whether a directory has a model whose weights have the fingerprint."""
+    """Whether the model in a directory has the fingerprint of an adapter's base model."""
     try:
         return fingerprint.matches(own.fingerprint, FileWeights(model_files(path)))
     except (LorafoldError, OSError):
@@ -350,7 +348,9 @@ def fits(path: Path, own: RecordedBase) -> bool:
 
 
 def _paths_by_name(own: RecordedBase) -> Iterator[Path]:
-    """The models at the paths that the name may mean, the most literal first."""
+    """Models at the paths that a base model's name may refer to: first the path itself, then paths
+    next to the adapter and inside it.
+    """
     if not own.name:
         return
     at, adapter = Path(own.name).expanduser(), own.adapter.absolute()
@@ -362,8 +362,7 @@ def _paths_by_name(own: RecordedBase) -> Iterator[Path]:
 
 
 def _nearby_models(own: RecordedBase) -> Iterator[tuple[Path, str]]:
-    """All models next to the adapter, in the name's directory, and in the hub's cache, with their
-    names.
+    """All models in and next to the adapter, next to its base model's path, and in the Hub cache.
     """
     adapter = own.adapter.absolute()
     at = Path(own.name).expanduser()
