@@ -407,7 +407,7 @@ def test_it_names_every_method_and_every_command() -> None:
 
 
 def test_it_names_the_methods_that_do_not_run_everywhere() -> None:
-    sentence = re.search(r"^Each runs on .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    sentence = re.search(r"^Each method runs on .*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
     specs = {name: make() for name, make in METHODS.items()}
     odd = {n for n, s in specs.items() if s.trains_base or s.head_alone}
     assert sentence is not None
