@@ -45,7 +45,7 @@ def the_line(done: list[One], code: int) -> str:
     [
         (("--data", "{other}", "--set", "alpha=3"), "found the rows: "),
         (("--data", "none.jsonl"), "none.jsonl: there is no such file"),
-        (("--set", "seed=3"), "seed: 3 (process 0: 0)"),
+        (("--set", "seed=3"), "seed: 3 (rank 0: 0)"),
     ],
 )
 def test_a_process_that_differs_is_refused_by_all(given, said, command, tmp_path) -> None:
@@ -59,7 +59,7 @@ def test_a_process_that_differs_is_refused_by_all(given, said, command, tmp_path
     done = together(2, tmp_path, *shared, "--out", str(tmp_path / "out"), own=own)
     line = the_line(done, 2)
     assert said in line
-    assert "process 1 on " in line
+    assert "rank 1 on " in line
     assert not [*tmp_path.glob("out*")]
 
 
@@ -182,7 +182,7 @@ def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_p
     assert [one.code for n, one in enumerate(done) if n != rank] == [1, 1]
     lines = [x for one in done for x in one.stderr.splitlines() if x.startswith("error: ")]
     [line] = lines
-    assert f"process {rank} on " in line
+    assert f"rank {rank} on " in line
     assert "died in step 5; " in line
     assert "step-000003" in line
 
@@ -198,7 +198,7 @@ def test_one_that_fails_says_why_through_the_first(command, tmp_path) -> None:
     run = (*command, "--set", "steps=9", "--out", str(tmp_path / "out"))
     done = together(2, tmp_path, *run, own=failing)
     assert [one.code for one in done] == [1, 1]
-    assert "process 1 on " in done[0].stderr
+    assert "rank 1 on " in done[0].stderr
     assert "MemoryError: no room for 3 GB" in done[0].stderr
 
 

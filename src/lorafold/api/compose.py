@@ -50,7 +50,7 @@ class Learning:
 
 @opt.verb
 def compose(
-    adapters: opt.SomeAdapters,
+    adapters: Annotated[opt.Paths, opt.Option(saved="some")],
     out: opt.Out,
     *,
     model: opt.Model = None,
@@ -73,6 +73,7 @@ def compose(
     similarity, shared subspaces, sign conflicts) shows which of them oppose each other.
 
     Args:
+        adapters: The saved adapters to combine, in PEFT format.
         how: A composing method, from the list below. Repeat it to compare several; each gets a
             subdirectory of OUT.
         weights: The weight of an adapter; repeat it for each adapter, in order. Default: the

@@ -213,17 +213,18 @@ def verb(function: Verb) -> Verb:
     dictionaries, and its arguments are validated.
     """
     documented: Any = function
-    signature, entries, lines = inspect.signature(documented), Docs.of(documented).args, []
+    signature, entries, lines = inspect.signature(documented), Docs.of(documented).args, {}
     parameters_given = signature.parameters.values()
     parameters = {p.name: p for p in parameters_given if p.kind is not Parameter.VAR_KEYWORD}
     for one in declared_options(documented):
         if one.group is None:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
             parameters.setdefault(one.name, new.replace(annotation=one.hint))
-            text = f"{one.name}: {entries.get(one.name) or one.help}"
-            lines.append(fill(text, 90, subsequent_indent="    "))
+        name = one.group[0] if one.group else one.name
+        text = f"{name}: {entries.get(name) or one.help}"
+        lines[name] = fill(text, 90, subsequent_indent="    ")
     summary, *rest = ARGS.split(f"{inspect.cleandoc(documented.__doc__)}\n", maxsplit=1)
-    listed = indent("\n".join(lines), "    ")
+    listed = indent("\n".join(lines.values()), "    ")
     documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"
     documented.__signature__ = signature.replace(parameters=[*parameters.values()])
     return validated(function)

@@ -238,7 +238,7 @@ def merge(
         plan = plan_merge(base, adapters, round_trip=target.round_trip)
         if target.quantized is not None:
             check_savable(plan.model, target.quantized)
-        folded = write_merged(plan, shards, *rounding, bar("folding"))
+        folded = write_merged(plan, shards, *rounding, bar("merging"))
         if has_tokenizer and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)

@@ -183,7 +183,7 @@ class LazyTensor(Tensor):
         self.like, self.make, self.elements = like, make, elements
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"OnDemand({tuple(self.shape)}, {self.dtype})"
+        return f"LazyTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

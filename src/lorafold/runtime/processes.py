@@ -134,7 +134,7 @@ class Lifeline:
     def _end(self, code: int, peer: int, problem: str) -> NoReturn:
         with self._lock:
             if problem:
-                line = f"error: process {peer} on {self._hosts[peer]}{problem}"
+                line = f"error: rank {peer} on {self._hosts[peer]}{problem}"
                 print(line, file=sys.__stderr__, flush=True)
             self._end_others(code)
             os._exit(code)
@@ -274,8 +274,8 @@ def _rendezvous(launch: Launch) -> Any:
     except (dist.DistError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:100]
         raise LorafoldError(
-            f"process {launch.rank} of {launch.world}, started by {launch.by}: can't connect to"
-            f" process 0 at {launch.address}:{launch.port} ({first}); start all processes within"
+            f"rank {launch.rank} of {launch.world}, started by {launch.by}: can't connect to"
+            f" rank 0 at {launch.address}:{launch.port} ({first}); start all processes within"
             f" {START_TIMEOUT.seconds // 60} minutes"
         ) from None
 
@@ -368,7 +368,7 @@ def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             name = "accelerate launch" if ACCELERATE_VARIABLE in environment else name
             if not address:
                 raise LorafoldError(
-                    f"MASTER_ADDR: not set, but RANK={rank} is; set it to the address of process 0"
+                    f"MASTER_ADDR: not set, but RANK={rank} is; set it to the address of rank 0"
                 )
         port = number("MASTER_PORT", default=port)
         return Launch(name, rank, world, local, address or "127.0.0.1", port)

@@ -219,15 +219,15 @@ def check_processes_agree(setup: Setup) -> None:
     (host, first), *others = processes.gather((socket.gethostname(), own_inputs))
     for number, (other_host, other) in enumerate(others, 1):
         if differences := [
-            f"{name}: {truncate_middle(other.get(name, 'none'), MAX_SHOWN_CHARS)} (process 0:"
+            f"{name}: {truncate_middle(other.get(name, 'none'), MAX_SHOWN_CHARS)} (rank 0:"
             f" {truncate_middle(first.get(name, 'none'), MAX_SHOWN_CHARS)})"
             for name in {**first, **other}  # causes come before their effects
             if other.get(name) != first.get(name)
         ]:
-            hosts = other_host if other_host == host else f"{other_host}, process 0 on {host}"
+            hosts = other_host if other_host == host else f"{other_host}, rank 0 on {host}"
             raise LorafoldError(
-                f"process {number} on {hosts}: found {listed(differences, '; ', max_chars=140)};"
-                " expected the same in all processes"
+                f"rank {number} on {hosts}: found {listed(differences, '; ', max_chars=140)};"
+                " expected the same on all ranks"
             )
 
 

@@ -70,7 +70,7 @@ class AdapterTokenizers:
             raise LorafoldError("chat_template: expected a string, or an object of strings")
         if (size := sum(map(len, each))) > MAX_TEMPLATE:
             found = f"chat_template: found {size:,} characters"
-            raise LorafoldError(f"{found}, expected {MAX_TEMPLATE:,}")
+            raise LorafoldError(f"{found}, expected at most {MAX_TEMPLATE:,}")
         special = tokenizer.special_tokens_map
         if len(json.dumps(special)) > MAX_NEW_CHARACTERS:
             raise LorafoldError(
