@@ -42,9 +42,9 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (*matrices, out, r), E (*matrices, r) and Q (*matrices, r, in), fp32, with running averages
-    of the same shapes. The buffer `kept` (*matrices, r) marks the triplets that the last allocation
-    kept.
+    """The factors P (*matrices, out, r), E (*matrices, r) and Q (*matrices, r, in), fp32, with
+    running averages of the same shapes. The buffer `kept` (*matrices, r) marks the triplets that
+    the last allocation kept.
     """
 
     up_names = ("P",)

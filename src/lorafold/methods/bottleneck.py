@@ -28,8 +28,8 @@ After = Literal["both", "mlp"]
 
 
 class BottleneckDelta(Opaque):
-    """down (m, d), down_bias (m,), up (d, m) and up_bias (d,), fp32; they are converted to the
-    dtype of the activations.
+    """The parameters down (m, d), down_bias (m,), up (d, m) and up_bias (d,), which are fp32 and
+    applied in the dtype of the activations.
 
     If a sublayer returns a tuple, such as attention outputs and weights, only the first element is
     changed.

@@ -36,7 +36,7 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 
 
 class IA3Delta(Delta):
-    """l (*matrices, out), fp32, or (*matrices, in) if the layer's inputs are scaled."""
+    """The gains l (*matrices, out), or (*matrices, in) if the layer's inputs are scaled, fp32."""
 
     vector_names = ("l",)
     setting_names = ("of_input",)

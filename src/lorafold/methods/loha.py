@@ -27,7 +27,7 @@ from lorafold.ops.hadamard import hadamard
 
 
 class LoHaDelta(Dense):
-    """w1_a and w2_a (*matrices, out, r), w1_b and w2_b (*matrices, r, in), fp32."""
+    """The factors w1_a and w2_a (*matrices, out, r), and w1_b and w2_b (*matrices, r, in), fp32."""
 
     setting_names = ("scale",)
 

@@ -37,8 +37,8 @@ Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (*matrices, r, in) and B (*matrices, out, r), fp32. B is multiplied by the scale s in fp32,
-    before any rounding.
+    """The factors A (*matrices, r, in) and B (*matrices, out, r), fp32. B is multiplied by the
+    scale s in fp32, before any rounding.
     """
 
     up_names = ("B",)
@@ -98,7 +98,7 @@ class LoRA(Spec):
 
     @property
     def scale(self) -> float:
-        """s: alpha / r, or alpha / sqrt(r)."""
+        """The scale s: alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:

@@ -31,8 +31,8 @@ from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
-    """A (*matrices, r, in) and B (*matrices, out, r), fp32, and their initial values in the buffers
-    A0 and B0.
+    """The factors A (*matrices, r, in) and B (*matrices, out, r), fp32, and their initial values in
+    the buffers A0 and B0.
     """
 
     up_names = ("B",)
@@ -80,7 +80,8 @@ class FromWeight(Spec):
 
     @abstractmethod
     def initial(self, w: Tensor) -> Factors:
-        """B0 (*matrices, out, r) and A0 (*matrices, r, in) for the matrices w (*matrices, out, in).
+        """The initial factors B0 (*matrices, out, r) and A0 (*matrices, r, in), from the matrices w
+        (*matrices, out, in).
         """
 
     def build(self, layer: Layer) -> OffsetDelta:

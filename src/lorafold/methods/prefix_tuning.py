@@ -27,8 +27,8 @@ Init = Literal["activations", "random"]
 
 
 class PrefixDelta(VirtualTokenDelta):
-    """prefix (n, 2 L Hk D), fp32. Each row contains the key and value of one virtual token for all
-    layers in order, which is the layout of PEFT's files.
+    """The parameter `prefix` (n, 2 L Hk D), fp32. Each row contains the key and value of one
+    virtual token for all layers in order, which is the layout of PEFT's files.
     """
 
     def __init__(

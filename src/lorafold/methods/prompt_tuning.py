@@ -26,7 +26,7 @@ Init = Literal["vocabulary", "random"]
 
 
 class PromptDelta(VirtualTokenDelta):
-    """embeddings (n, d), fp32: the embeddings of the virtual tokens."""
+    """The embeddings (n, d) of the virtual tokens, fp32."""
 
     def __init__(self, body: nn.Module, embeddings: Tensor, layers: list[int]) -> None:
         super().__init__(body, layers)

@@ -112,7 +112,6 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
 
 
 def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A frozen language model on the meta device."""
     auto = text_auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
         return (

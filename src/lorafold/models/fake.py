@@ -101,7 +101,7 @@ def fake_model(
     fake = is_fake(torch.empty(0))
     # initialization may read values
     with loading(what), no_init_weights() if fake else nullcontext():
-        trusted = {"trust_remote_code": trust_remote_code}  # if unset, transformers prompts
+        trusted = {"trust_remote_code": trust_remote_code}  # transformers prompts if unset
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # which no_init_weights skips
         for module in model.modules() if fake else ():

@@ -95,7 +95,7 @@ class Gguf:
 
     @property
     def copy(self) -> Path:
-        """The directory of the copy, which may not exist yet."""
+        """The directory of the safetensors copy, which may not exist yet."""
         digests = [file_digest(file)[1] for file in self.files]
         key = digests[0] if len(digests) == 1 else self.identity
         name = f"{self.files[0].stem}-{key[:16]}-{CONVERSION_VERSION}{'-fp32' * self.fp32}"
@@ -111,13 +111,15 @@ def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
 
 
 def unpack(gguf: Gguf) -> Path:
-    """The directory of a model's copy, which is created if it does not exist."""
+    """The directory of a model's safetensors copy, which is created if it does not exist."""
     copy = gguf.copy
     return copy if (copy / MANIFEST).is_file() else renew_copy(gguf, copy)
 
 
 def renew_copy(gguf: Gguf, copy: Path) -> Path:
-    """The directory of a model's copy, which is created if it does not exist or is damaged."""
+    """The directory of a model's safetensors copy, which is created if it does not exist or is
+    damaged.
+    """
     return fill_once(copy, partial(_unpack, gguf), log.info)
 
 

@@ -48,7 +48,6 @@ def loading(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """An error's message without line breaks, truncated to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -129,8 +129,8 @@ def max_sequence_tokens(model: nn.Module) -> int | None:
 
 def trained_positions(config: PreTrainedConfig) -> int | None:
     """The number of positions that a model with RoPE was trained on; None for other models. With
-    scaled RoPE, it is at least the factor times the original number, or times
-    `max_position_embeddings` if the configuration lacks the original number.
+    scaled RoPE, it is at least the factor times `original_max_position_embeddings`, or times
+    `max_position_embeddings` if a configuration lacks the former.
     """
     given, rotary = _configured_positions(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):

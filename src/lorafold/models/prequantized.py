@@ -54,7 +54,6 @@ def _fine_grained(settings: Mapping[str, Any]) -> bool:
 
 
 def has_mxfp4_experts(settings: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` describes experts in MXFP4."""
     return _code_type_of_method(settings) == ""
 
 
@@ -80,7 +79,9 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
 
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
-    """Replaces the linear layers or experts of a model without values by quantized layers."""
+    """Replaces the linear layers or experts of a model without values (fake or on the meta device)
+    by quantized layers.
+    """
     if has_mxfp4_experts(settings):
         return make_mxfp4_experts(model, settings, what)
     formats: dict[str, QuantizationFormat] = {}

@@ -125,7 +125,6 @@ class Storage(NamedTuple):
 
 
 def check_storage(name: str) -> None:
-    """Checks that a name is auto or in STORAGES."""
     if name not in ("auto", *UNQUANTIZED, *QUANTIZED):
         raise LorafoldError(
             f"storage {name}: unknown; expected auto, {', '.join(UNQUANTIZED)},"

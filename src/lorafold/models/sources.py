@@ -40,7 +40,7 @@ EXPECTED = (
     " such as owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is not a GGUF model
+CONFIGS = ("config.json", "adapter_config.json")  # a repository with one of these is no GGUF model
 HUB_TIMEOUT = 5.0  # seconds
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -57,8 +57,8 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
-        """`path`, after a check that files matching the patterns are undamaged. A damaged copy of
-        GGUF files is converted again.
+        """Checks that files matching the patterns are undamaged, and returns `path`. A damaged copy
+        of GGUF files is converted again.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -263,7 +263,7 @@ def source_of(model: "nn.Module") -> ModelSource | None:
 
 
 def forget_source(model: "nn.Module") -> None:
-    """Removes the source of a model, because its weights were changed."""
+    """Forgets the source of a model whose weights were changed."""
     _SOURCES.pop(model, None)
 
 

@@ -35,8 +35,8 @@ BUILT_IN = {NONE: joined_template, TOOLS: tools_template}  # chat templates by n
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Words that are single tokens and whose embeddings are trained: their ids, and the words that
-    are new to the tokenizer.
+    """The ids of words whose embeddings are trained as single tokens, and the set of words that are
+    new to the tokenizer.
     """
 
     ids: dict[str, int]

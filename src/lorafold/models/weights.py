@@ -113,8 +113,9 @@ class InMemory(Weights):
 
     @classmethod
     def read(cls, content: bytearray, path: Path) -> InMemory:
-        """The tensors of a safetensors file from its bytes, whose memory they share, so they must
-        not be written to. safetensors' `load` would copy them and hold the GIL.
+        """The tensors of a safetensors file with these contents. The tensors share the memory of
+        `content`, so they must not be written to; safetensors' `load` would copy it and hold the
+        GIL.
         """
         try:
             entries = tensor_spans(content)

@@ -57,7 +57,6 @@ def as_patterns(value: str | list[str]) -> Patterns:
 
 
 def as_ids(value: list[int] | dict[str, list[int]]) -> TokenIds:
-    """Token ids as a tuple, or as a tuple per module name."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
         if isinstance(value, dict)
@@ -180,7 +179,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The row of the table of methods for a config."""
+    """The row for a config in the table of methods."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
     of_kind = of_kind or [m for m in unlisted_methods() if m.peft_type == kind]

@@ -39,7 +39,6 @@ PREFIX = "LORAFOLD_"
 
 
 def derived_method(spec: type[Spec], peft_type: str) -> Method:
-    """The row of a spec class, derived from its fields."""
     own = (_field(spec, field) for field in fields(spec) if field.init)  # type: ignore[arg-type]
     return Method(spec, peft_type, tuple(own))
 

@@ -243,8 +243,8 @@ def rename_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yields (path, module path, module, name) for each parameter. Quantized experts have the
-    parameters of unquantized experts here.
+    """Yields (path, module path, module, name) for each parameter. Quantized experts are listed
+    with the parameters of unquantized experts.
     """
     anatomy = Anatomy.of(model)
     for path, module in anatomy.modules:

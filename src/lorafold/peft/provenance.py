@@ -58,7 +58,6 @@ class TrainingStorage:
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
-        """The entry for lorafold.json."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -185,8 +184,9 @@ def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
 
 
 def expected_path(origin: Origin, over: Path) -> Path:
-    """The path at which engine and server look for a base adapter. It is in the directory of the
-    adapter on top, because a downloaded record must not choose which files are read.
+    """The path at which engine and server look for a base adapter, which is beside the adapter on
+    top. The recorded path is not used, because a downloaded record must not choose which files are
+    read.
     """
     return over.resolve().parent / Path(origin.path).name
 

@@ -38,12 +38,15 @@ def _exchange_sides(factors: Tensor, site: TargetModule) -> Tensor:
 
 
 def as_rows(factors: Tensor, site: TargetModule) -> Tensor:
-    """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if turned."""
+    """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if `site.turned`.
+    """
     return _exchange_sides(factors, site).flatten(0, 1)
 
 
 def as_columns(factors: Tensor, site: TargetModule) -> Tensor:
-    """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if turned."""
+    """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if
+    `site.turned`.
+    """
     return _exchange_sides(factors, site).permute(1, 2, 0).flatten(1)
 
 
@@ -76,7 +79,7 @@ def as_peft_number(value: float) -> int | float:
 
 
 def init_from_file(value: bool | str) -> str:
-    """The initialization for an `init_lora_weights`."""
+    """The spec's `init` for a value of `init_lora_weights`."""
     if value not in INITS:
         raise LorafoldError(
             f"init_lora_weights={value!r} is not supported, because this initialization changes the"

@@ -144,7 +144,7 @@ def virtual_token_config(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
 
 
 def read_as_random(_: Any) -> str:
-    """`random`, the fastest initialization, because the values in the file replace it."""
+    """Returns `random`, the fastest initialization, because the values in the file replace it."""
     return "random"
 
 

@@ -100,7 +100,7 @@ class Field:
 
 
 TensorConversion = Callable[[Tensor, TargetModule], Tensor]
-# (tensor of the file, site, all tensors of the file) -> the problem with the tensor, or None
+# (tensor of the file, target module, all tensors of the file) -> an error message, or None
 Check = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
 
 
@@ -120,7 +120,7 @@ class FileTensor:
     check: Check | None = None
 
 
-Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of the site's delta
+Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of a target module's delta
 
 
 def fixed(*entries: FileTensor) -> Entries:

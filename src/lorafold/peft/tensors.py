@@ -93,7 +93,7 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
 def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
-    """The adapter's deltas with their modules."""
+    """The target modules of an adapter, one for each delta."""
     sites, num_wrappers = [], count_wrappers(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)

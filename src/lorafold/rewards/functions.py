@@ -27,7 +27,7 @@ from lorafold.errors import truncate
 J = TypeVar("J")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
 MAX_LEN = 300  # maximum characters of a message or value
-LARGEST = 1e150  # the largest reward whose square, means and intervals are surely finite
+LARGEST = 1e150  # the largest reward: its square, means and intervals must be finite
 
 
 class Item(NamedTuple):

@@ -98,7 +98,8 @@ class BiasDelta(Delta):
 
 
 def param_paths(module: nn.Module, path: str) -> list[str]:
-    """The paths of the modules that own parameters: `path` itself, and modules inside it."""
+    """The paths of the modules that own parameters, among the module at `path` and its submodules.
+    """
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 
 

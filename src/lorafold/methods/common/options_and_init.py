@@ -44,7 +44,7 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
 
 
 def set_alpha(spec: Any, default: float) -> None:
-    """Sets the alpha of a frozen spec to a float, and to the default if it is None."""
+    """Converts the alpha of a frozen spec to a float; None becomes the default."""
     object.__setattr__(spec, "alpha", float(default if spec.alpha is None else spec.alpha))
 
 

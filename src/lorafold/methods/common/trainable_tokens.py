@@ -145,8 +145,8 @@ class TrainableTokens:
     """The tokens whose rows are trained: `ids` for the embedding and the head, or ids by module
     name.
 
-    `fresh` ids start as the mean although the base has rows for them. Many matrices have more rows
-    than the vocabulary has tokens, and these rows are untrained.
+    `fresh` ids start as the mean although the base has rows for them. Many embeddings have more
+    rows than the vocabulary has tokens, and the additional rows are untrained.
     """
 
     ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
