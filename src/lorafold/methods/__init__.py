@@ -1,7 +1,7 @@
 """The adapter methods, one per file, and the table of their names.
 
-To add a method, add its file and a row in `METHODS`. The spec classes in the table are also names
-in `lorafold` (`lf.LoRA`), which the imports for type checkers declare.
+To add a method, add its file and a row in `METHODS`. The package `lorafold` exports every spec
+class in the table (for example `lf.LoRA`); the imports below declare these names for type checkers.
 """
 
 import importlib
@@ -40,8 +40,9 @@ Row = str | tuple[str, dict[str, Any]] | Callable[..., "Spec"]
 class Methods(UserDict[str, Any]):
     """Spec factories by method name.
 
-    A row is `module.Class` in this package, optionally with options, imported on first use so that
-    the names are known without torch; or a spec class or function.
+    A row is a spec class, a function that returns a spec, or the text `module.Class` for a class in
+    this package, optionally with options. Such a class is imported on first use, so that listing
+    the names does not import torch.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
@@ -98,8 +99,8 @@ METHODS = Methods(
 
 
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
-    """The option names that `make_spec` accepts for a method, including the options of the method
-    below it (`over`).
+    """The option names that `make_spec` accepts for a method. For a method on top of another one,
+    they include the options of that method (`over`).
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
@@ -112,8 +113,10 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
 
 
 def make_spec(method: str, **options: Any) -> "Spec":
-    """The spec of a method by name. A method on top of another one (`dora`) accepts that method's
-    name as `over`, and its options.
+    """The spec of a method with these options.
+
+    DoRA, which is applied on top of another method, also accepts that method's name as `over`, and
+    that method's options.
     """
     from lorafold.core.spec import Spec
 
@@ -135,8 +138,8 @@ def make_spec(method: str, **options: Any) -> "Spec":
 
 
 def name_of(spec: "Spec") -> str:
-    """The method's name: among the methods with this spec class, the one whose default spec differs
-    from this one in the fewest fields.
+    """The name of a spec's method. If several methods have this spec class, such as `lora` and
+    `rslora`, it is the method whose default spec differs from this one in the fewest fields.
     """
     defaults = {name: make_spec(name) for name in METHODS}
     return min(

@@ -7,13 +7,13 @@
 
 Zhang et al. 2023, arXiv 2303.10512. After every step each triplet (a column of P, an entry of E, a
 row of Q) is scored by smoothed sensitivity times uncertainty (eq. 8 to 12). The b(t) triplets of
-the whole adapter with the highest scores keep their E, the others' E are set to zero; b decreases
-along a cubic from init_rank to rank for each matrix (eq. 13). Triplets that the last allocation
-dropped are not saved. Use it if layers need different ranks. Its averages take twice the memory of
-the adapter, and the run must be long enough for three phases: tinit steps at full rank, the
-decrease, and tfinal steps at the end.
+the whole adapter with the highest scores keep their E; the E of all others are set to zero. b(t)
+decreases along a cubic, on average from init_rank to rank for each matrix (eq. 13). Triplets that
+the last allocation dropped are not saved. Use AdaLoRA if layers need different ranks. The running
+averages for the scores take twice the memory of the adapter, and the run must be long enough for
+three phases: tinit steps at full rank, the decrease, and tfinal steps at the end.
 
-The penalty follows the authors' code: it averages the norms, whereas eq. 4 of the paper sums their
+As in the authors' code, the penalty averages the norms, whereas eq. 4 of the paper sums their
 squares.
 """
 
@@ -42,8 +42,9 @@ AVERAGES = ("sensitivity", "uncertainty")
 
 
 class AdaLoRADelta(LowRank):
-    """P (*matrices, out, r), E (*matrices, r), Q (*matrices, r, in), fp32; kept (*matrices, r); and
-    two running averages for each of P, E and Q.
+    """The factors P (*matrices, out, r), E (*matrices, r) and Q (*matrices, r, in), fp32, with
+    running averages of the same shapes. The buffer `kept` (*matrices, r) marks the triplets that
+    the last allocation kept.
     """
 
     up_names = ("P",)
@@ -59,7 +60,7 @@ class AdaLoRADelta(LowRank):
         rank = next(iter(spec.rank_pattern.values()), init_rank)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         self.init_rank = init_rank
-        self.scale = alpha / (init_rank + 1e-5)  # of the initial rank, also after pruning
+        self.scale = alpha / (init_rank + 1e-5)  # the scale of the initial rank, also after pruning
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -86,11 +87,12 @@ class AdaLoRA(Spec):
         init_rank: the rank at start (None: 1.5 rank).
         alpha: the numerator of the scale (None: 2 init_rank).
         dropout: the dropout probability on the branch.
-        tinit: the length of the first phase; below 1 a fraction of the run, else a number of steps.
+        tinit: the length of the first phase: a fraction of the run if below 1, else a number of
+            steps.
         tfinal: the length of the last phase, in the same units as `tinit`.
         delta_t: the number of steps between two allocations.
-        beta1: the smoothing of sensitivity.
-        beta2: the smoothing of uncertainty.
+        beta1: the decay of the running average of the sensitivity.
+        beta2: the decay of the running average of the uncertainty.
         orth_reg: the weight of the orthogonality penalty.
         rank_pattern: ranks by regular expression, for the modules whose path ends in it; the files
             of a pruned adapter contain them.
@@ -137,7 +139,7 @@ class AdaLoRA(Spec):
         return AdaLoRADelta(layer, self)
 
     def phases(self, total: int) -> tuple[int, int]:
-        """The last step at full rank, and the step of the last allocation, of a run of `total`
+        """The last step at full rank and the step of the last allocation, in a run of `total`
         steps.
         """
         first, final = (round(n * total) if n < 1 else int(n) for n in (self.tinit, self.tfinal))
@@ -149,7 +151,7 @@ class AdaLoRA(Spec):
         return first, total - final
 
     def budget(self, step: int, total: int, full: int, target: int) -> int:
-        """b(t), eq. 13: the number of triplets of the whole adapter that are kept after a step."""
+        """b(t) of eq. 13: the number of triplets of the whole adapter to keep after a step."""
         first, last = self.phases(total)
         left = 1 - min(max((step - first) / (last - first), 0), 1)
         return int((full - target) * left**3 + target)
@@ -193,8 +195,8 @@ class AdaLoRA(Spec):
 
 @torch.no_grad()
 def update_averages(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
-    """Update the averages (eq. 9 and 10) from parameters and gradients. `beta1` smooths
-    sensitivity, `beta2` uncertainty.
+    """Updates the running averages (eq. 9 and 10), with decay `beta1` for the sensitivity and
+    `beta2` for the uncertainty.
     """
     pairs = [(delta, part) for delta in deltas for part in PARTS]
     parameters = [getattr(delta, part) for delta, part in pairs]
@@ -210,7 +212,7 @@ def update_averages(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> N
 
 
 def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
-    """The score of each triplet of each delta (eq. 8)."""
+    """The scores of the triplets of each delta (eq. 8)."""
     p, e, q = (
         torch._foreach_mul(*([getattr(d, f"{name}_{part}") for d in deltas] for name in AVERAGES))
         for part in PARTS
@@ -221,7 +223,8 @@ def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
 
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
-    """Keep the `budget` triplets with the highest scores among all deltas."""
+    """Keeps the `budget` triplets with the highest scores among all deltas, and drops the others.
+    """
     by_delta = [score.flatten() for score in scores(deltas)]
     flat = torch.cat(by_delta)
     num_dropped = len(flat) - budget
@@ -232,12 +235,14 @@ def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
 
 
 def number_of_matrices(delta: Any) -> int:
-    """The number of matrices that an AdaLoRA delta changes."""
+    """The number of matrices that an AdaLoRA delta adapts: one, or one for each expert."""
     return prod(delta.kept.shape[:-1])
 
 
 def ranks(deltas: DeltasByPath) -> dict[str, float]:
-    """The rank of each matrix after the last allocation, by module path; the mean for experts."""
+    """The rank of each matrix after the last allocation, by module path; for experts, the mean
+    rank.
+    """
     return {
         path: int(delta.kept.sum()) / number_of_matrices(delta)  # type: ignore[operator]
         for path, delta in deltas.items()

@@ -2,10 +2,11 @@
 
     y = layer(x) + c                c (out,), zero at start
 
-Zaken et al. 2021, arXiv 2106.10199. It has the fewest parameters of all methods that can be merged,
-and suits small data sets. It trains every bias of the model, also in norms. If the blocks of a
-model have no biases, their linear layers get them; merging then enables biases in the model's
-config (Llama: attention_bias, mlp_bias), and fails if the architecture has no such setting.
+Zaken et al. 2021, arXiv 2106.10199. BitFit has the fewest parameters of all methods that can be
+merged, and suits small data sets. It trains every bias of the model, including those of norms. If
+the blocks of a model have no biases, their linear layers get them; merging then enables biases in
+the model's config (Llama: attention_bias, mlp_bias), and fails if the architecture has no such
+setting.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from lorafold.methods.common.biases_and_modules import BiasDelta
 class BitFit(Spec):
     """BitFit, which has no options.
 
-    If you set other targets, it adds an offset to those modules even if they have no bias.
+    If you set other targets, an offset is added to the outputs of those modules even if they have
+    no bias.
     """
 
     targets = "biases"

@@ -4,8 +4,8 @@
                                                         or ReLU
 
 Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1 (after both); Pfeiffer et al. 2021, arXiv 2005.00247
-(after the MLP only: half the cost). Because of the nonlinearity it can't be merged, and slows down
-every token. Use it as the baseline that LoRA was compared with.
+(after the MLP only: half the cost). Because of the nonlinearity, a bottleneck adapter can't be
+merged, and it slows down every token. Use it as the baseline that the LoRA paper compares with.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ After = Literal["both", "mlp"]
 
 
 class BottleneckDelta(Opaque):
-    """down (m, d), down_bias (m,), up (d, m), up_bias (d,), fp32, applied in the dtype of the
-    activations.
+    """The parameters down (m, d), down_bias (m,), up (d, m) and up_bias (d,), which are fp32 and
+    applied in the dtype of the activations.
 
-    If a sublayer returns a tuple (attention and its weights), the first element is changed.
+    If a sublayer returns a tuple, such as attention outputs and weights, only the first element is
+    changed.
     """
 
     up_names = ("up",)
@@ -51,7 +52,7 @@ class BottleneckDelta(Opaque):
         return self.adapt(output)
 
     def adapt(self, y: Tensor) -> Tensor:  # (..., d)
-        """y (..., d) plus the output of the small network."""
+        """The output of a sublayer (..., d) plus the output of the bottleneck network for it."""
         own = (self.down, self.down_bias, self.up, self.up_bias)
         down, down_bias, up, up_bias = (p.to(y.dtype) for p in own)
         h = getattr(F, self.activation)(F.linear(y, down, down_bias))
@@ -65,7 +66,8 @@ class Bottleneck(Spec):
     Args:
         size: the size m of the bottleneck.
         activation: gelu or relu.
-        after: "both" sublayers of a block (Houlsby), or its "mlp" only (Pfeiffer).
+        after: insert it after "both" sublayers of a block (Houlsby), or only after the "mlp"
+            (Pfeiffer).
     """
 
     size: int = 64

@@ -4,13 +4,13 @@
     y = g (V x) + b                 g = m / |V|, m (out,) starting at |W|, |.| the norm of each row,
                                     treated as a constant
 
-Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). dW is any additive
-method: LoRA in the paper, here also LoHa, LoKr, PiSSA and VeRA. Use it if LoRA at a small rank
-falls short of full fine-tuning; like LoRA, it costs nothing once merged.
+Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). In the paper, dW is
+LoRA's update; here it can also be LoHa's, LoKr's, PiSSA's or VeRA's. Use DoRA if LoRA at a small
+rank falls short of full fine-tuning; like LoRA, it costs nothing once merged.
 
-The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 cached: one
-thin matmul per step, without building V. The base runs once: y = g (z - b) + b from z = V x + b,
-dropout included.
+The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 cached, so a
+step needs one thin matmul for them and V is never built. The base layer runs once, because
+y = g (z - b) + b for z = V x + b; this holds with dropout too.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def squared_row_norms(w: Tensor) -> Tensor:  # (*matrices, out, in) -> (*matrice
 
 
 class CachedValue:
-    """A value computed from tensors, recomputed once one was replaced, moved or modified in place.
-    It is not copied or pickled.
+    """A value computed from tensors, which is computed again after one of them was replaced, moved
+    or modified in place. Copying or pickling it gives an empty cache.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class CachedValue:
     def get(
         self, sources: Sequence[Tensor], make: Callable[[], Tensor], during: Any = None
     ) -> Tensor:  # any shape
-        """The value that `make` computes from the sources, cached while they stay the same."""
+        """The result of `make`, which is cached as long as `sources` and `during` stay the same."""
         if any(s.is_inference() for s in sources):  # inference tensors have no version counter
             return make()
         state = [during, *((s._version, s.device, s.dtype) for s in sources)]
@@ -68,7 +68,8 @@ class CachedValue:
 
 
 class DoRADelta(Delta):
-    """magnitude m (*matrices, out), fp32, on top of `inner`, an additive delta that starts at zero.
+    """The magnitude m (*matrices, out), fp32, on top of `inner`, an additive delta that starts at
+    zero.
     """
 
     vector_names = ("magnitude",)
@@ -84,17 +85,17 @@ class DoRADelta(Delta):
 
     @torch.no_grad()
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
-        """The norm of each row of V, 1 where that is 0.
+        """The norm of each row of V, with 1 in place of 0.
 
-        Cached until W or the inner delta changes; in training, for one optimizer step and for the
-        replay of a checkpointed block.
+        Norms are cached until W or the inner delta changes. In training they are cached for one
+        optimizer step, in which recomputed (checkpointed) blocks use them again.
         """
         base = layer.sources()
 
         def base_squares() -> Tensor:
             return squared_row_norms(layer.dense()[0])
 
-        def norms(squares: Tensor) -> Tensor:  # replaces 0 by 1
+        def norms(squares: Tensor) -> Tensor:  # with 1 in place of 0
             return F.threshold(self.inner.row_squares(layer, squares), 0, 1).sqrt_()
 
         if torch.compiler.is_compiling() or base is None:
@@ -140,7 +141,6 @@ class DoRA(Spec):
 
     @property
     def asks_losses(self) -> bool:  # type: ignore[override]
-        """Whether the method below needs losses."""
         return self.over.asks_losses
 
     def options(self) -> tuple[str, ...]:

@@ -7,8 +7,9 @@
 
 The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension (Li
 et al. 2018, arXiv 1804.08838). The projection is Fastfood (Le et al. 2013), with a learned scale
-per matrix (Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2). Dividing by sqrt(d) lets one
-learning rate fit all d. The method is a diagnostic: it builds dW in every step.
+per matrix (Aghajanyan et al. 2021, arXiv 2012.13255, sec. 3.2). Because of the division by sqrt(d),
+one learning rate suits all d. Fastfood is slow, since it builds dW in every step, and is meant for
+measuring tasks rather than for learning them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from lorafold.ops.walsh import hadamard_factors, walsh
 
 
 class Subspace(nn.Module):
-    """v (d,), fp32, with B (L,), Q (L,) and H of size L, the smallest power of 2 that is at least
-    d.
+    """The vector v (d,), fp32, the random signs B (L,) and the permutation Q (L,), where L is the
+    smallest power of 2 that is at least d.
     """
 
     entry_names = ("vector",)
@@ -50,22 +51,23 @@ class Subspace(nn.Module):
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def transformed(self, x: Tensor) -> Tensor:  # (..., L)
-        """sqrt(L) times the Walsh-Hadamard transform of x (..., L): with signs as entries, which
-        are exact in 16 bits.
+        """The Walsh-Hadamard transform of x (..., L) times sqrt(L). With this scale the matrix has
+        entries 1 and -1, which 16-bit dtypes represent exactly.
         """
         return walsh(x, self.left.sign().to(x), self.right.sign().to(x))
 
     def shared_projection(self) -> Tensor:  # (L,)
-        """Q H B v / sqrt(d), the part of the projection that all matrices share."""
+        """Q H B v / sqrt(d), the part of the projection that is the same for all matrices."""
         filled = nn.functional.pad(self.vector, (0, len(self.signs) - len(self.vector)))
         length = len(self.vector) * len(self.signs)
         return self.transformed(filled * self.signs)[self.order] / length**0.5
 
 
 class FastfoodDelta(Dense):
-    """l (), fp32, and G (blocks, L), bf16.
+    """The scale l (), fp32, and the Gaussian values G (blocks, L), bf16.
 
-    The subspace is a submodule of an adapter's first delta; the other deltas refer to it.
+    The first delta of an adapter has the subspace as a submodule; the other deltas refer to that
+    delta.
     """
 
     setting_names = ("seed",)
@@ -81,8 +83,8 @@ class FastfoodDelta(Dense):
     def share_subspace(
         self, owner: FastfoodDelta, generator: torch.Generator, device: torch.device
     ) -> None:
-        """Sample G, and refer to the delta that has the subspace."""
-        self._owner = (owner,)  # in a tuple, so that it is no submodule of every delta
+        """Samples G, and stores a reference to the delta that has the subspace."""
+        self._owner = (owner,)  # in a tuple, so that it does not become a submodule of each delta
         length = len(owner.subspace.signs)  # type: ignore[union-attr]
         blocks = ceil(prod(self.shape) / length)
         gaussians = torch.randn(blocks, length, generator=generator).bfloat16()
@@ -96,7 +98,7 @@ class FastfoodDelta(Dense):
         return rounded(w.to(torch.promote_types(w.dtype, torch.float32)) + dw, w.dtype)
 
     def projected(self, dtype: torch.dtype) -> Tensor:  # (*matrices, out, in)
-        """dW (*matrices, out, in), computed in that dtype throughout."""
+        """dW (*matrices, out, in), computed entirely in `dtype`."""
         subspace: Any = self._owner[0].subspace
         shared = subspace.shared_projection().to(self.gaussians.device)
         gains = shared * self.scale / self.gaussians.numel() ** 0.5
@@ -110,7 +112,7 @@ class Fastfood(Spec):
 
     Args:
         dimension: the dimension d of the subspace.
-        seed: the seed of its random directions.
+        seed: the seed of the random directions.
         head_lr: the learning rate of a new head, which is always trained in full.
     """
 
@@ -128,7 +130,7 @@ class Fastfood(Spec):
 
     @property
     def lr_whole(self) -> float:  # type: ignore[override]
-        """The learning rate of the head."""
+        """The learning rate of a new head."""
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:

@@ -2,10 +2,11 @@
 
     y = layer(x)                    W itself is the parameter; there is no copy and nothing to merge
 
-The baseline of every other method. With its gradient and AdamW's fp32 moments, a parameter takes 16
-bytes on an fp32 base and 12 on a bf16 one; in bf16 the optimizer has to round stochastically
-(`training_step.adamw`), because most updates are below half a unit. It saves a plain model. The old
-weights are gone: `only(model)` is the model as trained so far, and `detach` keeps trained weights.
+Full fine-tuning is the baseline for every other method. With its gradient and AdamW's fp32
+moments, a parameter takes 16 bytes on an fp32 base and 12 on a bf16 base. On a bf16 base the
+optimizer has to round stochastically (`training_step.adamw`), because most updates are below half a
+unit in the last place. Saving writes a plain model. The original weights are overwritten, so
+`only(model)` runs the trained model, and `detach` leaves the trained weights in the model.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from lorafold.errors import LorafoldError
 
 
 class FullDelta(Delta):
-    """The parameters of one module themselves, under their names."""
+    """The parameters of a module, registered again under the same names."""
 
     in_place = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # by name, since biases of experts are (experts, out)
+        # found by name, because biases of experts have two dimensions: (experts, out)
         self.vector_names = tuple(name for name in module._parameters if name.endswith("bias"))
         for name, p in module._parameters.items():
             self.register_parameter(name, p)
@@ -42,9 +43,9 @@ class FullDelta(Delta):
 
 @dataclass(frozen=True)
 class Full(Spec):
-    """Full fine-tuning, which has no options. If you set targets, it trains only those modules.
+    """Full fine-tuning, which has no options. If you set targets, only those modules are trained.
 
-    Building fails for weights that can have no gradient, for example in a quantized base.
+    Building fails for weights that can't have a gradient, for example in a quantized base.
     """
 
     targets = "parameters"

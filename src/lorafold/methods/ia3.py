@@ -4,13 +4,14 @@ matrix.
     keys, values    y = l * (W x + b)       l (out,) one at start
     MLP, last       y = W (l * x) + b       l (in,) one at start
 
-Liu et al. 2022, arXiv 2205.05638, sec. 3.3. One of the smallest methods, for few examples; once
-merged, it costs nothing.
+Liu et al. 2022, arXiv 2205.05638, sec. 3.3. IA3 has very few parameters and suits training on few
+examples; it costs nothing once merged.
 
-By default it finds its targets by transformers' names for such matrices: in attention, a projection
-to keys or values, or a fused one that includes them (k_proj, value, qkv_proj, c_attn ...);
-elsewhere, the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...). PEFT instead has
-a table by architecture, which for some of them lists queries instead of keys, unlike the paper.
+The default targets are found by the names that transformers gives such matrices: in attention, a
+projection to keys or values, or a fused projection that includes them (k_proj, value, qkv_proj,
+c_attn ...); elsewhere, the matrix back to the hidden size (down_proj, fc2, wo, mlp.c_proj ...).
+PEFT instead has a table by architecture, which lists queries instead of keys for some
+architectures, unlike the paper.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MLP_LAST = r"down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|c_proj|output\.dense"
 
 
 class IA3Delta(Delta):
-    """l (*matrices, out), or (*matrices, in) if the inputs are scaled, fp32."""
+    """The gains l (*matrices, out), or (*matrices, in) if the layer's inputs are scaled, fp32."""
 
     vector_names = ("l",)
     setting_names = ("of_input",)
@@ -65,8 +66,8 @@ class IA3(Spec):
 
     Args:
         feedforward: the modules whose inputs are scaled: names or path ends, or a regular
-            expression over whole paths (None: those outside attention). Embeddings and convolutions
-            can't be among them.
+            expression for whole paths (None: all targets outside attention). They can't include
+            embeddings or convolutions.
     """
 
     feedforward: str | Sequence[str] | None = None

@@ -3,9 +3,10 @@
     logits = W h + b                W (classes, d) and b (classes,) start as the model's own head; h
                                     (T, d) is never changed
 
-Alain & Bengio 2016, arXiv 1610.01644. It measures how much of the task the base's representation
-already contains; a method that does better has changed that representation. For sequence
-classification; the head of `AutoModelForSequenceClassification` is found under any name.
+Alain & Bengio 2016, arXiv 1610.01644. A linear probe measures how much of the task the base's
+representation already contains; a method that does better has changed that representation. Linear
+probes are for sequence classification, and train the head of `AutoModelForSequenceClassification`
+whatever its name is.
 """
 
 from __future__ import annotations

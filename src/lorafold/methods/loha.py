@@ -6,9 +6,9 @@
                                     (r^2, in) the products of a row of B1 and one of B2
 
 Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, prop. 1; LyCORIS: Yeh et al. 2024, arXiv
-2309.14859. It reaches rank r^2 with twice the parameters of LoRA at rank r, but takes more time.
-Use it if LoRA's rank is too small. At small ranks it runs as the low-rank update U V; at larger
-ones, dW is built at every step.
+2309.14859. LoHa reaches rank r^2 with twice the parameters of LoRA at rank r, but takes more time.
+Use it if LoRA's rank is too small. At small ranks, LoHa runs as the low-rank update U V; at larger
+ranks, dW is built in every step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorafold.ops.hadamard import hadamard
 
 
 class LoHaDelta(Dense):
-    """w1_a, w2_a (*matrices, out, r), w1_b, w2_b (*matrices, r, in), fp32."""
+    """The factors w1_a and w2_a (*matrices, out, r), and w1_b and w2_b (*matrices, r, in), fp32."""
 
     setting_names = ("scale",)
 
@@ -52,8 +52,8 @@ class LoHaDelta(Dense):
         return layer(x, onto=add(recomputed(partial(self.branch, layer), x), onto))
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:
-        """U V x, (..., in) -> (..., out). The backward pass builds U and V again, because the
-        factors are smaller.
+        """U V x, from (..., in) to (..., out). The caller recomputes U and V in the backward pass,
+        because storing them takes more memory than the factors.
         """
         up = self.w1_a[..., :, None] * (self.scale * self.w2_a)[..., None, :]
         down = self.w1_b[..., :, None, :] * self.w2_b[..., None, :, :]

@@ -5,9 +5,9 @@
     dW x = D X C^T                  for x reshaped to X (i2, i1)
 
 Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650.
-A full-rank change with very few parameters. dW is not built: at 1536 x 576 the second form takes 7%
-of the layer's own multiplications. D is itself a product D1 D2 of rank r if r is less than half its
-larger side, and so is C with `decompose_both`.
+LoKr is a full-rank update with very few parameters. dW is not built, because the second form needs
+only 7% as many multiplications as the layer itself (at 1536 x 576). D is itself a product D1 D2 of
+rank r if r is less than half its larger side; with `decompose_both`, the same holds for C.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lorafold.methods.common.options_and_init import check, kaiming, set_alpha, 
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """Split size into a product (m, n) with m <= n: m is the largest divisor that exceeds neither
-    the root of size nor `factor` (-1: no such limit).
+    """Splits a size into a product (m, n) with m <= n: m is the largest divisor that exceeds
+    neither the square root of `size` nor `factor` (-1: no limit).
 
-    A factor that divides size becomes m even if it is above the root, as in PEFT; LyCORIS swaps m
-    and n then.
+    If `factor` divides `size`, m is `factor` even if it exceeds the square root, as in PEFT;
+    LyCORIS would swap m and n.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -39,8 +39,9 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
 
 
 class LoKrDelta(Additive):
-    """C is w1 (o1, i1), or w1_a (o1, r) times w1_b (r, i1). D is w2 (o2, i2), or w2_a (o2, r) times
-    w2_b (r, i2). All are fp32, with a leading matrices dimension if the layer has one.
+    """C is w1 (o1, i1), or the product of w1_a (o1, r) and w1_b (r, i1). D is w2 (o2, i2), or the
+    product of w2_a (o2, r) and w2_b (r, i2). All tensors are fp32, and have the leading dimension
+    (*matrices) if the layer has several matrices.
     """
 
     setting_names = ("scale",)
@@ -65,7 +66,7 @@ class LoKrDelta(Additive):
                 kaiming(p)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """scale C (*matrices, o1, i1) and D (*matrices, o2, i2)."""
+        """C times the scale (*matrices, o1, i1), and D (*matrices, o2, i2)."""
         own: Any = self._parameters
         c, d = (own[n] if n in own else own[f"{n}_a"] @ own[f"{n}_b"] for n in ("w1", "w2"))
         return self.scale * c, d
@@ -90,7 +91,8 @@ class LoKr(Spec):
     Args:
         rank: the rank r.
         alpha: the numerator of the scale alpha / r (None: r), which applies at full rank too.
-        decompose_factor: the smaller of the two factors of a side (-1: the closest to the root).
+        decompose_factor: the smaller of the two factors of a matrix dimension (-1: the factor
+            closest to the square root).
         decompose_both: let C be a product of rank r too.
     """
 

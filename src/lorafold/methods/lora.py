@@ -4,9 +4,9 @@
                                     sqrt(r) (rsLoRA)
 
 Hu et al. 2021, arXiv 2106.09685, eq. 3; rank-stabilized scale: Kalajdzievski 2023, arXiv
-2312.03732. The default method: r (out + in) parameters per matrix, and no cost once merged. At step
-0 the model equals the base, and A's first gradient is exactly zero. B has the larger learning rate
-(LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+2312.03732. LoRA is the default method: it trains r (out + in) parameters per matrix, and costs
+nothing once merged. At step 0 the model equals the base, and the gradient of A is exactly zero. B
+has a larger learning rate than A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
 With LoftQ's init (Li et al. 2023, arXiv 2310.08659, eq. 6), s B A starts instead as the best
 approximation of rank r of the quantization error, original minus quantized weights. LoftQ then
@@ -37,8 +37,8 @@ Init = Literal["kaiming", "gaussian", "loftq"]
 
 
 class LoRADelta(LowRank):
-    """A (*matrices, r, in), B (*matrices, out, r), fp32; the scale s multiplies B in fp32, before
-    any rounding.
+    """The factors A (*matrices, r, in) and B (*matrices, out, r), fp32. B is multiplied by the
+    scale s in fp32, before any rounding.
     """
 
     up_names = ("B",)
@@ -75,7 +75,7 @@ class LoRA(Spec):
         init: kaiming (uniform, as in PEFT) or gaussian for A; or loftq for both factors, which
             corrects the rounding of a quantized base, so merge into the dequantized base.
         rank_pattern: ranks by regular expression, for the modules whose path ends in it; the first
-            match counts.
+            matching expression applies.
         alpha_pattern: alphas, in the form of `rank_pattern`.
     """
 
@@ -98,7 +98,7 @@ class LoRA(Spec):
 
     @property
     def scale(self) -> float:
-        """s: alpha / r, or alpha / sqrt(r)."""
+        """The scale s: alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)  # type: ignore[operator]
 
     def at(self, path: str) -> Self:
@@ -127,8 +127,8 @@ class LoRA(Spec):
 
 
 def lora_with_ranks(ranks: Mapping[str, int]) -> LoRA:
-    """LoRA with these ranks by module path, and scale 1. The most common rank becomes the spec's
-    rank, the others go into its patterns.
+    """LoRA with these ranks by module path and a scale of 1. The spec's rank is the most common
+    one; its patterns list the others.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}

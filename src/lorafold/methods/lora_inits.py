@@ -7,10 +7,11 @@
 
 PiSSA: Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4: W ~ U S V^T, s B0 A0 its r largest singular
 parts, U sqrt(S) and sqrt(S) V^T. OLoRA: Bueyuekakyuez 2024, arXiv 2406.01775: W = Q R, B0 the first
-r columns of Q, A0 the first r rows of R. Use them if LoRA learns too slowly in its first steps. The
-papers train on the residual W - s B0 A0; as an offset, the update leaves the base unchanged, so
-that the base can be quantized and shared, and the model equals the base bit for bit at step 0 (see
-the second form). The adapter is saved as LoRA of rank 2 r.
+r columns of Q, A0 the first r rows of R. Use PiSSA or OLoRA if LoRA learns too slowly in its first
+steps. The papers train on the residual W - s B0 A0. lorafold subtracts s B0 A0 from the update
+instead and leaves the base unchanged, so that the base can be quantized and shared, and the model
+equals the base bit for bit at step 0 (see the second form). The adapter is saved as LoRA of rank
+2 r.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from lorafold.ops.svd import best_of_rank
 
 
 class OffsetDelta(LowRank):
-    """A (*matrices, r, in), B (*matrices, out, r), fp32, and the buffers A0, B0 with their values
-    at start.
+    """The factors A (*matrices, r, in) and B (*matrices, out, r), fp32, and their initial values in
+    the buffers A0 and B0.
     """
 
     up_names = ("B",)
@@ -74,12 +75,14 @@ class FromWeight(Spec):
 
     @property
     def scale(self) -> float:
-        """s = alpha / r."""
+        """The scale s = alpha / r."""
         return self.alpha / self.rank  # type: ignore[operator]
 
     @abstractmethod
     def initial(self, w: Tensor) -> Factors:
-        """B0 (*matrices, out, r) and A0 (*matrices, r, in) for matrices w (*matrices, out, in)."""
+        """The initial factors B0 (*matrices, out, r) and A0 (*matrices, r, in), from the matrices w
+        (*matrices, out, in).
+        """
 
     def build(self, layer: Layer) -> OffsetDelta:
         if self.rank > min(layer.shape):
@@ -93,10 +96,10 @@ class FromWeight(Spec):
 
 @dataclass(frozen=True)
 class PiSSA(FromWeight):
-    """PiSSA: LoRA that starts from the largest singular parts of W.
+    """PiSSA: LoRA whose factors start from the largest singular values and vectors of W.
 
     Args:
-        niter: the subspace iterations of the randomized SVD (0: the full SVD).
+        niter: the number of subspace iterations of the randomized SVD (0: a full SVD).
     """
 
     niter: int = 16
@@ -107,7 +110,7 @@ class PiSSA(FromWeight):
 
 @dataclass(frozen=True)
 class OLoRA(FromWeight):
-    """OLoRA: LoRA that starts from the QR decomposition of W."""
+    """OLoRA: LoRA whose factors start from the QR decomposition of W."""
 
     def initial(self, w: Tensor) -> Factors:
         q, r = torch.linalg.qr(w)

@@ -9,8 +9,9 @@
     token       g = softmax(R x), R (n, in) zero at start: every adapted layer routes every token by
                 its own input
 
-With global or layer gates it is a low-rank update, which can be merged and composed; with token
-gates it has no weight-space form. An adapter without a delta at a layer has no columns there.
+With global or layer gates, a mixture is a low-rank update, which can be merged and composed; with
+token gates, it can't be expressed as a change of the weights. If an adapter does not adapt a layer,
+it has no columns in that layer's factors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Gating = Literal["global", "layer", "token"]
 
 
 class Gates(nn.Module):
-    """values (n,), fp32; a module, so that the deltas of an adapter can share it (`shared`)."""
+    """Gate values (n,), fp32, in a module, so that the deltas of an adapter can share them."""
 
     def __init__(self, n: int, shared: bool, device: torch.device) -> None:
         super().__init__()
@@ -44,8 +45,8 @@ class Gates(nn.Module):
 
 
 def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
-    """Give a delta empty buffers for frozen factors: up (*matrices, out, R), down
-    (*matrices, R, in), fp32, and owner (R,) int64, each column's adapter.
+    """Registers empty buffers for frozen factors: up (*matrices, out, R) and down (*matrices, R,
+    in), fp32, and owner (R,), int64, the adapter number of each column.
     """
     (out, inn), device = layer.shape, layer.device
     for name, sides in {"up": (out, 0), "down": (0, inn)}.items():
@@ -55,7 +56,9 @@ def add_factor_buffers(delta: nn.Module, layer: Layer) -> None:
 
 
 class MixtureDelta(LowRank):
-    """Frozen factors with gates that are the same for all tokens, its own or another delta's."""
+    """Frozen factors with gates that are the same for all tokens. The gates belong to this delta,
+    or to another delta of the adapter.
+    """
 
     gates: Gates
     up: Tensor
@@ -69,8 +72,8 @@ class MixtureDelta(LowRank):
         add_factor_buffers(self, layer)
 
     def share(self, gates: Gates) -> None:
-        """Use another delta's gates. They remain parameters of that delta only, so that they are
-        trained, counted and saved once.
+        """Uses the gates of another delta, which remain parameters of that delta only, so that they
+        are trained, counted and saved once.
         """
         del self.gates
         object.__setattr__(self, "gates", gates)
@@ -105,12 +108,13 @@ class RoutedDelta(Opaque):
 
 @dataclass(frozen=True)
 class Mixture(Spec):
-    """A mixture of adapters. The deltas that it builds have empty factors, which composing or
-    loading fills.
+    """A mixture of adapters. `build` returns deltas with empty factors, which are filled when a
+    mixture is composed or loaded.
 
     Args:
         adapters: the names of the adapters to mix, in the order of their gates.
-        gates: global, layer or token.
+        gates: global (one gate per adapter), layer (one per adapter and layer) or token (computed
+            for each token).
     """
 
     adapters: tuple[str, ...]

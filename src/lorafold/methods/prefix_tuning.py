@@ -3,11 +3,11 @@
     attention(q, [P_K, K], [P_V, V])        P (n, 2 L Hk D): for each of L layers n keys (Hk, D) and
                                             n values (Hk, D)
 
-Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix is at positions 0 to n
-- 1 and every token attends to it; the tokens' positions start at n. It can't be merged, and every
-initialization changes the base's outputs, since the n additional keys take a share of each
-attention. As in sec. 7.4 of the paper, it starts with the activations of real tokens. Use it to
-steer a frozen base whose weights must stay as they are.
+Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix has the positions 0 to
+n - 1 and every token attends to it; the positions of the tokens start at n. A prefix can't be
+merged, and every initialization changes the base's outputs, since the n additional keys take a
+share of each attention. As in sec. 7.4 of the paper, the prefix starts with the activations of real
+tokens. Use prefix tuning to steer a frozen base whose weights must stay as they are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Init = Literal["activations", "random"]
 
 
 class PrefixDelta(VirtualTokenDelta):
-    """prefix (n, 2 L Hk D), fp32: for each virtual token its key and value in layer after layer,
-    the layout of PEFT's files.
+    """The parameter `prefix` (n, 2 L Hk D), fp32. Each row contains the key and value of one
+    virtual token for all layers in order, which is the layout of PEFT's files.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PrefixDelta(VirtualTokenDelta):
         self.prefix = zeros((tokens, size), next(body.parameters()).device)
 
     def by_layer(self) -> Tensor:  # (L, 2, Hk, n, D)
-        """The keys and values of each layer, as a view of the prefix."""
+        """A view of the prefix: the keys and values of each layer."""
         split = self.prefix.view(len(self.prefix), len(self.layers), 2, *self.shape)
         return split.permute(1, 2, 3, 0, 4)
 
@@ -53,11 +53,13 @@ class PrefixDelta(VirtualTokenDelta):
 
 @dataclass(frozen=True)
 class Prefix(VirtualTokens):
-    """Prefix tuning. All attentions of the model must have the same number of heads and head size.
+    """Prefix tuning. All attentions of the model must have the same number of key heads and the
+    same head size.
 
     Args:
         tokens: the number n of virtual tokens.
-        init: activations of n random tokens of the vocabulary, or random (normal, std 0.02).
+        init: activations (the keys and values of n random tokens of the vocabulary), or random
+            (normal, std 0.02).
     """
 
     tokens: int = 20
@@ -84,7 +86,7 @@ class Prefix(VirtualTokens):
             nn.init.normal_(delta.prefix, std=0.02)
             return delta
         ids = self.random_ids(body.get_input_embeddings()).to(delta.prefix.device)
-        with torch.no_grad():  # the decoder's keys and values at positions 0 to n - 1
+        with torch.no_grad():  # the keys and values of the random tokens at positions 0 to n - 1
             cache = layer(input_ids=ids[None], use_cache=True).cache
             for i, kv in zip(layers, delta.by_layer(), strict=True):
                 kv.copy_(torch.cat([cache.layers[i].keys, cache.layers[i].values]))

@@ -4,10 +4,11 @@
 
 Lester et al. 2021, arXiv 2104.08691. In a causal decoder the activations of E do not depend on the
 tokens that follow, so E runs through the decoder once per batch, and every attention prepends its
-keys and values (`lorafold.methods.common.virtual_tokens`). With a KV cache they are stored beside
-it, so that decoding computes them once. It can't be merged, and every initialization changes the
-base's outputs. Use it if an adapter must be tiny (n d parameters) and the base is large: only for
-large models does it match full fine-tuning (figure 1 of the paper).
+keys and values (`lorafold.methods.common.virtual_tokens`). If there is a KV cache, these keys and
+values are stored with it, so that decoding computes them once. A prompt can't be merged, and every
+initialization changes the base's outputs. Use prompt tuning if an adapter must be tiny (n d
+parameters) and the base is large, because it matches full fine-tuning only for large models (figure
+1 of the paper).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Init = Literal["vocabulary", "random"]
 
 
 class PromptDelta(VirtualTokenDelta):
-    """embeddings (n, d), fp32, of the virtual tokens."""
+    """The embeddings (n, d) of the virtual tokens, fp32."""
 
     def __init__(self, body: nn.Module, embeddings: Tensor, layers: list[int]) -> None:
         super().__init__(body, layers)
@@ -36,8 +37,8 @@ class PromptDelta(VirtualTokenDelta):
         return len(self.embeddings)
 
     def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
-        """The keys and values of positions 0 to n - 1, by `layer_idx`: from the KV cache unless it
-        is empty.
+        """The keys and values of positions 0 to n - 1, by `layer_idx`. If the KV cache contains
+        tokens, the virtual keys and values stored on it are returned.
         """
         cached = getattr(cache, "virtual_tokens", {})
         if cache is not None and cache.get_seq_length() and id(self) in cached:
@@ -57,8 +58,8 @@ class Prompt(VirtualTokens):
 
     Args:
         tokens: the number n of virtual tokens.
-        init: embeddings of n random tokens of the vocabulary, or random (normal, with the standard
-            deviation of the vocabulary's).
+        init: vocabulary (the embeddings of n random tokens), or random (normal, with the standard
+            deviation of the vocabulary's embeddings).
     """
 
     tokens: int = 20
@@ -73,7 +74,7 @@ class Prompt(VirtualTokens):
 
     @torch.no_grad()
     def initial_embeddings(self, embedding: nn.Embedding) -> Tensor:  # (n, d)
-        """The initial embeddings, by `init`."""
+        """The initial embeddings of the virtual tokens, according to `init`."""
         weight = embedding.weight
         if self.init == "vocabulary":
             return embedding(self.random_ids(embedding))

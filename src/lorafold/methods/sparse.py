@@ -7,9 +7,9 @@ LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3) trains all entries for a n
 chooses the k entries of the whole model that changed most, and restarts from W. FISH mask (Sung et
 al. 2021, arXiv 2111.09839, eq. 6) chooses the k entries with the largest mean squared gradient over
 n losses. Both choose in `prepare`, which needs memory for a dense fp32 update and its gradient
-(LT-SFT: two moments more). Afterwards values, optimizer state and files have size k. Without
-`prepare` the entries are random. Use them to add up the updates of several tasks, which rarely
-change the same entry.
+(LT-SFT: also two moments). After that, values, optimizer state and files have size k. Without
+`prepare`, the entries are random. Use sparse fine-tuning if you want to add up the updates of
+several tasks, because they rarely change the same entry.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lorafold.methods.common.options_and_init import check, zeros
 
 
 class SparseDelta(Dense):
-    """at (k,) int64, ascending, and values (k,) fp32.
+    """The positions `at` (k,), int64, ascending, and their `values` (k,), fp32.
 
-    While entries are being chosen, `at` is None and values covers all entries of all matrices.
+    During `prepare`, `at` is None and `values` contains all entries of all matrices.
     """
 
     entry_names = ("values",)
@@ -55,9 +55,10 @@ class SparseDelta(Dense):
         return layer.sparse(x, self.values, self.at, onto)
 
     def select(self, at: Tensor | None) -> None:
-        """Train the entries at these positions (k,) (None: all), with values of zero.
+        """Selects the entries at these positions (k,) for training (None: all entries), and sets
+        their values to zero.
 
-        The values are a new parameter, so create optimizers afterwards.
+        The values are a new parameter, so optimizers must be created afterwards.
         """
         size = prod(self.shape) if at is None else len(at)
         self.at, self.values = at, nn.Parameter(self.values.new_zeros(size))
@@ -65,7 +66,8 @@ class SparseDelta(Dense):
 
 @dataclass(frozen=True)
 class _Sparse(Spec):
-    """Abstract: trains a fraction of the entries; random ones until `prepare` chooses."""
+    """Abstract: trains a fraction of the entries, which are random unless `prepare` chooses them.
+    """
 
     density: float = 0.005
 
@@ -93,8 +95,8 @@ class _Sparse(Spec):
 
     @abstractmethod
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
-        """The score of each entry of each weight, (out * in,) for each delta; the values are dense
-        during this call.
+        """The scores of all entries of each delta's weight, each (out * in,). During this call,
+        `values` contains all entries.
         """
 
 
@@ -104,8 +106,8 @@ class LTSFT(_Sparse):
 
     Args:
         density: the fraction of entries that are trained.
-        dense_steps: the steps of the first phase, which has its own AdamW.
-        dense_lr: the learning rate of that phase.
+        dense_steps: the number of steps of the first phase, which has its own AdamW.
+        dense_lr: the learning rate of the first phase.
     """
 
     dense_steps: int = 50
@@ -121,7 +123,7 @@ class LTSFT(_Sparse):
         values = [delta.values for delta in deltas]
         optimizer = AdamW(values, lr=self.dense_lr, weight_decay=0.0)
         for loss in losses(self.dense_steps):
-            loss.backward(inputs=values)  # and no other trained parameters
+            loss.backward(inputs=values)  # other trained parameters get no gradients
             optimizer.step()
             optimizer.zero_grad()
         return [v.detach().abs() for v in values]
@@ -154,8 +156,8 @@ class FishMask(_Sparse):
 
 
 def largest_positions(scores: list[Tensor], density: float) -> list[Tensor]:
-    """The ascending positions (k_i,) in each weight of the fraction `density` of largest scores
-    (out * in,) over all weights.
+    """The positions (k_i,), ascending, of the largest scores in each weight, for scores (out * in,)
+    of several weights. The fraction `density` applies to all weights together.
     """
     sizes = [len(s) for s in scores]
     keep = max(1, round(density * sum(sizes)))

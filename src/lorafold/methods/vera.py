@@ -4,11 +4,11 @@ each matrix.
     y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,)
                                                             zero, d (r,) 0.1 at start
 
-Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. It has hundreds of parameters per matrix instead of
-LoRA's thousands, for serving very many adapters on one base. The large rank (256) costs no storage,
-but time. A and B have the size of the largest matrix. They are sampled from a kaiming-uniform
-distribution with a CPU generator seeded by `projection_prng_key`, A first, which gives PEFT's
-values bit for bit.
+Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. VeRA has hundreds of parameters per matrix instead of
+LoRA's thousands, so it suits serving very many adapters on one base. The large rank (256) costs
+time but no storage. A and B have the size of the largest matrix. They are sampled from a
+kaiming-uniform distribution with a CPU generator seeded by `projection_prng_key`, A first, which
+gives PEFT's values bit for bit.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from lorafold.ops.frozen import scaled_product
 
 
 class Projections(nn.Module):
-    """A (r, in), B (out, r), frozen, fp32. If `saved`, adapter files contain them.
+    """The frozen projections A (r, in) and B (out, r), fp32. Adapter files contain them if `saved`
+    is true.
 
-    All deltas of an adapter have the same module, so that it stays shared through `.to`, deepcopy
-    and pickle.
+    All deltas of an adapter have the same Projections module, so that `.to`, deepcopy and pickle
+    keep it shared.
     """
 
     setting_names = ("key",)  # the seed of A and B
@@ -43,7 +44,7 @@ class Projections(nn.Module):
         self.saved, self.key = saved, key
         generator = torch.Generator("cpu").manual_seed(key)
         for name, shape in {"A": (rank, inn), "B": (out, rank)}.items():
-            # kaiming-uniform: gain sqrt(2) times sqrt(3), over the root of the fan-in
+            # kaiming-uniform: gain sqrt(2) times sqrt(3), divided by the square root of the fan-in
             bound = (6 / shape[1]) ** 0.5
             values = torch.empty(shape, dtype=torch.float32).uniform_(
                 -bound, bound, generator=generator
@@ -52,7 +53,8 @@ class Projections(nn.Module):
 
 
 class VeRADelta(LowRank):
-    """d (*matrices, r), b (*matrices, out), fp32. `VeRA.join` sets the projections."""
+    """The vectors d (*matrices, r) and b (*matrices, out), fp32. `VeRA.join` sets the projections.
+    """
 
     vector_names = ("d", "b")
     projections: Projections
@@ -82,7 +84,7 @@ class VeRADelta(LowRank):
 
 @dataclass(frozen=True)
 class VeRA(Spec):
-    """VeRA: learned vectors around shared random projections.
+    """VeRA: learned vectors that scale shared random projections.
 
     Args:
         rank: the rank r of the projections.

@@ -1,1 +1,1 @@
-"""Loading base models, their files, tokenizers, fingerprints and quantization."""
+"""Loading of base models and tokenizers, model files, fingerprints and quantization."""

@@ -1,8 +1,8 @@
-"""The auto class of transformers for a configuration, and language models inside multimodal ones.
+"""The auto class for a configuration, and language models inside multimodal models.
 
     AutoModelForCausalLM        if transformers has a causal class for the configuration
-    AutoModelForMultimodalLM    for other models with images or audio beside text (LLaVA, SmolVLM,
-                                Qwen2.5-VL, Qwen2-Audio)
+    AutoModelForMultimodalLM    for other models that accept text with images or audio (LLaVA,
+                                SmolVLM, Qwen2.5-VL, Qwen2-Audio)
 
 A language model can be loaded alone from a multimodal checkpoint. Its adapter files then use the
 module paths of the class in config.json, as other programs expect.
@@ -30,19 +30,18 @@ CAUSAL = "AutoModelForCausalLM"
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The multimodal model (on the meta device) around a language model, and their common modules'
-    paths.
+    """The multimodal model (on the meta device) that contains a language model. `paths` maps module
+    paths of the language model to module paths of the multimodal model.
     """
 
     model: nn.Module
     paths: Mapping[str, str]
 
     def path_in_whole(self, path: str) -> str:
-        """Map a path in the language model to the whole model."""
         return _map_path(path, self.paths.items())
 
     def path_in_part(self, path: str) -> str:
-        """Map a path in the whole model to the language model; other paths are returned unchanged.
+        """Maps a path in the whole model to the language model; other paths are returned unchanged.
         """
         return _map_path(path, ((b, a) for a, b in self.paths.items()))
 
@@ -55,12 +54,12 @@ def _map_path(path: str, roots: Iterable[tuple[str, str]]) -> str:
 
 
 def whole_model_of(model: nn.Module) -> WholeModel | None:
-    """The whole model that a language model was loaded from; None for any other model."""
+    """The multimodal model that a language model was loaded from, or None."""
     import transformers as tf
 
     source, own = source_of(model), getattr(model, "config", None)
     name = source.path if source else getattr(own, "_name_or_path", "")
-    trusted = source is not None and source.trust_remote_code  # if unset, transformers prompts
+    trusted = source is not None and source.trust_remote_code  # transformers prompts if unset
     if not name:
         return None
     try:  # the configuration of the original files, if they are on this machine
@@ -88,7 +87,7 @@ def whole_model_of(model: nn.Module) -> WholeModel | None:
 
 
 def text_auto_class(config: PreTrainedConfig, what: str) -> Any:
-    """The auto class of a language model; an error if it can't run on text alone."""
+    """The auto class of a language model; raises if the model can't run on text alone."""
     auto = auto_class_of(config)
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _other_required_inputs(config, cls)):
@@ -101,8 +100,8 @@ def text_auto_class(config: PreTrainedConfig, what: str) -> Any:
 
 
 def auto_class_of(config: PreTrainedConfig, cls: type | None = None) -> Any:
-    """The auto class for this configuration, preferably one that maps to `cls`, by default the
-    causal one.
+    """The auto class for a configuration. An auto class that maps the configuration to `cls` is
+    preferred, then AutoModelForCausalLM.
     """
     import transformers as tf
 
@@ -114,7 +113,7 @@ def auto_class_of(config: PreTrainedConfig, cls: type | None = None) -> Any:
 
 
 def auto_class_name(model: Any) -> str:
-    """The auto class that opens a model again, for its model card."""
+    """The name of the auto class that loads the model again, for its model card."""
     whole = whole_model_of(model)
     shown = model if whole is None else whole.model
     config = getattr(shown, "config", None)
@@ -122,7 +121,7 @@ def auto_class_name(model: Any) -> str:
 
 
 def _other_required_inputs(config: PreTrainedConfig, cls: Any) -> str:
-    """The inputs that the model requires besides text; empty if none."""
+    """The reason why the model can't run on `input_ids` alone; empty if it can."""
     takes = signature(cls.forward).parameters
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"

@@ -7,8 +7,9 @@
              <tools> one JSON object a line </tools> in the system turn, <tool_call> {...}
              </tool_call>, <tool_response> ... </tool_response>
 
-Reasoning precedes the content of every turn in <think></think>, so that a later turn never changes
-an earlier one. For a tokenizer without ChatML's tokens, messages start with `### Role:`.
+In `tools`, every assistant turn keeps its reasoning, in <think></think> before the content, so that
+a later turn never changes an earlier one. For a tokenizer without ChatML's tokens, messages start
+with `### Role:`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from lorafold.errors import LorafoldError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NONE = "none"  # in recipes and on the command line; for a file of that name, write ./none
+NONE = "none"  # the name in recipes and options; a file of this name is ./none
 JOINED_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-TOOLS = "tools"  # as NONE
+TOOLS = "tools"  # likewise
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = """\
 {%- macro begin(role) %}HEADER{% endmacro -%}
@@ -86,7 +87,7 @@ def joined_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def bos_expression(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning-of-sequence token, if the tokenizer adds it to texts."""
+    """A Jinja expression for the BOS token; empty if the tokenizer does not add BOS to texts."""
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
     ]
@@ -97,7 +98,7 @@ def tools_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template `tools` for this tokenizer."""
     words = tokenizer.added_tokens_encoder
     if START in words and END in words:
-        # ChatML's header already contains it
+        # ChatML's header already contains this BOS token
         before = "" if tokenizer.bos_token == START else bos_expression(tokenizer)
         header, ending = f"{{{{ '{START}' + role + '\\n' }}}}", f"'{END}'"
     elif tokenizer.eos_token is not None:
@@ -112,7 +113,7 @@ def tools_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Set default values of variables in the tokenizer's chat templates."""
+    """Sets default values for variables of the tokenizer's chat templates."""
     if tokenizer.chat_template is None:
         raise LorafoldError(
             f"template_kwargs: found {', '.join(values)}, but the model has no chat template; set"
@@ -135,7 +136,6 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
 def rewrite_templates(
     tokenizer: PreTrainedTokenizerBase, rewritten: Callable[[str], str]
 ) -> None:
-    """Replace the text of each of the tokenizer's chat templates."""
     template = tokenizer.chat_template
     tokenizer.chat_template = (
         {name: rewritten(text) for name, text in template.items()}
@@ -145,22 +145,21 @@ def rewrite_templates(
 
 
 def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the tokenizer's chat templates."""
     template = tokenizer.chat_template
     return [*template.values()] if isinstance(template, dict) else [template]
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The variables of the tokenizer's chat templates that a caller may set."""
+    """The variables of the tokenizer's chat templates that users may set."""
     known = {name for text in template_texts(tokenizer) for name in _variables_read(text)}
     return known - PASSED_VARIABLES - JINJA_GLOBALS - set(tokenizer.special_tokens_map)
 
 
 def _variables_read(template: str) -> set[str]:
-    """The variables that a template reads, including its own default values."""
+    """The variables that a template reads, including variables for which it defines a default."""
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 
-    # remove transformers' own tag, which Jinja does not know
+    # remove transformers' own tag, which Jinja can't parse
     text = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", "", template)
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)

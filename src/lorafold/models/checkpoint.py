@@ -1,7 +1,7 @@
 """Model directories opened as models whose weights stay memory-mapped in the files.
 
-The architecture is built on the meta device, and every parameter is replaced by the mapped tensor
-of the file. transformers' own rules rename tensors and combine them into parameters:
+The architecture is built on the meta device; then every parameter is replaced by a tensor mapped
+from a file. transformers' rules rename tensors and combine them into parameters, for example:
 
     block_sparse_moe.gate.weight                    ->  mlp.gate.weight
     experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
@@ -74,16 +74,14 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The directory."""
         return self.source.path
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
-        """The tensors of all files, by name."""
         return {name: entry for file in self.files.values() for name, entry in file.entries.items()}
 
     def other_files(self) -> list[Path]:
-        """The relative paths of all other files, without hidden files and the manifest."""
+        """The relative paths of the files without weights, except hidden files and the manifest."""
         files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
         paths = (p.relative_to(self.path) for p in files if not p.name.endswith(WEIGHT_SUFFIXES))
         return [
@@ -93,8 +91,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class MappedModel:
-    """A model whose parameters are mapped: its `entries` in files by parameter, the other names of
-    `tied` parameters, and the conversion of each parameter computed from several tensors.
+    """A model whose parameters are memory-mapped. By parameter name, `entries` are the tensors in
+    files, `tied` the other names of tied parameters, and `converted` the conversions of parameters
+    that are computed from several tensors.
     """
 
     model: PreTrainedModel
@@ -104,14 +103,15 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Read the headers of a model's weight files. Files that match `patterns` must be undamaged."""
+    """Reads the headers of a model's weight files, and checks files that match `patterns` for
+    damage.
+    """
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
     return Checkpoint(source, files, None if SINGLE_FILE in files else read_object(path / INDEX))
 
 
 def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a frozen language model on the meta device from its configuration."""
     auto = text_auto_class(config, "the model's architecture")
     with loading("the model's architecture"), torch.device("meta"):
         return (
@@ -122,8 +122,8 @@ def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
-    """Build a checkpoint's model over its mapped files. The error lists all missing and misshapen
-    weights.
+    """The model of a checkpoint with memory-mapped weights. If weights are missing or misshapen,
+    the error lists them all.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
@@ -166,7 +166,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
 
 
 def mapped_model_of(source: ModelSource) -> MappedModel:
-    """Open a source's model over its mapped files, with the source's name as `name_or_path`."""
+    """The model of a source with memory-mapped weights. Its `name_or_path` is the source's name."""
     mapped = mapped_model(open_checkpoint(source))
     remember_source(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
@@ -182,15 +182,15 @@ def tensor_entries(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-# (parameter, its converter) -> the entries that it is computed from, each with its name's pattern
-# in the converter and its name before the conversion
+# (parameter, its converter) -> the entries that it is computed from, each with the converter's
+# pattern for its name, and its name before the conversion
 ConversionSources = dict[tuple[str, WeightConverter], list[tuple[TensorEntry, str, str]]]
 
 
 def map_to_parameters(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], ConversionSources]:
-    """The tensors of the files by parameter name, and those from which transformers computes
+    """The files' tensors by parameter name, and the tensors from which transformers computes
     parameters.
     """
     mapping = get_model_conversion_mapping(model)
@@ -219,8 +219,8 @@ def map_to_parameters(
 def make_conversions(
     model: PreTrainedModel, parts: ConversionSources, entries: Iterable[TensorEntry]
 ) -> tuple[dict[str, Tensor], dict[str, Conversion], dict[str, str]]:
-    """The mapped tensors (any shape) by name, the conversions by parameter, and an error message
-    for each parameter that can't be made.
+    """The mapped tensors (any shape) by name, the conversions by parameter, and error messages by
+    parameter for failed conversions.
     """
     by_file = defaultdict(list)
     for entry in entries:
@@ -264,7 +264,8 @@ def _mapped_parameters(
 def _set_parameters(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Set these parameters, and buffers of these names. Other parameters are tied to one of them.
+    """Sets the model's parameters, and buffers of the same names. Parameters without a value are
+    tied to a parameter that has one.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
@@ -278,8 +279,7 @@ def _set_parameters(
 
 
 def original_weights(source: ModelSource) -> Weights:
-    """The weights in a base's files under its parameters' names. The files must have been checked.
-    """
+    """The weights in a base's files by parameter name. The files must have been verified before."""
     config = source.config()
     kinds = {config.get("model_type"), config.get("text_config", {}).get("model_type")}
     rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
@@ -299,8 +299,8 @@ def original_weights(source: ModelSource) -> Weights:
 def as_unquantized(
     checkpoint: Checkpoint, mapped: MappedModel
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """The checkpoint and model with the entries of an unquantized model, and tensor name -> path of
-    the quantized module. Nothing is dequantized here.
+    """The checkpoint and model with the entries of unquantized weights, and the paths of the
+    quantized modules by tensor name. The weights are not dequantized here.
     """
     dtype = mapped.model.config.dtype
     dtype = dtype if dtype in FLOAT_DTYPES else torch.bfloat16
@@ -327,8 +327,9 @@ def as_unquantized(
 def _quantized_weights(
     mapped: MappedModel,
 ) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
-    """Yield each quantized weight: its path, the module with its `compute_dtype`, its parameter's
-    path in a plain model, the paths of its tensors, codes first, and its plain shape.
+    """Yields for each quantized weight its path, the module with its `compute_dtype`, its
+    parameter's path in an unquantized model, the paths of its tensors (codes first), and its
+    unquantized shape.
     """
     by_module = defaultdict(list)
     for name in mapped.entries:

@@ -3,8 +3,8 @@
     logits = head(h at the last token)          (classes,); some architectures pool the hidden
                                                 states in another way
 
-A head that the files lack is initialized from a seed, trained in full and saved with the adapter;
-so is a pooler. The head computes in fp32, because a bf16 score has only 8 significant bits.
+A head or pooler that the files lack is initialized from a seed, trained in full and saved with the
+adapter. The head computes in fp32, because a bf16 score has only 8 significant bits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def load_classifier(
     *,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Load a classifier in evaluation mode, or with one class a reward model. `pad_id` pads texts
-    on the right; `seed` initializes a head that the files lack.
+    """Loads a classifier in evaluation mode; with one class, it is a reward model. `pad_id` is the
+    id of the padding token, and `seed` initializes a head that the files lack.
     """
     with loading(f"model {source.name}"):
         from transformers import AutoModelForSequenceClassification
@@ -71,13 +71,13 @@ def load_classifier(
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
-    """The paths of the head's modules: those with parameters outside the body and encoders, and a
-    new pooler.
+    """The paths of the head's modules: modules with parameters outside the body and the encoders,
+    and new poolers.
     """
     anatomy = Anatomy.of(model)
     body = anatomy.decoder
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        body = str(model.base_model_prefix)  # with the encoder beside the decoder
+        body = str(model.base_model_prefix)  # includes the encoder
     inside = beneath([body, *anatomy.encoders_and_connectors])
     heads = tuple(
         p
@@ -103,7 +103,7 @@ def new_poolers(model: nn.Module) -> tuple[str, ...]:
 
 
 def expect_poolers(model: Any) -> None:
-    """Treat a classifier's pooler as new if the class in its configuration has none."""
+    """Marks a classifier's poolers as new if the class in its configuration has no pooler."""
     import transformers as tf
 
     poolers = _poolers(name for name, _ in model.named_parameters())
@@ -122,8 +122,8 @@ def _poolers(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:
-    """Make 16-bit heads compute in fp32. `files` have the unrounded values of heads that are not
-    new.
+    """Converts 16-bit heads and their inputs to fp32. `files` contain the unrounded values of heads
+    that are not new.
     """
     for path in head_paths(model):
         head = model.get_submodule(path)
@@ -142,7 +142,7 @@ def _inputs_to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's padding token, or else of its end-of-sequence token."""
+    """The id of the tokenizer's padding token, or of its end-of-sequence token if it has none."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if token is None:
         raise LorafoldError(
@@ -153,7 +153,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def classifier_outputs(source: ModelSource) -> tuple[str, ...] | None:
-    """The output names of a model that already has a classification head, or None."""
+    """The class names of a model that already has a classification head, or None."""
     config = source.config()
     names = config.get("architectures") or ()
     if not any(name.endswith("ForSequenceClassification") for name in names):
@@ -164,7 +164,9 @@ def classifier_outputs(source: ModelSource) -> tuple[str, ...] | None:
 
 
 def reward_model_on(model: Any, pad_id: int) -> Any:
-    """A reward model on the decoder of a loaded language model, with a head (1, d) of zeros."""
+    """A reward model that shares the decoder of a loaded language model and has a head (1, d) of
+    zeros.
+    """
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:
         deltas: Any = module.deltas.values()
@@ -197,7 +199,7 @@ def reward_model_on(model: Any, pad_id: int) -> Any:
         setattr(shell.get_submodule(parent), name, own)
     for path in heads:
         head = shell.get_submodule(path)
-        for leaf, p in [*head.named_parameters(recurse=False)]:  # replaced by an adapter
+        for leaf, p in [*head.named_parameters(recurse=False)]:  # an adapter replaces the zeros
             setattr(head, leaf, nn.Parameter(torch.zeros_like(p, device=model.device)))
     if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
         raise LorafoldError(

@@ -3,7 +3,7 @@
     with without_values():
         model = fake_model(config, Storage(torch.bfloat16), blocks=2)
 
-They have transformers' own classes, so code for models runs on them unless it reads values
+Fake models have transformers' own classes, so code for models runs on them unless it reads values
 (`core.contexts`).
 """
 
@@ -41,12 +41,14 @@ GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def without_values() -> AbstractContextManager[Any]:
-    """Make all tensors fake that are created in the `with` block or computed from fake ones."""
+    """A context in which new tensors, and all results computed from fake tensors, are fake."""
     return _Fake(allow_non_fake_inputs=True)
 
 
 class _Fake(FakeTensorMode):
-    """Works around torch, which infers the shape of a grouped matmul only in bf16."""
+    """A FakeTensorMode that supports grouped matmuls in every dtype; torch infers their shape only
+    in bf16.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not GROUPED_MM:
@@ -57,7 +59,7 @@ class _Fake(FakeTensorMode):
 
 
 def first_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
-    """The configuration of the model's first `blocks` blocks."""
+    """The configuration of a model that has only the first `blocks` blocks."""
     short = deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = blocks
@@ -68,8 +70,8 @@ def first_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
 
 
 def period(config: PreTrainedConfig) -> int:
-    """The number of blocks after which their types repeat, for example 2 if sliding windows and
-    full attention alternate.
+    """The number of blocks after which block types repeat, for example 2 if sliding-window and full
+    attention alternate.
     """
     kinds = [*(getattr(config.get_text_config(), "layer_types", None) or [""])]
     size = len(kinds)
@@ -83,8 +85,8 @@ def fake_model(
     classes: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A frozen model of the first `blocks` blocks, or a classifier with `classes`; random outside
-    of `without_values`.
+    """A frozen model of the first `blocks` blocks, or a classifier if `classes` is not 0. Outside
+    of `without_values`, its weights are random.
     """
     import transformers as tf
 
@@ -99,9 +101,9 @@ def fake_model(
     fake = is_fake(torch.empty(0))
     # initialization may read values
     with loading(what), no_init_weights() if fake else nullcontext():
-        trusted = {"trust_remote_code": trust_remote_code}  # if unset, transformers prompts
+        trusted = {"trust_remote_code": trust_remote_code}  # transformers prompts if unset
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
-        model.tie_weights()  # a part of the initialization
+        model.tie_weights()  # which no_init_weights skips
         for module in model.modules() if fake else ():
             if type(module).__name__ == COUNTING_ROUTER:
                 module.forward = partial(_route_evenly, module)
@@ -136,7 +138,9 @@ def fake_model(
 
 
 def _route_evenly(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-    """JetMoe's routing of x (T, H) with equally many rows per expert; its own needs values."""
+    """Routes x (T, H) to JetMoe's experts with equally many rows for each, because counting the
+    rows of experts needs values.
+    """
     logits = router.layer(x).float()  # (T, E)
     gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)
     order = gates.flatten().argsort()

@@ -39,7 +39,7 @@ class TensorSample(BaseModel, extra="forbid"):
 
 
 def parse(value: Any) -> Fingerprint:
-    """Validate a fingerprint that was read from JSON."""
+    """Validates a fingerprint that was read from JSON."""
     try:
         TypeAdapter(dict[str, TensorSample]).validate_python(value, strict=True)
     except ValidationError as e:
@@ -59,12 +59,12 @@ def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
-    """The fingerprint of named weights; `without` as in `of_model`."""
+    """The fingerprint of named weights, except the weights in the modules `without`."""
     outside = tuple(f"{path}." for path in without)
     shapes = {n: weights.shape(n) for n in weights.names if not n.startswith(outside)}
-    # skip scalars, such as the temperature of two encoders
+    # skip scalars, such as a contrastive model's temperature
     names = [n for n, s in shapes.items() if s and 0 not in s and weights.is_floating(n)]
-    # ordered by hash, which mixes types of modules and depths
+    # sorted by hash, to mix module types and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     matrices = [n for n in names if len(shapes[n]) > 1]
     # only a few vectors, since norms and biases may be all ones and zeros
@@ -85,8 +85,8 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
-    """A message if the weights differ from a fingerprint. Missing tensors (tied or renamed) are
-    skipped, unless all are missing.
+    """A list with one message if the weights differ from a fingerprint, else an empty list. Missing
+    tensors, which may be tied or renamed, are skipped unless all are missing.
     """
     stored = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not stored:
@@ -104,8 +104,8 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
 
 
 def matches(expected: Fingerprint, weights: Weights) -> bool:
-    """Whether the weights match a fingerprint. Compares all shapes first and small tensors next, to
-    read little of a different model.
+    """Whether the weights match a fingerprint. All shapes are compared first and then small
+    tensors, so that little of a different model is read.
     """
     stored = dict[str, str]()
     for name, sample in expected.items():
@@ -118,7 +118,7 @@ def matches(expected: Fingerprint, weights: Weights) -> bool:
 
 
 def same_base(a: Fingerprint, b: Fingerprint) -> bool:
-    """Whether two fingerprints are of the same weights, possibly stored in different dtypes."""
+    """Whether two fingerprints describe the same weights, possibly stored in different dtypes."""
     common = a.keys() & b.keys()
     return bool(common) and all(
         a[n]["shape"] == b[n]["shape"] and tensors_equal(_values(a[n]), _values(b[n]))
@@ -132,7 +132,7 @@ def tensors_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def elements_equal(a: Tensor, b: Tensor) -> Tensor:
-    """`tensors_equal` per element: a boolean tensor of the same shape."""
+    """Elementwise `tensors_equal`: a boolean tensor of the same shape."""
     narrow = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits)
     # rounding an fp32 value to fp16 and then to bf16 may differ by one unit from rounding it to
     # bf16 (at a tie), and by more for fp16's subnormals
@@ -148,7 +148,7 @@ def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
 
 
 def _misshapen(shape: list[int], expected: list[int]) -> bool:
-    """Whether the shapes differ in more than the rows of a resized vocabulary."""
+    """Whether shapes differ in more than the number of rows, which a resized vocabulary changes."""
     same_rows = shape[1:] == expected[1:] and len(shape) == len(expected)
     return not same_rows or (shape != expected and len(shape) < 2)
 

@@ -1,13 +1,13 @@
-"""GGUF files: discovery, and conversion to safetensors, cached on first use.
+"""GGUF files, and their conversion to a cached copy in safetensors.
 
-    the file's tensors                  the copy's
+    tensors of the GGUF file            tensors of the copy
     F32, F16, BF16, and Q8_0 as F32     the exact values
-    any fewer bits, as in Q4_1          bf16, or fp32 on request
+    types of fewer bits, such as Q4_1   bf16, or fp32 on request
 
-Conversion takes tens of seconds. The copy's name contains the file's digest; it is stored in
-`$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. Split files
-(`model-00001-of-00003.gguf`) are joined first, because transformers reads one file and fills the
-rest with random values.
+Conversion takes tens of seconds and happens on first use. The copy is stored in `$LORAFOLD_CACHE`,
+else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`, under a name that contains the digest of
+the GGUF file. Split files (`model-00001-of-00003.gguf`) are joined first, because transformers
+reads only one file and fills all other weights with random values.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 ENCODER_PREFIX = "mmproj"  # the prefix of files with a model's encoders
 GATE_OR_UP = re.compile(r"^(.+\.ffn_)(gate|up)(_exps\..+)$")
 OTHER_HALF = {"gate": "up", "up": "gate"}
-BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files contain the rotary angles
+BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # rotary angles, in old files
 log = logging.getLogger(__name__)
-CONVERSION_VERSION = 2  # version of the conversion: increase it to invalidate older copies
+CONVERSION_VERSION = 2  # increase it to invalidate existing copies
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EXACT_TYPES = {*FLOAT_TYPES, "Q8_0"}  # types that are copied exactly
 
 
 def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Warn about tensors that transformers does not read; an error if they are in blocks."""
+    """Warns about tensors that transformers does not read; raises if they belong to blocks."""
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -63,7 +63,7 @@ def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: s
     known = {*get_gguf_hf_weights_map(model, processor)}
     if model.config.model_type in LLAMA3_TYPES:
         known.add(FREQUENCIES)
-    # transformers maps names of experts without their ending
+    # transformers maps names of experts without .weight
     names = [tensor.name for tensor in _tensors(readers)]
     unread = [n for n in names if not {n, n.removesuffix(".weight")} & known]
     blocks = model.config.get_text_config().num_hidden_layers
@@ -82,20 +82,20 @@ def _tensors(readers: Sequence[GGUFReader]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The GGUF files of a model, in order, and whether its copy keeps fp32."""
+    """The GGUF files of a model, in order. `fp32` means that the copy is not rounded to bf16."""
 
     files: tuple[Path, ...]
     fp32: bool = False
 
     @property
     def identity(self) -> str:
-        """The SHA-256 of the files and of the settings of their copy."""
+        """A SHA-256 of the files and of the conversion's settings."""
         made = f"gguf {CONVERSION_VERSION}{' fp32' * self.fp32}"
         return digest((f"{made} {n}", *file_digest(file)) for n, file in enumerate(self.files))
 
     @property
     def copy(self) -> Path:
-        """The directory of the copy, whether it exists or not."""
+        """The directory of the safetensors copy, which may not exist yet."""
         digests = [file_digest(file)[1] for file in self.files]
         key = digests[0] if len(digests) == 1 else self.identity
         name = f"{self.files[0].stem}-{key[:16]}-{CONVERSION_VERSION}{'-fp32' * self.fp32}"
@@ -106,18 +106,20 @@ class Gguf:
 
 
 def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
-    """The model of these files. fp32 has no effect if the copy is exact anyway."""
+    """The model in these files. `fp32` has no effect if the conversion is exact anyway."""
     return Gguf(tuple(files), fp32 and not _types(read_gguf(files)) <= EXACT_TYPES)
 
 
 def unpack(gguf: Gguf) -> Path:
-    """The directory of the copy of a model, created if it does not exist."""
+    """The directory of a model's safetensors copy, which is created if it does not exist."""
     copy = gguf.copy
     return copy if (copy / MANIFEST).is_file() else renew_copy(gguf, copy)
 
 
 def renew_copy(gguf: Gguf, copy: Path) -> Path:
-    """The directory of the copy, created if it does not exist or is damaged."""
+    """The directory of a model's safetensors copy, which is created if it does not exist or is
+    damaged.
+    """
     return fill_once(copy, partial(_unpack, gguf), log.info)
 
 
@@ -176,7 +178,7 @@ def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
 
 
 def split_files_of(file: Path) -> tuple[Path, ...]:
-    """The files, in order, of the model that one of its files belongs to."""
+    """All files of a split model in order, from the path of any one of them."""
     named = SPLIT_NAME.fullmatch(file.name)
     if named is None:
         return (file,)
@@ -190,7 +192,7 @@ def split_files_of(file: Path) -> tuple[Path, ...]:
 
 
 def group_by_model(names: Iterable[str]) -> list[list[str]]:
-    """The files of each model in a repository, in order, without encoders."""
+    """The GGUF files of each model in a repository, in order, without files of encoders."""
     models: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(names):
         path = PurePosixPath(name)
@@ -202,7 +204,7 @@ def group_by_model(names: Iterable[str]) -> list[list[str]]:
 
 
 def gguf_files_in(folder: Path) -> tuple[Path, ...]:
-    """The files of the only model in a folder; empty if it has no GGUF files."""
+    """The GGUF files of the only model in a folder; empty if there are none."""
     files = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(ENCODER_PREFIX))
     models = list(dict.fromkeys(map(split_files_of, files)))
     if len(models) > 1:
@@ -214,7 +216,7 @@ def gguf_files_in(folder: Path) -> tuple[Path, ...]:
 
 
 def read_gguf(files: Sequence[Path]) -> list[GGUFReader]:
-    """Read the metadata of a model's files, and check that they are complete and in order."""
+    """Reads the metadata of a model's files, and checks that they are complete and in order."""
     from gguf import GGUFReader
 
     readers = []
@@ -243,8 +245,8 @@ def read_gguf(files: Sequence[Path]) -> list[GGUFReader]:
 
 
 def check_offsets(reader: GGUFReader, file: Path) -> None:
-    """Check that the tensors fill the file after its header without gaps; otherwise wrong bytes
-    would be read as values.
+    """Checks that the tensors fill the file after its header without gaps, because wrong offsets
+    would give wrong values.
     """
     end = 0
     for tensor in reader.tensors:
@@ -265,7 +267,9 @@ def check_offsets(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
-    """A temporary file with all metadata and tensor names of a model, but not all values."""
+    """A context that yields a file with all metadata and tensor names of a model, but not all
+    values.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]
         if len(files) > 1:
@@ -275,7 +279,8 @@ def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
 
 
 def join_files(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
-    """Write a model's files, in order, as one. Without `values` it contains holes of the same size.
+    """Writes a model's files, in order, as one file. Without `values`, a hole in the file replaces
+    the tensors' values.
     """
     import numpy as np
 
@@ -283,7 +288,7 @@ def join_files(readers: Sequence[GGUFReader], out: Path, *, values: bool = True)
     count = first.fields["GGUF.tensor_count"].parts[0]
     metadata = max(f.offset + sum(p.nbytes for p in f.parts) for f in first.fields.values())
     alignment = int(first.alignment)
-    before = 4 + 4  # the magic and the version
+    before = 4 + 4  # bytes of the magic number and the version
     with out.open("wb") as file:
         file.write(first.data[:before].tobytes())
         file.write(np.array([len(tensors)], count.dtype).tobytes())

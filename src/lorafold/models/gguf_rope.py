@@ -1,7 +1,8 @@
-"""RoPE scaling in GGUF files that transformers does not read.
+"""RoPE scaling of GGUF files, which transformers does not read.
 
-    rope_freqs (dims / 2,)      Llama 3's: the divisor of each frequency
-    ARCH.rope.scaling.type      linear: all divided by the factor; yarn: low ones alone
+    rope_freqs (dims / 2,)      Llama 3: the divisor of each frequency
+    ARCH.rope.scaling.type      linear: all frequencies are divided by the factor; yarn: only low
+                                frequencies
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 FREQUENCIES = "rope_freqs.weight"
-LLAMA3_TYPES = ("llama", "mistral")  # the models for which rope_freqs are Llama 3's
+LLAMA3_TYPES = ("llama", "mistral")  # model types that use rope_freqs like Llama 3
 YARN = {
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
@@ -32,10 +33,10 @@ def metadata_value(reader: GGUFReader, key: str) -> Any:
 
 
 def set_rope_scaling(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
-    """Configure a model's RoPE scaling from its file."""
+    """Adds the RoPE scaling of a model's GGUF files to its configuration."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
-        return  # no or several kinds of RoPE, or transformers read the scaling
+        return  # none or several kinds of RoPE, or transformers has read the scaling
     factors = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
     if factors and config.model_type in LLAMA3_TYPES:
         config.rope_parameters = _as_llama3(config, factors[0], what)

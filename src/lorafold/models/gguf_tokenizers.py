@@ -2,8 +2,8 @@
 
     "a  12"        GPT-2: a, Ġ, Ġ12      smollm: a, ĠĠ, 1, 2      deepseek-v3: a, Ġ, Ġ, 12
 
-transformers splits as GPT-2 does if it does not know a rule. The rules follow llama.cpp, which
-defines the names.
+For a rule that it lacks, transformers splits text as GPT-2 does. The rules here follow llama.cpp,
+which defines their names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BYTE_LEVEL = "gpt2"  # the kind of vocabulary that has these rules
+BYTE_LEVEL = "gpt2"  # the type of vocabulary to which the rules apply
 AS_GPT2 = frozenset(
     ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
      "granite-docling", "exaone4")
@@ -28,7 +28,7 @@ AS_GPT2 = frozenset(
 EACH_DIGIT = frozenset(
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
 )
-# a word that is a token is used whole, even if the merges do not produce it
+# with these rules, a word in the vocabulary is one token even if the merges do not produce it
 WHOLE_WORDS = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
      "tekken", "youtu", "minicpm5")
@@ -55,7 +55,7 @@ BAILING = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     rf"|\s*[\r\n]|{SPACES}"
 )
-# the preferred one of several names of a rule
+# the preferred names of rules that have several names
 PREFERRED_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
 # each pattern splits the pieces left by the previous ones
 RULES = {
@@ -94,7 +94,7 @@ RULES = {
 def set_pre_tokenizer(
     tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
 ) -> None:
-    """Set the pre-tokenizer of a tokenizer read from a GGUF file to the file's rule."""
+    """Sets a tokenizer's pre-tokenizer to the rule named in its GGUF file."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     if kind != BYTE_LEVEL:
@@ -125,7 +125,7 @@ def pre_tokenizer_of(pre: str) -> PreTokenizer | None:
 
 
 def pre_tokenizer_names() -> tuple[str, ...]:
-    """The names that `pre_tokenizer_of` knows, preferred names first."""
+    """The names that `pre_tokenizer_of` supports, preferred names first."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     others = (*RULES, *GGUF_PRE_TOKENIZER_SPLITS, *sorted(EACH_DIGIT), *sorted(AS_GPT2))

@@ -1,4 +1,4 @@
-"""One-line errors for loading with transformers, and checks for missing and unread weights."""
+"""One-line errors for failures in transformers, and checks for missing and unread weights."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Silence transformers, and turn its errors into a LorafoldError that begins with `what`."""
+    """A context that silences transformers' logging and turns its errors into a LorafoldError that
+    begins with `what`.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -46,7 +48,6 @@ def loading(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """The error's message without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -54,8 +55,8 @@ def one_line(error: Exception, limit: int = 300) -> str:
 def check_complete(
     what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """Raise for missing weights and wrong shapes (name, in the files, in the model), which
-    transformers fills with random values.
+    """Raises if weights are missing or misshapen, because transformers fills them with random
+    values. `misfits` are (name, shape in the files, shape in the model).
     """
     if wrong := [f"{n}: shape {list(a)}, expected {list(b)}" for n, a, b in misfits]:
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
@@ -66,7 +67,7 @@ def check_complete(
 
 
 def warn_unread(what: str, names: Sequence[str]) -> None:
-    """Log the tensors of files that have no place in the model."""
+    """Logs names of tensors in files that have no place in the model."""
     if names:
         log.warning(
             "%s: %d tensors in the files are ignored, because the model has no such weights: %s",

@@ -1,4 +1,4 @@
-"""Loading base models from their files on a device, in a dtype or quantization."""
+"""Loading of base models on a device, in a dtype or quantization."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def sequential_loading() -> Iterator[None]:
-    """Make transformers read a tensor only when a module gets it, to save memory."""
+    """A context in which transformers reads each tensor only when a module receives it, to save
+    memory.
+    """
     before = os.environ.get(NO_ASYNC)
     os.environ[NO_ASYNC] = "1"
     try:
@@ -48,8 +50,9 @@ def sequential_loading() -> Iterator[None]:
 
 @contextmanager
 def on_registration(keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `keep` with each parameter and buffer (any shape) that a module gets, once the next one
-    comes, because until then other hooks may replace it.
+    """A context that calls `keep` with each parameter and buffer (any shape) registered on a
+    module. The call happens at the next registration, because other hooks may replace the tensor
+    before.
     """
     last: list[tuple[Any, str]] = []
 
@@ -75,7 +78,7 @@ def load_model(
     storage: Storage | torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a language model in evaluation mode; missing weights are an error."""
+    """Loads a language model in evaluation mode; missing weights are an error."""
     source = resolve_model(source)
     what = f"model {source.name}"
     with loading(what):
@@ -94,8 +97,8 @@ def read_weights(
     device: torch.device | str,
     **config: Any,
 ) -> tuple[Any, Any]:
-    """Load a model with an auto class and these config fields replaced, and transformers' report on
-    its weights.
+    """Loads a model with an auto class and these fields of its configuration replaced. Returns the
+    model and transformers' report on its weights.
     """
     import torch
 
@@ -134,13 +137,13 @@ def read_weights(
 
 
 def recorded_storage(model: nn.Module) -> dict[str, str] | None:
-    """The quantization and compute dtype of a transformers model for records; None for any other
-    model.
+    """The quantization and compute dtype of a transformers model, as recorded with adapters; None
+    for other models.
     """
     config = getattr(model, "config", None)
     find = getattr(model, "get_input_embeddings", None)
     weight = None
-    with suppress(NotImplementedError):  # raised for a model of two encoders
+    with suppress(NotImplementedError):  # raised by models with two encoders
         weight = getattr(find() if config and find else None, "weight", None)
     if weight is None:
         return None
@@ -150,7 +153,7 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
         return {"storage": dtype, "dtype": dtype}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     storage = str(settings.get("quant_method", "unknown"))
-    with suppress(LorafoldError):  # a quantization unknown to lorafold keeps its files' name
+    with suppress(LorafoldError):  # an unsupported quantization keeps the files' name for it
         storage = quantization_of(settings, "model")
     options = STORAGES[storage].bnb_options if storage in ON_LOAD else {}
     double = "bnb_4bit_use_double_quant"
@@ -160,20 +163,20 @@ def recorded_storage(model: nn.Module) -> dict[str, str] | None:
 
 
 def default_storage(source: ModelSource) -> str:
-    """The quantization of the files if they have one, else auto."""
+    """The quantization of a model's files, or auto if they are not quantized."""
     settings = source.config().get("quantization_config")
     name = None if settings is None else quantization_of(settings, f"model {source.name}")
     return name if name in QUANTIZED else "auto"
 
 
 def prequantized_storage(source: ModelSource) -> str | None:
-    """The quantization of files whose weights are dequantized for merging; None for others."""
+    """The quantization of a model's files if lorafold reads it without bitsandbytes, else None."""
     settings = source.config().get("quantization_config") or {}
     return storage_in_files(settings, f"model {source.name}") if can_read(settings) else None
 
 
 def unquantized_weights(source: ModelSource, storage: Storage) -> Weights | None:
-    """The unquantized weights from a base's files, if it was quantized on load; else None."""
+    """The weights in the files of a base that was quantized on load; None for other bases."""
     if storage.quantization is None or prequantized_storage(source) is not None:
         return None
     from lorafold.models.checkpoint import original_weights

@@ -1,4 +1,4 @@
-"""Limits that a model's positions set on the length of rows.
+"""The maximum row length that a model's position embeddings allow.
 
     wpe (n, d)              position embeddings, learned or computed once: longer rows fail
     bias (1, 1, n, n)       a causal mask in a buffer: sequences of more than n tokens fail, even
@@ -6,8 +6,9 @@
     cos(p w), sin(p w)      rotary positions are unlimited, but the model was trained on only as
                             many as its configuration contains
 
-The first two are tables. A table may begin with unused rows: two in OPT and BART, those up to the
-padding in RoBERTa. Relative positions (T5, ALiBi) and recurrences have no limit.
+The first two are tables of a fixed size. A position table may begin with unused rows: two in OPT
+and BART, and all rows up to the padding index in RoBERTa. Models with relative positions (T5,
+ALiBi) and recurrent models have no limit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lorafold.models.quantizations import Storage
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-MIN_ROW_TOKENS = 2  # tokens of a row: one to read and one to predict
+MIN_ROW_TOKENS = 2  # one token to read and one to predict
 MAX_UNUSED_ROWS = 2  # the maximum number of unused rows of a table
 GROWING_TABLE_METHOD = "make_weights"  # the method of tables that grow on demand
 # RoPE types whose factor extends the configuration's number of positions
@@ -35,8 +36,8 @@ SCALED_ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 @dataclass(frozen=True)
 class Positions:
-    """How many positions a model of class `owner` supports: `table` is the size of its position
-    table, and `trained` the number that it was trained on; None if unlimited.
+    """The numbers of positions of a model of class `owner`: `table` is the size of its position
+    table, and `trained` the number of positions seen in training. None means no limit.
     """
 
     owner: str
@@ -44,7 +45,7 @@ class Positions:
     trained: int | None
 
     def after(self, before: int) -> Positions:
-        """The remaining positions for rows that start after `before` others."""
+        """The positions that remain for a row if `before` positions precede it."""
         if self.table is None:
             return self
         if self.table - before < MIN_ROW_TOKENS:
@@ -55,8 +56,8 @@ class Positions:
         return replace(self, table=self.table - before)
 
     def fitted(self, length: int | None, usual: int) -> tuple[int, str | None]:
-        """The length to cut rows to, for a requested length or the usual one, and a message about
-        limits.
+        """The length to truncate rows to, for a requested `length` or (if None) the `usual` length,
+        and a message if the model limits it.
         """
         table, trained = self.table, self.trained
         if length is None:
@@ -78,8 +79,8 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of a model. Tables with about as many rows as its configuration has positions
-    limit rows.
+    """The positions of a model. A tensor counts as a position table if it has about as many rows as
+    the configuration has positions.
     """
     config, anatomy = model.config.get_text_config(), Anatomy.of(model)
     given, bounds = _configured_positions(config) or 0, [max_sequence_tokens(model)]
@@ -100,8 +101,8 @@ def positions_of(model: PreTrainedModel) -> Positions:
 def positions_in(
     config: PreTrainedConfig, classifies: bool, trust_remote_code: bool = False
 ) -> Positions:
-    """The positions of a configuration's model, from one block without values if only tables can
-    limit them.
+    """The positions of a model before it is loaded. If only tables can limit them, they are read
+    from a fake model with one block.
     """
     from lorafold.models.fake import fake_model, without_values
 
@@ -119,14 +120,17 @@ def positions_in(
 
 
 def max_sequence_tokens(model: nn.Module) -> int | None:
-    """The maximum number of tokens in a sequence, packed or not, or None."""
+    """The maximum number of tokens in a packed or unpacked sequence, from causal masks in buffers;
+    None if unlimited.
+    """
     shapes = [tuple(buffer.shape) for buffer in model.buffers() if buffer.ndim == 4]
     return min((n for *one, m, n in shapes if one == [1, 1] and m == n > 1), default=None)
 
 
 def trained_positions(config: PreTrainedConfig) -> int | None:
-    """The number of positions that a model with RoPE was trained on; None for other models. With a
-    scaling factor, some configurations lack the number before scaling.
+    """The number of positions that a model with RoPE was trained on; None for other models. With
+    scaled RoPE, it is at least the factor times `original_max_position_embeddings`, or times
+    `max_position_embeddings` if a configuration lacks the former.
     """
     given, rotary = _configured_positions(config), getattr(config, "rope_parameters", None)
     if given is None or not isinstance(rotary, Mapping) or getattr(config, "alibi", False):

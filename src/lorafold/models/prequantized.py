@@ -7,8 +7,8 @@ MXFP4.
     mxfp4    experts.gate_up_proj_blocks (E, out, in / 32, 16), two codes a byte, and
              experts.gate_up_proj_scales (E, out, in / 32), powers of two    0.27
 
-The package compressed-tensors only parses configurations; the codes stay unchanged in memory, and
-the results do not depend on other packages' kernels.
+The package compressed-tensors is used only to parse configurations. Codes stay unchanged in memory,
+and results do not depend on the kernels of other packages.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lorafold.models.weights import DTYPES, NAMES, TensorEntry
 from lorafold.ops.float8 import is_nan
 from lorafold.ops.mxfp4 import NAN
 
-COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method, and a format of it
+COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method and one of its formats
 FLOATS = ("F32", "F16", "BF16")
-# endings of tensor names that only quantized weights have
+# suffixes of tensor names that only quantized weights have
 QUANTIZED_SUFFIXES = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
     *(f"_proj{BLOCKS}", f"_proj{SCALES}"),
@@ -43,7 +43,7 @@ QUANTIZED_SUFFIXES = (
 
 def _code_type_of_method(settings: Mapping[str, Any]) -> str | None:
     """The type of codes that the `quant_method` implies: float for fine-grained FP8, empty for
-    MXFP4; else None.
+    MXFP4, and None for any other method.
     """
     name = method_storage(settings.get("quant_method"))
     return None if name is None else STORAGES[name].codes[0]
@@ -54,17 +54,17 @@ def _fine_grained(settings: Mapping[str, Any]) -> bool:
 
 
 def has_mxfp4_experts(settings: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` describes experts in MXFP4."""
     return _code_type_of_method(settings) == ""
 
 
 def can_read(settings: Mapping[str, Any]) -> bool:
-    """Whether lorafold itself reads files with this `quantization_config`."""
+    """Whether lorafold can read files with this `quantization_config` itself."""
     return settings.get("quant_method") == COMPRESSED or _code_type_of_method(settings) is not None
 
 
 def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
-    """The quantization in a readable `quantization_config`."""
+    """The name in STORAGES of the quantization in a `quantization_config` that `can_read` accepts.
+    """
     if has_mxfp4_experts(settings):
         return str(method_storage(settings["quant_method"]))
     names = sorted(
@@ -79,7 +79,9 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
 
 
 def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
-    """Replace the linear layers or experts of a model without values by quantized ones."""
+    """Replaces the linear layers or experts of a model without values (fake or on the meta device)
+    by quantized layers.
+    """
     if has_mxfp4_experts(settings):
         return make_mxfp4_experts(model, settings, what)
     formats: dict[str, QuantizationFormat] = {}
@@ -100,7 +102,9 @@ def make_quantized(model: Any, settings: Mapping[str, Any], what: str) -> None:
 
 
 def match_scale_dtypes(model: nn.Module, entries: Mapping[str, TensorEntry], what: str) -> None:
-    """Give the scales of a model on the meta device, after `make_quantized`, the files' dtypes."""
+    """Gives the scales of a model on the meta device the files' dtypes, after `make_quantized`.
+    Raises if tensors are missing or misshapen.
+    """
     problems = [*tensor_problems(model, entries)]
     if problems:
         raise LorafoldError(f"{what}: {join_problems(problems)}")
@@ -111,7 +115,9 @@ def match_scale_dtypes(model: nn.Module, entries: Mapping[str, TensorEntry], wha
 
 
 def check_codes(model: nn.Module, what: str) -> None:
-    """Check scales (finite, not zero), codes (not NaN) and recorded shapes."""
+    """Checks that scales are finite and not zero, codes are not NaN, and recorded shapes are
+    correct.
+    """
     for path, module in _compressed(model):
         name, parameters = module.fmt.scale, module._parameters
         scale: Any = parameters[name]
@@ -138,7 +144,7 @@ def check_codes(model: nn.Module, what: str) -> None:
 
 
 def make_mxfp4_experts(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
-    """Give experts parameters for blocks and scales, without values."""
+    """Replaces the matrices of experts by parameters without values for MXFP4 blocks and scales."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     unconverted, quantized = settings.get("modules_to_not_convert"), 0
@@ -155,7 +161,7 @@ def make_mxfp4_experts(model: nn.Module, settings: Mapping[str, Any], what: str)
                     f" {MXFP4_GROUP}, the block size of MXFP4"
                 )
             module._parameters.update(parameters)
-        # its own initialization would need the removed parameters
+        # the module's own initialization would need the removed parameters
         module._is_hf_initialized = True  # type: ignore[assignment]
         quantized += 1
     if not quantized:
@@ -171,7 +177,8 @@ def _mxfp4_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def ignored_quantization_note(settings: Mapping[str, Any], what: str) -> str | None:
-    """A message that begins with `what` about quantization that lorafold does not apply, or None.
+    """A message about quantized activations or KV caches, which lorafold leaves unquantized; None
+    if the `quantization_config` has neither.
     """
     groups = (settings.get("config_groups") or {}).values()
     sides = ("input_activations", "output_activations")
@@ -191,7 +198,9 @@ def ignored_quantization_note(settings: Mapping[str, Any], what: str) -> str | N
 
 
 def tensor_problems(model: nn.Module, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """Yield a message for each tensor of a quantized weight that is missing or misshapen."""
+    """Yields a message for each tensor of a quantized weight that is missing, misshapen or
+    unexpected.
+    """
     known = dict(model.named_parameters(remove_duplicate=False))
     expected = [(name, p, ["U8"], False) for name, p in _mxfp4_parameters(model)]
     for path, module in _compressed(model):
@@ -218,7 +227,7 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
 
 
 def _formats(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationFormat, list[str]]]:
-    """The formats of the weights, each with the patterns of its modules."""
+    """The formats of the weights, each with the patterns of the modules that use it."""
     if _fine_grained(settings):
         rows, columns = settings.get("weight_block_size", (128, 128)) or (0, 0)
         return [(QuantizationFormat("float", rows, columns, scale="weight_scale_inv"), [])]

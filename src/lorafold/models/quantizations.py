@@ -1,7 +1,7 @@
 """The table of quantizations and dtypes of base weights.
 
-To add one, add its layer in `lorafold.layers`, its name to `StorageName` and a row to `STORAGES`.
-`choose_storage` selects one by name or by device.
+To add a quantization, add its layer in `lorafold.layers`, its name to `StorageName` and a row to
+`STORAGES`. `choose_storage` selects a row by name or by device.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ StorageName = Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "au
 class StorageRow:
     """One quantization or dtype.
 
-    bits: Per weight, without shared constants.
-    dtype: torch's name of the dtype, for unquantized weights.
-    bnb_options: The arguments of `BitsAndBytesConfig` to quantize a model on load; empty if
-        bitsandbytes does not support it.
-    packer: The function that quantizes a matrix, `module:function`.
-    codes: The type of codes in files of compressed-tensors, and their possible formats.
-    method: The `quant_method` that identifies such files by itself.
+    Attributes:
+        bits: the bits per weight, without shared constants.
+        dtype: torch's name of the dtype, for unquantized weights.
+        bnb_options: the arguments of `BitsAndBytesConfig` to quantize a model on load; empty if
+            bitsandbytes does not support this quantization.
+        packer: the function that quantizes a matrix, as `module:function`.
+        codes: the type of codes in compressed-tensors files, and the possible formats of these
+            files.
+        method: the `quant_method` that identifies such files without further fields.
     """
 
     bits: int
@@ -48,7 +50,7 @@ class StorageRow:
 
 
 STORAGES = {
-    # NormalFloat with constants in 8 bits (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
+    # NormalFloat with 8-bit constants (QLoRA: Dettmers et al. 2023, arXiv 2305.14314)
     "nf4": StorageRow(
         4,
         bnb_options={
@@ -70,36 +72,38 @@ STORAGES = {
     "fp8": StorageRow(8, codes=("float", ("float-quantized", "naive-quantized")), method="fp8"),
     # packed into int32, in rows or groups
     "int4": StorageRow(4, codes=("int", ("pack-quantized",))),
-    # a power of two for 32 weights; only matrices of experts
+    # a power-of-two scale for each 32 weights; only for matrices of experts
     "mxfp4": StorageRow(4, method="mxfp4"),
     "bf16": StorageRow(16, dtype="bfloat16"),
     "fp32": StorageRow(32, dtype="float32"),
 }
 UNQUANTIZED = tuple(name for name, row in STORAGES.items() if row.dtype)
 NAME_OF_DTYPE = {f"torch.{STORAGES[name].dtype}": name for name in UNQUANTIZED}
-# quantized on load; only if the files already use it; in files of compressed-tensors
+# ON_LOAD: lorafold can quantize to it; IN_FILES: only for models whose files already use it;
+# COMPRESSED_NAMES: in files of compressed-tensors
 ON_LOAD = tuple(name for name, row in STORAGES.items() if row.bnb_options)
 IN_FILES = tuple(name for name in STORAGES if name not in (*UNQUANTIZED, *ON_LOAD))
 COMPRESSED_NAMES = tuple(name for name, row in STORAGES.items() if row.codes[0])
 QUANTIZED = (*ON_LOAD, *IN_FILES)
-DEFAULT: StorageName = "nf4"  # QLoRA's, and the smallest of ON_LOAD
+DEFAULT: StorageName = "nf4"  # used by QLoRA, and the smallest of ON_LOAD
 _IF_STORED = f"only if the model's files already use it: {', '.join(IN_FILES)}"
 STORAGE_NAMES = f"{', '.join((*ON_LOAD, *UNQUANTIZED))} ({_IF_STORED})"
 
 
 def bnb_storage(bits: int) -> str | None:
-    """The quantization with this many bits that bitsandbytes makes, if there is one."""
+    """The name of bitsandbytes' quantization with this number of bits, or None."""
     return next((name for name in ON_LOAD if STORAGES[name].bits == bits), None)
 
 
 def method_storage(method: Any) -> str | None:
-    """The quantization that a `quant_method` implies, if it implies one."""
+    """The name of the quantization that a `quant_method` implies, or None."""
     names = (name for name, row in STORAGES.items() if row.method == method)
     return next(names, None) if method else None
 
 
 def codes_storage(code_type: str, bits: int) -> str | None:
-    """The quantization of compressed-tensors' codes of this type (float or int) and number of bits.
+    """The name of the quantization for compressed-tensors' codes of this type (float or int) and
+    number of bits, or None.
     """
     rows = STORAGES.items()
     return next((n for n, row in rows if (row.codes[0], row.bits) == (code_type, bits)), None)
@@ -116,12 +120,11 @@ class Storage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that `choose_storage` accepts."""
+        """The name of this storage in STORAGES."""
         return self.quantization or NAME_OF_DTYPE.get(str(self.dtype), UNQUANTIZED[-1])
 
 
 def check_storage(name: str) -> None:
-    """Raise LorafoldError unless the name is auto or in STORAGES."""
     if name not in ("auto", *UNQUANTIZED, *QUANTIZED):
         raise LorafoldError(
             f"storage {name}: unknown; expected auto, {', '.join(UNQUANTIZED)},"
@@ -131,8 +134,8 @@ def check_storage(name: str) -> None:
 
 
 def choose_storage(base: str, device: torch.device | str) -> Storage:
-    """The storage for auto or a name in STORAGES on this device, with the reason as a line to
-    print. auto is bf16 if the device multiplies it natively, else fp32; quantized weights are
+    """The storage with this name (auto or in STORAGES) on this device, and the reason as a line to
+    print. auto is bf16 if the device has native bf16 matmuls, else fp32; quantized weights are
     dequantized to the same dtype.
     """
     import torch

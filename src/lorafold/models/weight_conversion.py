@@ -1,10 +1,10 @@
-"""Parameters that transformers computes from several tensors of the files, and the reverse.
+"""Parameters that transformers computes from several tensors, and the reverse conversion.
 
     experts.0.w1, experts.0.w3, experts.1.w1, ...   ->  experts.gate_up_proj  (E, 2 I, H)
     attention.qkv                                   ->  q_proj, k_proj, v_proj
 
-The operations are transformers' own (`core_model_loading`), so they cover every architecture that
-it converts. Values are computed on demand and not kept.
+The operations are transformers' own (`core_model_loading`), so every architecture that transformers
+converts is supported. Values are computed on demand and not cached.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lorafold.models.weights import TensorEntry
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that a parameter is made from: its entry, mapped values, name pattern in the
-    converter, and name in the reverse conversion.
+    """A tensor from which a parameter is computed: its entry, its mapped values, the converter's
+    pattern for its name, and its name in the reverse conversion.
     """
 
     entry: TensorEntry
@@ -44,7 +44,8 @@ class SourceTensor:
 
 
 class Conversion:
-    """The parameters that a converter makes from a group of tensors; `name` is the first of them.
+    """The parameters that a converter computes from a group of tensors; `name` is the first of
+    these parameters.
     """
 
     def __init__(
@@ -60,7 +61,6 @@ class Conversion:
 
     @property
     def entries(self) -> list[TensorEntry]:
-        """The tensors of the files."""
         return [source.entry for source in self.sources]
 
     def values(self) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Conversion:
         return self._run(converter, self.name)
 
     def reversed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files by name, from values of all parameters (any shape)."""
+        """The files' tensors by name, computed from the values (any shape) of all parameters."""
         tensors: dict[str, Tensor] = {}
         names, renamed = {s.renamed: s.entry for s in self.sources}, ""
         try:
@@ -94,7 +94,7 @@ class Conversion:
         return tensors
 
     def check_reversible(self) -> None:
-        """Check that the reverse gives back the tensors of the files."""
+        """Checks that the reverse conversion restores the files' tensors."""
         back = self.reversed(self.values())
         if wrong := [s.entry.name for s in self.sources if not _same(back[s.entry.name], s.values)]:
             raise LorafoldError(
@@ -107,8 +107,8 @@ class Conversion:
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
     def elements(self, where: Tensor) -> Tensor | None:
-        """The elements (n,) at indices (n, rank) without the whole conversion, or None if not
-        possible.
+        """The elements (n,) at indices (n, rank), computed without the whole conversion; None if
+        that is not possible.
         """
         first, *rest = self.converter.operations
         joined = rest[0] if rest else None
@@ -133,7 +133,8 @@ class Conversion:
 
     @contextmanager
     def made(self) -> Iterator[dict[str, Tensor]]:
-        """Context in which the model has the parameters (any shape) in memory; yields them by name.
+        """A context in which the model has the parameters (any shape) in memory; yields them by
+        name.
         """
         values = self.values()
         before = {name: self._put(name, nn.Parameter(t, False)) for name, t in values.items()}
@@ -144,14 +145,14 @@ class Conversion:
                 self._put(name, parameter)
 
     def _put(self, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        """Set a parameter of the model, and return the previous one."""
+        """Sets a parameter of the model, and returns the previous one."""
         path, _, leaf = name.rpartition(".")
         own = self.model.get_submodule(path)._parameters
         before, own[leaf] = own[leaf], parameter
         return before
 
     def parameter(self, name: str) -> nn.Parameter:
-        """One of the parameters, computed on demand."""
+        """One of the parameters, whose values are computed on demand."""
         lone = len(self.like) == 1
         values = LazyTensor(
             self.like[name], lambda: self.values()[name], self.elements if lone else None
@@ -160,8 +161,8 @@ class Conversion:
 
 
 class LazyTensor(Tensor):
-    """A read-only CPU tensor, computed by each operation that needs its values or its views. `like`
-    is on the meta device; `elements` returns the elements at indices (n, rank).
+    """A read-only CPU tensor whose values are computed by each operation that needs them. `like` is
+    a meta tensor of the same shape and dtype; `elements` returns the elements at indices (n, rank).
     """
 
     make: Callable[[], Tensor]

@@ -1,13 +1,12 @@
-"""Named tensors in memory or in safetensors files, read on demand; and writing files one tensor at
-a time.
+"""Named tensors in memory or in safetensors files, which are read and written one tensor at a time.
 
     weights.shape(name)           no data is read
     weights.elements(name, i)     some elements, i (n, rank)  ->  (n,)
     weights.get(name)             the whole tensor
 
-    8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, in order
-
-`safetensors.torch.save_file` needs all tensors of a file in memory at once; merging needs only one.
+A safetensors file contains the header's length (8 bytes, little-endian), the header (JSON) and the
+tensors' bytes in order. `safetensors.torch.save_file` is not used for merging, because it needs all
+tensors of a file in memory at once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lorafold.files.atomic import read_object
 from lorafold.files.paths import nearest_name
 from lorafold.files.safetensors_header import tensor_spans
 
-# by name in safetensors
+# dtypes by their names in safetensors
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -41,12 +40,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"
-# the files of a model without its tokenizer
+# the files of a model, except its tokenizer
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
 )  # fmt: skip
 BLOCK = 1 << 23  # bytes copied at a time
-ALIGNMENT = 8  # of the first tensor, so that readers can map it
+ALIGNMENT = 8  # alignment of the first tensor, so that readers can map it
 
 
 class Weights(ABC):
@@ -71,8 +70,9 @@ class Weights(ABC):
         """A whole tensor, of any shape."""
 
     def find(self, name: str) -> str | None:
-        """The name here of a tensor called `name` elsewhere, or None. Files often lack the first
-        part of names ("model."), and multimodal files have a second part ("model.language_model.").
+        """The name in these weights of a tensor that a model calls `name`, or None. Names in files
+        often lack the first part ("model."), and in multimodal files they have a second part
+        ("model.language_model.").
         """
         if name in self.names:
             return name
@@ -99,7 +99,8 @@ class InMemory(Weights):
 
     @classmethod
     def of_model(cls, model: nn.Module) -> InMemory:
-        """The floating-point base weights of a model, without adapters, quantized and meta weights.
+        """The floating-point base weights of a model. Adapters, quantized weights and meta tensors
+        are left out.
         """
         state = base_state(model)
         buffers = model.named_buffers(remove_duplicate=False)
@@ -112,8 +113,9 @@ class InMemory(Weights):
 
     @classmethod
     def read(cls, content: bytearray, path: Path) -> InMemory:
-        """The tensors of a safetensors file in memory, which share its bytes and must not be
-        written to. (safetensors' `load` copies them and holds the GIL.)
+        """The tensors of a safetensors file with these contents. The tensors share the memory of
+        `content`, so they must not be written to; safetensors' `load` would copy it and hold the
+        GIL.
         """
         try:
             entries = tensor_spans(content)
@@ -129,7 +131,7 @@ class InMemory(Weights):
         })  # fmt: skip
 
     def with_others(self, hidden: Collection[str], others: Mapping[str, Tensor]) -> InMemory:
-        """A copy without the `hidden` tensors and with others (any shape)."""
+        """A copy without the tensors `hidden` and with the tensors `others` (any shape)."""
         shown = {name: t for name, t in self.tensors.items() if name not in hidden}
         return InMemory(shown | dict(others))
 
@@ -148,7 +150,9 @@ class InMemory(Weights):
 
 
 class FileWeights(Weights):
-    """The tensors of safetensors files, memory-mapped, or read for each access if not `mapped`."""
+    """The tensors of safetensors files, which are memory-mapped, or read at each access if not
+    `mapped`.
+    """
 
     def __init__(self, files: Iterable[Path], *, mapped: bool = True) -> None:
         self._file: dict[str, Any] = {}
@@ -182,7 +186,6 @@ class FileWeights(Weights):
 
 
 def unreadable(path: Path, error: Exception) -> LorafoldError:
-    """The error for a safetensors file that can't be read."""
     if isinstance(error, FileNotFoundError):
         return LorafoldError(f"{path}: no such file{nearest_name(path)}")
     return LorafoldError(
@@ -191,7 +194,7 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory that transformers reads."""
+    """The weight files of a model directory that transformers would read."""
     if (single := directory / SINGLE_FILE).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
@@ -213,7 +216,7 @@ def model_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a file: its name and dtype there, its shape, offset and size in bytes."""
+    """A tensor in a file: its name and dtype in the file, its shape, offset and size in bytes."""
 
     name: str
     dtype: str
@@ -223,7 +226,6 @@ class TensorEntry:
     size: int
 
     def shaped(self, shape: tuple[int, ...]) -> TensorEntry:
-        """The entry with another shape and the same dtype."""
         return (
             self
             if shape == self.shape
@@ -233,7 +235,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor to be written, whose values `get` returns when its turn comes."""
+    """A tensor to be written; `get` is called for its values only when they are written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -249,7 +251,7 @@ class Container:
 
 
 def read_container(path: Path) -> Container:
-    """Read the header of a complete safetensors file."""
+    """Reads the header of a safetensors file, and checks that the file is complete."""
     try:
         with safe_open(path, framework="pt"):  # checks the header and the length
             pass
@@ -270,7 +272,7 @@ def read_container(path: Path) -> Container:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors (any shape) by name, mapped from the file. They must not be written to."""
+    """Tensors (any shape) by name, memory-mapped from a file, so they must not be written to."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -282,10 +284,10 @@ def write_container(
     changed: Callable[[str], Tensor | None],
     written: Callable[[str, int], None],
 ) -> None:
-    """Write a safetensors file of copied and new tensors, in the order of `layout`.
+    """Writes a safetensors file of copied and new tensors, in the order of `layout`.
 
-    `changed` returns a tensor's new values (of its entry's shape, any shape), or None to copy its
-    bytes; `written` is called with name and bytes after each tensor.
+    `changed` returns new values for a tensor in the shape of its entry (any shape), or None to copy
+    its bytes; `written` is called with the name and size in bytes of each written tensor.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
@@ -310,7 +312,7 @@ def write_container(
 
 
 def check_finite(name: str, t: Tensor) -> Tensor:
-    """Return t (any shape) unless it contains NaN or infinity."""
+    """Returns t (any shape), or raises if it contains NaN or infinity."""
     counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
     if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
         raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
@@ -318,7 +320,7 @@ def check_finite(name: str, t: Tensor) -> Tensor:
 
 
 def write_tensors(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
-    """Write a safetensors file with one tensor in memory at a time."""
+    """Writes a safetensors file while only one tensor is in memory at a time."""
     entries = [
         (n, TensorEntry(n, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
         for n, p in pieces.items()

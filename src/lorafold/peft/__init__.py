@@ -1,1 +1,1 @@
-"""Reading and writing adapters in PEFT's format, described by one table of methods."""
+"""Reading and writing of adapters in PEFT's format, which one table describes for all methods."""

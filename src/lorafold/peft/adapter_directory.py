@@ -6,10 +6,10 @@
     lorafold.json                  the base's fingerprint, the base adapters, the recipe
     README.md, tokenizer.json ...  the model card; the tokenizer, if the adapter has its own
 
-Reading is strict: an error lists everything that is not understood, missing or left over, and the
-model stays unchanged. Directories written by PEFT have no lorafold.json. If the model is part of a
-multimodal one, files use the module paths of the whole (`models.architecture`); files with the
-part's own paths can be read too.
+Reading is strict: an error lists all unsupported fields and all missing and unknown tensors, and
+leaves the model unchanged. Directories written by PEFT have no lorafold.json. If the model is part
+of a multimodal model, files use the module paths of the multimodal model (`models.architecture`);
+files with the paths of the part can be read too.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter's method, targets by the user's patterns, biases, and the user's names of modules
-    to save.
+    """An adapter's method, targets (by the user's patterns), biases, and modules to save (by the
+    user's names).
     """
 
     spec: Spec
@@ -87,24 +87,26 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter directory that was read and verified; its tensors are not interpreted yet."""
+    """The contents of an adapter directory, which were read and checked, but not compared with a
+    model.
+    """
 
     path: Path
     spec: Spec
     bias: Bias
     selection: PeftSelection
     weights: InMemory
-    own_base: RecordedBase  # the base that it was trained on
-    over: tuple[Origin, ...]  # the adapters that it was trained on top of
-    record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
+    own_base: RecordedBase  # the base that the adapter was trained on
+    over: tuple[Origin, ...]  # the base adapters, lowest first
+    record: Mapping[str, Any]  # lorafold.json; empty if PEFT wrote the adapter
     task: str | None  # PEFT's type of task
     files: Mapping[str, tuple[int, str]]  # size and hex SHA-256 of each file that was read
-    sha256: str  # of the files COMPUTED
+    sha256: str  # of DIGEST_FILES
     own_tokenizer: bool
 
     @classmethod
     def open(cls, path: str | Path | Contents) -> SavedAdapter:
-        """Read an adapter directory, or parse contents that were already read."""
+        """Reads an adapter directory, or parses contents that were already read."""
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
             raise missing_config_error(contents.path)
@@ -146,12 +148,12 @@ class SavedAdapter:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """Its training recipe with current field names; empty if there is none."""
+        """The training recipe with current field names; empty if the adapter has none."""
         return current_names(self.record.get("recipe") or {})
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The class names of a classifier's adapter in order, else None."""
+        """The class names of a classifier's adapter, in order; None for other adapters."""
         names = self.record.get(CLASSES)
         if names is None:
             return None
@@ -163,8 +165,8 @@ class SavedAdapter:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether it is a reward model's adapter. One written by PEFT is, if its head has one
-        output.
+        """Whether the adapter belongs to a reward model. An adapter written by PEFT does if its
+        classification head has a single output.
         """
         if self.record or self.task != "SEQ_CLS":
             return self.record.get(REWARD) is True
@@ -172,7 +174,9 @@ class SavedAdapter:
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
     def for_model(self, model: nn.Module) -> SavedAdapter:
-        """The adapter with the module paths of this model."""
+        """A copy with the module paths of this model, if it is part of the model that the files
+        describe.
+        """
         modules = {path for path, _ in Anatomy.of(model).modules}
         keys = (name for name in self.weights.names if name.startswith(KEY_PREFIX))
         roots = {".".join(key.removeprefix(KEY_PREFIX).split(".")[:2]) for key in keys}
@@ -186,7 +190,6 @@ class SavedAdapter:
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
-        """The modules of this model to adapt."""
         each = [key for key in self.weights.names if PER_EXPERT.search(key)]
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
@@ -197,7 +200,7 @@ class SavedAdapter:
         return self.selection.targets(model)
 
     def attach_options(self, model: nn.Module) -> dict[str, Any]:
-        """The arguments of `attach` for this model besides the spec and the tokens."""
+        """The arguments of `attach` for this model, except the spec and the tokens."""
         return {
             "targets": self.targets(model),
             "bias": self.bias,
@@ -205,7 +208,9 @@ class SavedAdapter:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, SavedAdapter]:
-        """The ids of trained tokens by module path, and the adapter with exactly their rows."""
+        """The ids of trained tokens by module path, and a copy of the adapter in which rows for
+        these tokens replace resized matrices.
+        """
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.with_resized_rows(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
@@ -218,7 +223,9 @@ class SavedAdapter:
         base: Weights,
         problems: Sequence[str] = (),
     ) -> None:
-        """Set the values of attached deltas, in fp32; on the CPU for meta modules."""
+        """Assigns the adapter's tensors to attached deltas, in fp32. Deltas on the meta device get
+        tensors on the CPU.
+        """
         expected = saved_tensors(sites_of(model, parts, targets, base))
         keys = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(keys & expected.keys())}
@@ -242,7 +249,7 @@ def write_adapter(
     base: Weights,
     beside: ResultFiles,
 ) -> Path:
-    """Write the directory atomically."""
+    """Writes an adapter directory atomically."""
     spec, matches, targets = chosen.spec, chosen.matches, chosen.matches.paths
     replaced = [p for p, (first, *_) in parts.items() if isinstance(first, ReplaceDelta)]
     form, whole = format_of(model, spec, targets), whole_model_of(model)
@@ -289,7 +296,7 @@ def write_adapter(
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
-    """Read the adapters in these directories."""
+    """Reads several adapter directories. The error lists the problems of all of them."""
     problems: list[str] = []
     adapters = [_collect_problem(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
@@ -298,8 +305,8 @@ def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
 
 
 def training_storage_of(adapters: Sequence[SavedAdapter | RecordedBase]) -> TrainingStorage | None:
-    """The base's storage in training; None if unknown, or if the adapters had different unquantized
-    dtypes.
+    """The quantization and dtype of the base in training; None if unknown, or if the adapters were
+    trained in different unquantized dtypes.
     """
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
     records = {str(one.adapter): one.trained_on for one in own if one.trained_on}
@@ -317,7 +324,7 @@ def training_storage_of(adapters: Sequence[SavedAdapter | RecordedBase]) -> Trai
 
 
 def map_key(key: str, path: Callable[[str], str]) -> str:
-    """A tensor's key in a file, with its module path mapped by `path`."""
+    """A tensor's key in a file, after `path` has mapped the module path."""
     return KEY_PREFIX + path(key.removeprefix(KEY_PREFIX)) if key.startswith(KEY_PREFIX) else key
 
 

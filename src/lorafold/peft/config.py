@@ -1,10 +1,10 @@
-"""adapter_config.json, read and written: the fields of the method and the fields of all methods.
+"""Reading and writing of adapter_config.json, with fields of one method and fields of all methods.
 
     target_modules     a list: paths, or ends of paths; a string: a regular expression over whole
                        paths, or "all-linear" (all linear layers but the output layer)
     exclude_modules    the same forms, for modules to exclude; modules to save are excluded too
-    layers_to_transform, layers_pattern    adapt only modules in the blocks of these numbers
-    modules_to_save    names with which paths end, even inside a part of a path
+    layers_to_transform, layers_pattern    adapt only modules in the blocks with these numbers
+    modules_to_save    suffixes of paths, which may begin inside a part of a path
     target_parameters, trainable_token_indices    see `form.py` and `tokens.py`
 
 Unknown fields must be neutral (null, false, empty).
@@ -45,19 +45,18 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A list as a tuple; any other value alone in a tuple."""
+    """A list as a tuple; any other value as a tuple of one element."""
     return tuple(value) if isinstance(value, list) else (value,)
 
 
 def as_patterns(value: str | list[str]) -> Patterns:
-    """Names as a tuple, or a regular expression; all-linear in any case."""
+    """Names as a tuple, or a regular expression. `all-linear` may be written in any case."""
     if not isinstance(value, str):
         return tuple(value)
     return value.lower() if value.lower() == "all-linear" else value
 
 
 def as_ids(value: list[int] | dict[str, list[int]]) -> TokenIds:
-    """Token ids as a tuple, or as a tuple per module name."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
         if isinstance(value, dict)
@@ -92,7 +91,6 @@ RESERVED_FIELDS = ORIGIN_FIELDS | {BIAS.key, PARAMETERS.key} | {field.key for fi
 
 
 def missing_config_error(path: Path) -> LorafoldError:
-    """The error for a path without an adapter_config.json, with a hint."""
     if path.is_file():
         own = (path.parent / CONFIG).is_file()
         hint = f"; use the directory of this file, {path.parent}" if own else "; this is a file"
@@ -111,7 +109,7 @@ def write_config(
     model: nn.Module, spec: Spec, sites: Sequence[TargetModule], selection: PeftSelection,
     bias: Bias, form: AdapterFormat,
 ) -> dict[str, Any]:  # fmt: skip
-    """The config of an adapter on `model`, ready for JSON."""
+    """The contents of adapter_config.json for an adapter on `model`, ready for JSON."""
     method = form.method
     if taken := sorted({f.key for f in method.fields} & RESERVED_FIELDS):
         raise LorafoldError(
@@ -149,7 +147,7 @@ def write_config(
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
-    """Parse a config. The error lists every invalid or unsupported field."""
+    """Parses adapter_config.json. The error lists every invalid or unsupported field."""
     method = method_of(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = {"experts": not method.of_peft}
@@ -181,7 +179,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The table row for a config."""
+    """The row for a config in the table of methods."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]
     of_kind = of_kind or [m for m in unlisted_methods() if m.peft_type == kind]
@@ -199,7 +197,7 @@ def method_of(config: Mapping[str, Any]) -> Method:
 
 
 def is_neutral(value: Any) -> bool:
-    """Whether this value of an unknown key means that the option is off."""
+    """Whether this value of an unsupported key means that the option is off."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -229,7 +227,7 @@ class PeftSelection:
     experts: bool = False  # target_modules may match matrices of experts, unlike in PEFT
 
     def targets(self, model: nn.Module) -> Matches:
-        """The modules to adapt, by pattern. Patterns without a match are omitted."""
+        """The target modules by pattern. Patterns without a match are omitted."""
         if self.preset is not None:
             return match(model, self.preset, is_linear)
         patterns = self.target_modules
@@ -270,8 +268,8 @@ class PeftSelection:
         return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 
     def spec_in(self, model: nn.Module, spec: Spec) -> Spec:
-        """The spec with PEFT's ranks and alphas, which it looks up by weight for modules adapted as
-        parameters.
+        """The spec with the ranks and alphas that PEFT uses. For modules adapted as parameters,
+        PEFT matches patterns with the path of the weight.
         """
         if not self.target_parameters:
             return spec
@@ -284,8 +282,8 @@ class PeftSelection:
         return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[type-var]
 
     def saved(self, model: nn.Module) -> Matches:
-        """The modules to save, by name. PEFT lists the heads of all architectures for a classifier,
-        so names without a match are omitted.
+        """The modules to save, by name. Names without a match are omitted, because PEFT lists the
+        heads of all architectures for a classifier.
         """
         paths = [p for p, _ in Anatomy.of(model).modules if p]
         names = self.modules_to_save
@@ -293,8 +291,8 @@ class PeftSelection:
         return Matches({name: hits for name, hits in matches.items() if hits})
 
     def under(self, roots: Mapping[str, str]) -> PeftSelection:
-        """The selection for a part of a model; `roots` maps paths in the part to paths in the
-        whole.
+        """The selection for a part of a model. `roots` maps paths in the part to paths in the whole
+        model.
         """
 
         def inner(value: Any) -> Any:
@@ -318,7 +316,7 @@ def select_exactly(
     names: Sequence[str],
     form: AdapterFormat,
 ) -> PeftSelection:
-    """The simplest selection of exactly these modules."""
+    """The simplest selection in PEFT's format that matches exactly these modules."""
     whole: tuple[str, ...] | None = ()
     if saved or names:
         ends = tuple(sorted({last_part(path) for path in saved}))
@@ -354,14 +352,14 @@ def select_exactly(
 
 
 def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """PEFT's task for the model, and the heads that PEFT then saves."""
+    """PEFT's task type for the model, and the heads that PEFT saves for this task."""
     name = type(model).__name__
     return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
 
 
 def _with_whole_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The names, with a whole head instead of its parts: PEFT would wrap both, and has no key for
-    the inner one.
+    """The names with whole heads in place of parts of heads, because PEFT would wrap both and has
+    no key for the inner module.
     """
     _, heads = task_of(model)
     paths = PeftSelection((), heads).saved(model).paths
@@ -376,14 +374,13 @@ def _with_whole_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The paths of all modules with parameters in these `modules_to_save`."""
+    """The paths of all modules with parameters inside these `modules_to_save`."""
     inside = beneath(PeftSelection((), tuple(names)).saved(model).paths)
     return [path for path, m in Anatomy.of(model).modules if m._parameters and inside(path)]
 
 
 def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The floating-point buffers (any shape) of the state dict in these `modules_to_save`, by name.
-    """
+    """The persistent floating-point buffers (any shape) inside these `modules_to_save`, by name."""
     inside, state = beneath(PeftSelection((), tuple(names)).saved(model).paths), base_state(model)
     return {
         name: buffer

@@ -1,13 +1,13 @@
-"""PEFT's tensor shapes for convolutions. A delta holds matrices for W (out, in / groups *
+"""PEFT's tensor shapes for convolutions. Deltas treat W as a matrix (out, in / groups *
 prod(window)).
 
     lora_A       (r, in / groups, *window)      lora_B               (out, r, 1, ...)
     ia3_l        (1, out, 1, ...)               lora_magnitude_vector (1, out, 1, ...)
-    lokr_w2      (o2, i2, *window); over a Conv1d (o2, i2 * window), see `w2_problem`
-    all others of LoHa, LoKr and AdaLoRA as in the delta
+    lokr_w2      (o2, i2, *window); for a Conv1d (o2, i2 * window), see `w2_problem`
+    all other tensors of LoHa, LoKr and AdaLoRA have the shapes of the delta
 
-With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. It is
-multiplied into one of its factors when a file is read, which leaves the update unchanged:
+With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. When a
+file is read, the core is multiplied into one of its factors, which leaves the update unchanged:
 
     t (r, r, *window), a (r, out), b (r, in):   dW[o, c, k] = sum_ij a[i, o] t[i, j, k] b[j, c]
     a' = a^T (out, r),   b' (r, in * prod(window)) = sum_j t[i, j, k] b[j, c]
@@ -42,13 +42,13 @@ def from_kernel(kernel: Tensor, site: TargetModule) -> Tensor:
 
 
 def from_channels(v: Tensor, site: TargetModule) -> Tensor:
-    """A vector (out,) from any shape."""
+    """A tensor (any shape) as a vector (out,)."""
     return v.flatten()
 
 
 def lora_a_problem(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with a lora_A (r, channels, ...) of a file, or None. With all input channels of a
-    grouped convolution, the update mixes groups, which the weight can't represent.
+    """An error message for a file's lora_A (r, channels, ...), or None. If it has all input
+    channels of a grouped convolution, the update mixes groups, which the weight can't represent.
     """
     expected = to_kernel(site.delta.A, site).shape  # type: ignore[arg-type]
     mixes = a.dim() == len(expected) and a.shape[1] > expected[1]
@@ -64,17 +64,18 @@ def _shape_problem(found: Tensor, expected: torch.Size, hint: str) -> str | None
 
 
 def full_w2(w2: Tensor, site: TargetModule) -> Tensor:
-    """LoKr's full D, a matrix (o2, i2 * prod(window)), in the file's shape: (o2, i2, *window), or
-    unchanged over a Conv1d.
+    """LoKr's full D, a matrix (o2, i2 * prod(window)), in the shape of the file: (o2, i2, *window),
+    or unchanged for a Conv1d.
     """
     return w2 if len(site.window) == 1 else to_kernel(w2, site)
 
 
 def w2_problem(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with a lokr_w2 (any shape) of a file, or None.
+    """An error message for a file's lokr_w2 (any shape), or None.
 
-    For a Conv1d, PEFT 0.21 multiplies a w2 (o2, i2, k) in another order, kron(w2, w1), than its own
-    factors and LyCORIS. Such a file is rejected, and lorafold writes a matrix, which PEFT rejects.
+    For a Conv1d, PEFT 0.21 computes kron(w2, w1) from a full w2 (o2, i2, k), but kron(w1, w2) from
+    factors of w2, as LyCORIS does. Files with such a w2 are therefore rejected, and lorafold writes
+    a matrix, which PEFT rejects.
     """
     other = len(site.window) == 1 and w2.dim() == 3
     hint = (
@@ -85,7 +86,7 @@ def w2_problem(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> st
 
 
 def multiply_tucker_cores(file: InMemory) -> InMemory:
-    """The tensors of a file with Tucker cores multiplied into their factors."""
+    """The tensors of a file, with Tucker cores multiplied into their factors."""
     hidden, factors = set[str](), dict[str, Tensor]()
     for core in [name for name in file.names if name.endswith(TUCKER_CORES)]:
         stem = f"{core[:-2]}w{core[-1]}"

@@ -1,13 +1,13 @@
-"""Methods without a row of their own: their files follow from their code.
+"""File formats of methods without a row in the table, derived from the code of the method.
 
     peft_type    LORAFOLD_<NAME>, the method's first name in `lorafold.methods.METHODS`
     keys         the fields of the spec, under their names, with their types and defaults
-    tensors      {at}.<delta>_<tensor> for everything in the delta's state dict but its `run_names`:
-                 the tensor `scale` of a `ScaledDelta` is `{at}.scaled_scale`
+    tensors      {at}.<delta>_<tensor> for all of the delta's state dict except its `run_names`; for
+                 example, the tensor `scale` of a `ScaledDelta` is `{at}.scaled_scale`
 
 A new method needs a row only if PEFT has it too, if its file uses other names than the code, or if
-the size of a tensor depends on the file and not on the spec. OWN and TENSORS are methods whose
-names in files predate this rule.
+the size of a tensor depends on the file and not on the spec. METHODS_WITHOUT_PREFIX and TENSORS
+contain methods whose names in files are older than this rule.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ PREFIX = "LORAFOLD_"
 
 
 def derived_method(spec: type[Spec], peft_type: str) -> Method:
-    """The row of a spec class, from its fields."""
     own = (_field(spec, field) for field in fields(spec) if field.init)  # type: ignore[arg-type]
     return Method(spec, peft_type, tuple(own))
 
 
 def derived_methods(known: Collection[type[Spec]]) -> list[Method]:
-    """The rows of the registered methods that are not `known`. Methods that train the base have
-    none, because they are saved as models.
+    """The rows of the registered methods that are not `known`. Methods that train the base have no
+    row, because they are saved as models.
     """
     rows: dict[str, tuple[str, Method]] = {}
     seen = {*known}
@@ -66,7 +65,7 @@ def derived_methods(known: Collection[type[Spec]]) -> list[Method]:
 
 
 def derived_tensors(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a delta without a row."""
+    """The file's entries for a delta that has no row in TENSORS."""
     delta = site.delta
     prefix = type(delta).__name__.lower().removesuffix("delta")
     names = [name for name in delta.state_dict() if name not in delta.run_names]
@@ -100,8 +99,8 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
 
 
 def positions_problem(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with the positions (k,) of a sparse delta in a row-major weight, or None. The
-    file determines k.
+    """An error message for a sparse delta's positions (k,) in a row-major weight, or None. The file
+    determines k.
     """
     shape: Any = site.delta.shape
     ascending = at.dim() == 1 and at.dtype == torch.int64 and bool((at[1:] > at[:-1]).all())
@@ -111,7 +110,7 @@ def positions_problem(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]
 
 
 def values_problem(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with the values (k,) of a sparse delta, or None."""
+    """An error message for a sparse delta's values (k,), or None."""
     at = file.get(f"{site.at}.sparse_at")
     if values.is_floating_point() and at is not None and values.shape == at.shape:
         return None
@@ -119,14 +118,16 @@ def values_problem(values: Tensor, site: TargetModule, file: Mapping[str, Tensor
 
 
 def fastfood_tensors(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a Fastfood delta: its scale and, at the first module, the shared vector."""
+    """The file's entries for a Fastfood delta: the scale and, at the first module, the shared
+    vector.
+    """
     own = isinstance(site.delta.subspace, Subspace)
     vector = [FileTensor("subspace.vector", "{at}.fastfood_vector")] * own
     return [FileTensor("scale", "{at}.fastfood_scale"), *vector]
 
 
 def owner_problem(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
-    """The problem with the adapter numbers (R,) of a mixture's columns, or None. The file
+    """An error message for the adapter numbers (R,) of a mixture's columns, or None. The file
     determines R.
     """
     n: Any = site.delta.n
@@ -136,7 +137,7 @@ def owner_problem(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor])
 
 
 def factor_problem(dim: int) -> Check:
-    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in), whose
+    """The check of a mixture's factors, up (*matrices, out, R) or down (*matrices, R, in), in which
     dimension `dim` is R.
     """
 
@@ -158,7 +159,7 @@ def factor_problem(dim: int) -> Check:
     return problem
 
 
-# the frozen factors of a mixture, and the adapter of each column
+# the frozen factors of a mixture, and the adapter number of each column
 MIXTURE_TENSORS = (
     FileTensor("up", "{at}.mixture_up", check=factor_problem(-1)),
     FileTensor("down", "{at}.mixture_down", check=factor_problem(-2)),
@@ -167,7 +168,7 @@ MIXTURE_TENSORS = (
 
 
 def mixture_tensors(site: TargetModule) -> list[FileTensor]:
-    """The tensors of a mixture with gates; shared gates are in the file once."""
+    """The file's entries for a mixture. Gates that several deltas share are in the file once."""
     delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     return [*MIXTURE_TENSORS, *[FileTensor("gates.values", key)] * ("gates" in delta._modules)]

@@ -1,18 +1,19 @@
-"""The format in which an adapter is written: PEFT's, or lorafold's own, which PEFT rejects.
+"""The format in which an adapter is written: PEFT's format, or lorafold's own, which PEFT rejects.
 
 PEFT adapts the matrices of experts and of grouped linear layers as parameters
-(`target_parameters`), only with LoRA, without dropout, and only if the experts are 3-D parameters.
-The dropout of such an adapter is therefore in lorafold.json, and other methods on them have a
-peft_type of lorafold's. In models whose experts were modules in transformers 4, some linear layers
-are named by their weights too (`renames_targets`).
+(`target_parameters`). It supports this only for LoRA without dropout, and only if the experts are
+3-D parameters. The dropout of such an adapter is therefore stored in lorafold.json, and other
+methods on experts have a peft_type that only lorafold reads. In models whose experts were modules
+in transformers 4, PEFT also adapts some linear layers as parameters (`renames_targets`).
 
-PEFT puts a wrapper over the module for each of its parameters, the last registered outermost:
+PEFT wraps the module once for each adapted parameter. The wrapper of the parameter that was
+registered last is the outermost:
 
     ...experts.lora_A.weight                of down_proj
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
-For a module without the attribute `is_transposed` PEFT assumes matrices (out, in), so the factors
-for Llama 4's matrices, which are (in, out), are exchanged (`exchanges_sides`).
+For a module without the attribute `is_transposed`, PEFT assumes matrices (out, in). The matrices of
+Llama 4 are (in, out), so their factors are exchanged (`exchanges_sides`).
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ V = TypeVar("V")
 class AdapterFormat:
     """The format of a written adapter.
 
-    parameters: Target module -> parameter, for modules that PEFT adapts as parameters. renamed:
-    PEFT renames target modules of this model, so that only lists of names are safe. own_format:
-    PEFT does not have this method for parameters. dropout: The dropout that the config can't
-    contain. unsupported: Target names because of which PEFT does not load the adapter. bypassed:
-    Other target names whose weights the model reads without PEFT's update.
+    Attributes:
+        parameters: the parameter of each target module that PEFT adapts as a parameter.
+        renamed: PEFT renames target modules of this model, so a regular expression might not match.
+        own_format: PEFT does not have this method for parameters.
+        dropout: the dropout, if the config can't contain it.
+        unsupported: target names because of which PEFT does not load the adapter.
+        bypassed: other target names whose weights the model reads without PEFT's update.
     """
 
     method: Method
@@ -95,7 +98,7 @@ class AdapterFormat:
 
 
 def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> AdapterFormat:
-    """The format for an adapter."""
+    """The format for an adapter with this spec on these target modules."""
     method = next((m for m in METHODS if m.holds(spec)), None)
     method = method or next((m for m in unlisted_methods() if m.holds(spec)), None)
     if method is None:
@@ -119,7 +122,7 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
         parameters, refused, bypassed = {}, (), ()
     if not parameters:
         return AdapterFormat(method, {}, renamed, unsupported=refused, bypassed=bypassed)
-    # PEFT would mistake these for a single matrix
+    # PEFT would mistake flat experts for a single matrix
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
         return AdapterFormat(expert_method(method), {}, own_format=True)
@@ -128,7 +131,7 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
 
 
 def warn_limits(form: AdapterFormat, path: object) -> None:
-    """Log the limits of the format for users of PEFT."""
+    """Logs whether and how PEFT can load the adapter."""
     if form.own_format:
         log.warning(
             f"{path}: PEFT can't load this adapter (peft_type {form.method.peft_type}), because it"
@@ -155,7 +158,7 @@ def warn_limits(form: AdapterFormat, path: object) -> None:
 
 
 def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
-    """The spec of a config with the dropout from lorafold.json."""
+    """The spec with the dropout in lorafold.json, if there is one."""
     if DROPOUT not in record:
         return spec
     if type(value := record[DROPOUT]) is not float:
@@ -164,8 +167,8 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
 
 
 def renames_targets(model: nn.Module) -> bool:
-    """Whether PEFT treats some LoRA targets in this model with experts as parameters, by the model
-    type's family.
+    """Whether PEFT adapts some linear layers of this model as parameters; this depends on the model
+    type.
     """
     from transformers import conversion_mapping
 
@@ -175,7 +178,7 @@ def renames_targets(model: nn.Module) -> bool:
 
 
 def count_wrappers(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
-    """The number of other parameters' wrappers that PEFT puts over each target in experts."""
+    """The number of PEFT's wrappers outside the wrapper of each target in experts."""
     owned: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for path in targets:
         if isinstance(module := module_at(model, path), Matrices) and not module.stored.flat:
@@ -188,14 +191,14 @@ def count_wrappers(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
 
 
 def exchanges_sides(module: nn.Module) -> bool:
-    """Whether PEFT exchanges inputs and outputs of a module's matrices."""
+    """Whether PEFT exchanges the inputs and outputs of a module's matrices."""
     if not isinstance(module, Matrices):
         return False
     return module.stored.transposed != bool(getattr(module.owner, "is_transposed", False))
 
 
 def shortest_names(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
-    """The shortest path ends that name exactly the chosen parameters."""
+    """The shortest path suffixes that match exactly the chosen parameters."""
     every = Counter(end for path, *_ in _parameters(model) for end in path_ends(path))
     own = Counter(end for path in chosen for end in path_ends(path))
     names = (next(e for e in path_ends(p) if own[e] == every[e] or e == p) for p in chosen)
@@ -203,8 +206,8 @@ def shortest_names(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]
 
 
 def select(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The modules that PEFT's `target_parameters` select, by name; empty for a name without a
-    match.
+    """The modules that PEFT selects by `target_parameters`, for each name. A name without a match
+    has an empty tuple.
     """
     found: dict[str, list[str]] = {name: [] for name in names}
     wrong = []
@@ -229,8 +232,8 @@ def select(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]
 
 
 def rename_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -> dict[str, V]:
-    """Ranks or alphas by regular expression, with entries for new names of (old, new) paths that
-    would get other values.
+    """Ranks or alphas by regular expression, extended for renamed modules. `pairs` are (old path,
+    new path); a new path has an entry if its value would change otherwise.
     """
     def of(path: str) -> Any:
         return next((v for key, v in values.items() if pattern_matches(key, path)), None)
@@ -240,7 +243,9 @@ def rename_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) -
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yield (path, module path, module, name) of each parameter, for experts as if unquantized."""
+    """Yields (path, module path, module, name) for each parameter. Quantized experts are listed
+    with the parameters of unquantized experts.
+    """
     anatomy = Anatomy.of(model)
     for path, module in anatomy.modules:
         own = [name for name, parameter in module._parameters.items() if parameter is not None]

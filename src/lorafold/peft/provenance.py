@@ -1,13 +1,13 @@
-"""The base of a saved adapter, and the adapters below it.
+"""The base and the base adapters that a saved adapter was trained on.
 
     "base_model_name_or_path": ...                in adapter_config.json: the base's name
     "base": {...}, "base_identity": ...           in lorafold.json: its fingerprint and identity
-    "over": [{"adapter": "out/sft", "sha256": "5d1c..."}, ...]      and the adapters, lowest first
+    "over": [{"adapter": "out/sft", "sha256": "5d1c..."}, ...]      its base adapters, lowest first
 
-Directories written by PEFT contain only the name. An adapter that was trained on top of others can
-only be loaded on top of the same ones. They are identified by a digest of the config and the
-weights, so that changes of the card, record or tokenizer do not matter, and PEFT's directories have
-one too.
+Directories written by PEFT contain only the base's name. An adapter that was trained on top of base
+adapters can only be loaded on top of the same adapters. An adapter is identified by a digest of its
+config and weights, which does not depend on the model card, the record or the tokenizer, and exists
+for PEFT's directories too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ MAX_NAME = 30  # maximum characters of a name in a message
 
 @dataclass(frozen=True)
 class TrainingStorage:
-    """The storage and compute dtype of a base in training; no dtype in records of earlier versions.
+    """The quantization and compute dtype of a base in training. Records of earlier versions have no
+    compute dtype.
     """
 
     storage: str
@@ -47,7 +48,7 @@ class TrainingStorage:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> TrainingStorage | None:
-        """Parse lorafold.json."""
+        """The training storage recorded in lorafold.json, or None."""
         names = record.get(TRAINED_ON)
         if names is None:
             storage = current_names(record.get("recipe") or {}).get("storage")
@@ -57,7 +58,6 @@ class TrainingStorage:
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
-        """The entry in lorafold.json."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -67,8 +67,8 @@ class TrainingStorage:
 
 @dataclass(frozen=True)
 class RecordedBase:
-    """The base recorded in an adapter (a directory): its name or path, Hub revision, fingerprint
-    and identity, and its storage in training. Unknown fields are empty.
+    """The base that an adapter directory records: its name or path, Hub revision, fingerprint and
+    identity, and its storage in training. Unknown fields are empty.
     """
 
     adapter: Path
@@ -82,7 +82,7 @@ class RecordedBase:
     def of(
         cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]
     ) -> RecordedBase:
-        """From the contents of both files."""
+        """Parses the contents of adapter_config.json and lorafold.json."""
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         return cls(
             adapter,
@@ -95,7 +95,7 @@ class RecordedBase:
 
     @classmethod
     def read(cls, adapter: Path) -> RecordedBase:
-        """From the files of an adapter that is not opened."""
+        """Reads adapter_config.json and lorafold.json, but not the weights."""
         if not (adapter / CONFIG).exists():
             raise missing_config_error(adapter)
         contents = Contents(adapter, (CONFIG, RECORD), MAX_BYTES)
@@ -103,16 +103,16 @@ class RecordedBase:
 
     @property
     def named_in(self) -> str:
-        """The file that contains its name, for messages."""
+        """The file that contains the base's name, as messages call it."""
         return "the adapter's record" if self.fingerprint else f"the adapter's {CONFIG}"
 
     @property
     def known(self) -> bool:
-        """Whether there is any information to find the base."""
+        """Whether the adapter records a name or fingerprint of its base."""
         return bool(self.name or self.fingerprint)
 
     def same_as(self, other: RecordedBase) -> bool:
-        """Whether both are the same base, by identity, fingerprint, or else name."""
+        """Whether both are the same base, by identity, by fingerprint, or otherwise by name."""
         if self.identity and self.identity == other.identity:
             return True
         if self.fingerprint and other.fingerprint:
@@ -120,13 +120,13 @@ class RecordedBase:
         return self.name == other.name
 
     def without(self, paths: Sequence[str]) -> RecordedBase:
-        """A copy whose fingerprint omits these modules, which are not part of the base."""
+        """A copy whose fingerprint omits these modules, because they are not part of the base."""
         inside = tuple(f"{path}." for path in paths)
         samples = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
         return replace(self, fingerprint=samples)
 
     def problems(self, base: Weights, called: str) -> list[str]:
-        """A message if `base` is another one; none for an adapter without a fingerprint."""
+        """A list with one message if `base` does not match the fingerprint, else an empty list."""
         if not (differences := fingerprint.differences(self.fingerprint, base)):
             return []
         message = OTHER_BASE_MESSAGE
@@ -141,8 +141,8 @@ class RecordedBase:
         ]
 
     def check(self, base: Weights, called: str) -> None:
-        """Raise LorafoldError for another base, unless none of its weights is found: files may use
-        other names.
+        """Checks that `base` matches the fingerprint. A base that has none of the recorded weights
+        is accepted, because its files may use other names.
         """
         known = any(base.find(name) for name in self.fingerprint)
         if known and (problems := self.problems(base, called)):
@@ -150,27 +150,27 @@ class RecordedBase:
             raise LorafoldError(f"{path}: {problems[0]}")
 
     def hint(self, called: str) -> str:
-        """The end of a message about a base that does not fit, if the adapter names another one."""
+        """A hint for error messages that the adapter names another base; otherwise empty."""
         if self.fingerprint or self.name in ("", called):
             return ""
         recorded, found = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
         return f"; the base in {self.named_in} is {recorded}, but this base is {found}"
 
     def other_base_warning(self, base: Weights) -> str:
-        """A warning if an adapter is loaded on another base anyway; else empty."""
+        """The warning for an adapter that is loaded on another base; empty if the base matches."""
         differences = fingerprint.differences(self.fingerprint, base)
         message = f"adapter {self.adapter} was trained on another base ({'; '.join(differences)})"
         return f"{message}; loaded anyway ({ALLOW_OPTION})" if differences else ""
 
 
 def over_record(over: Sequence[Origin]) -> dict[str, Any]:
-    """The adapters below, as an entry for lorafold.json; empty if their files are unknown."""
+    """The entry for base adapters in lorafold.json; empty if their files are unknown."""
     entries = [{"adapter": o.path, "sha256": o.sha256} for o in over if o.sha256]
     return {OVER: entries} if entries else {}
 
 
 def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
-    """The adapters below an adapter according to its lorafold.json, lowest first."""
+    """The base adapters according to lorafold.json, lowest first."""
     entries = record.get(OVER, [])
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ("adapter", "sha256"))
@@ -184,14 +184,15 @@ def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
 
 
 def expected_path(origin: Origin, over: Path) -> Path:
-    """The path at which engine and server look for a base adapter: beside the adapter on top of it,
-    because a downloaded record must not choose the files to read.
+    """The path at which engine and server look for a base adapter, which is beside the adapter on
+    top. The recorded path is not used, because a downloaded record must not choose which files are
+    read.
     """
     return over.resolve().parent / Path(origin.path).name
 
 
 def missing_message(origin: Origin, over: Path) -> str:
-    """The error message if no adapter, or another than the recorded one, is at `over`."""
+    """The error message if a base adapter of the adapter `over` is not at the expected path."""
     return (
         f"{over}: trained on top of {describe_adapters([origin])}, which was not found in"
         f" {expected_path(origin, over)}; copy that adapter there, or merge both"
@@ -199,14 +200,14 @@ def missing_message(origin: Origin, over: Path) -> str:
 
 
 def same_adapters(needed: Sequence[Origin], below: Sequence[Origin]) -> bool:
-    """Whether the adapters found below are those needed, lowest first. An adapter that needs none
-    fits on any.
+    """Whether the adapters `below` are the `needed` base adapters, in order. An adapter without
+    base adapters can be loaded on any adapters.
     """
     return not needed or [o.sha256 for o in needed] == [o.sha256 for o in below]
 
 
 def mismatch_message(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
-    """The error message if they are not."""
+    """The error message if the adapters `below` are not the `needed` base adapters."""
     return (
         f"trained on top of {describe_adapters(needed)}, but loaded on top of"
         f" {describe_adapters(below) or 'the base alone'}"
@@ -214,7 +215,7 @@ def mismatch_message(needed: Sequence[Origin], below: Sequence[Origin]) -> str:
 
 
 def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
-    """How to load an adapter on top of the adapters that it needs."""
+    """Advice on how to load an adapter on top of its base adapters."""
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
@@ -224,7 +225,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
 
 
 def describe_adapters(origins: Sequence[Origin]) -> str:
-    """The adapters in a line, lowest first: directory and start of the digest."""
+    """The directories and shortened digests of adapters in one line, lowest first."""
     return ", then ".join(
         f"{o.path} ({o.sha256[:DIGEST_DIGITS]})" if o.sha256 else f"{o.name!r} (not saved)"
         for o in origins

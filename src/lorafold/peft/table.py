@@ -1,10 +1,10 @@
-"""The table of methods in PEFT's files, for reading and writing; checked against PEFT 0.21.2.
+"""The table of methods and their formats in PEFT's files, which was checked against PEFT 0.21.2.
 
     METHODS    spec class   <->  adapter_config.json
     TENSORS    delta class  <->  keys of adapter_model.safetensors
 
 The rows are in `table_lora.py`, `table_others.py` and `derived.py`; this file adds DoRA, biases and
-modules to save. A method that PEFT lacks has a peft_type of lorafold's.
+modules to save. A method that PEFT lacks has a peft_type that only lorafold reads.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ BASIC = (*table_lora.METHODS, *table_others.METHODS)
 
 
 def inner_site(site: TargetModule) -> TargetModule:
-    """The site with the delta inside DoRA, if its delta is DoRA."""
+    """The target module with the delta inside DoRA, if its delta is DoRA."""
     return replace(site, delta=site.delta.inner) if isinstance(site.delta, DoRADelta) else site
 
 
 def dora_method(method: Method) -> Method:
-    """The row of DoRA on top of a method: PEFT has a flag for DoRA over LoRA; others get an own
-    peft_type.
+    """The row of DoRA on top of a method. PEFT has a flag for DoRA on LoRA; for other methods, the
+    peft_type begins with DORA_.
     """
     of_peft = "use_dora" in method.marks
     return replace(
@@ -48,7 +48,9 @@ def dora_method(method: Method) -> Method:
 
 
 def expert_method(method: Method) -> Method:
-    """The row of a method on experts, which PEFT lacks: the same layout under an own peft_type."""
+    """The row of a method on experts, which PEFT lacks. It has the same layout, but another
+    peft_type.
+    """
     kind = f"{derived.PREFIX}EXPERTS_{method.peft_type}"
     return replace(method, peft_type=kind, parameters=False)
 
@@ -63,13 +65,13 @@ METHODS = (
 
 
 def unlisted_methods() -> tuple[Method, ...]:
-    """The derived rows of the other registered methods."""
+    """The derived rows of registered methods that are not in METHODS."""
     more = derived.derived_methods({method.spec for method in METHODS} | {DoRA})
     return (*more, *map(dora_method, more))
 
 
 def dora_tensors(site: TargetModule) -> list[FileTensor]:
-    """The tensors of DoRA: its magnitudes and the inner delta's."""
+    """The file's entries for DoRA: the magnitudes, and the tensors of the inner delta."""
     def of_inner(change: Any) -> TensorConversion | None:
         return change and (lambda tensor, site: change(tensor, inner_site(site)))
 
@@ -83,13 +85,13 @@ def dora_tensors(site: TargetModule) -> list[FileTensor]:
 
 
 def add_bias(offset: Tensor, site: TargetModule) -> Tensor:
-    """The bias (out,), from the trained offset (out,)."""
+    """The bias (out,) for the file, from the trained offset (out,)."""
     own = site.base_parameter("bias")
     return offset if own is None else offset + own.to(offset)
 
 
 def subtract_bias(bias: Tensor, site: TargetModule) -> Tensor:
-    """The offset (out,), from the bias (out,) in a file."""
+    """The trained offset (out,), from the bias (out,) in the file."""
     own = site.base_parameter("bias")
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
@@ -97,8 +99,8 @@ def subtract_bias(bias: Tensor, site: TargetModule) -> Tensor:
 def buffer_problem(
     name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
 ) -> str | None:
-    """The problem with a buffer (any shape) of a module to save, or None. It must equal the base's,
-    which a merged model keeps.
+    """An error message for a buffer (any shape) of a module to save, or None. The buffer must equal
+    the base's buffer, because a merged model keeps the base's.
     """
     own = site.delta.get_submodule("copy").get_buffer(name)
     if own.shape == found.shape and (own.is_meta or torch.equal(own.cpu(), found.to(own.dtype))):
@@ -107,7 +109,7 @@ def buffer_problem(
 
 
 def token_row_tensors(site: TargetModule) -> list[FileTensor]:
-    """The token rows of an embedding or head; tied ones are in the file once."""
+    """The file's entries for token rows of an embedding or head. Tied rows are in the file once."""
     return [FileTensor("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
 
 
@@ -116,7 +118,7 @@ TENSORS = {
     **table_others.TENSORS,
     **derived.TENSORS,
     DoRADelta: dora_tensors,
-    # the file contains the bias itself
+    # files contain the bias, not the offset
     BiasDelta: lambda site: [FileTensor("offset", "{under}.bias", add_bias, subtract_bias)],
     ReplaceDelta: lambda site: [
         FileTensor(n, f"{{at}}.{own}", check=None if n in trained else partial(buffer_problem, own))

@@ -4,13 +4,14 @@
     PiSSA, OLoRA    written as LoRA of rank 2 r and alpha 2 alpha, with the factors [s (B - B0),
                     s B0] and [A; A - A0] of the offset from the base; read as LoRA
     AdaLoRA         rank_pattern of booleans    lora_A = Q, lora_B = P, lora_E = E, without the
-                                                dropped triplets; on experts with all of them, and
-                                                lora_kept for those that are kept
+                                                dropped triplets; on experts with all triplets and
+                                                lora_kept, which marks the kept triplets
     VeRA            projection_prng_key ...     vera_lambda_b, vera_lambda_d; vera_A, vera_B once,
                                                 if save_projection
 
-PEFT stores the factors of all experts as one matrix each: A (E, r, in) as (E r, in), B (E, out, r)
-as (out, r E), or exchanged if it exchanges inputs and outputs (`form.exchanges_sides`).
+PEFT stores the factors of all experts as two matrices: A (E, r, in) as (E r, in), and B (E, out, r)
+as (out, r E). The factors are exchanged if PEFT exchanges inputs and outputs
+(`form.exchanges_sides`).
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ def _exchange_sides(factors: Tensor, site: TargetModule) -> Tensor:
 
 
 def as_rows(factors: Tensor, site: TargetModule) -> Tensor:
-    """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if turned."""
+    """PEFT's A (E r, in) of all experts, from factors (E, r, in), or (E, in, r) if `site.turned`.
+    """
     return _exchange_sides(factors, site).flatten(0, 1)
 
 
 def as_columns(factors: Tensor, site: TargetModule) -> Tensor:
-    """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if turned."""
+    """PEFT's B (out, r E) of all experts, from factors (E, out, r), or (E, r, out) if
+    `site.turned`.
+    """
     return _exchange_sides(factors, site).permute(1, 2, 0).flatten(1)
 
 
@@ -70,12 +74,12 @@ INITS = {
 
 
 def as_peft_number(value: float) -> int | float:
-    """An integral float as int, as PEFT writes it."""
+    """An integral float as an int, as PEFT writes it."""
     return int(value) if value == int(value) else value
 
 
 def init_from_file(value: bool | str) -> str:
-    """The initialization for an `init_lora_weights`."""
+    """The spec's `init` for a value of `init_lora_weights`."""
     if value not in INITS:
         raise LorafoldError(
             f"init_lora_weights={value!r} is not supported, because this initialization changes the"
@@ -86,11 +90,12 @@ def init_from_file(value: bool | str) -> str:
 
 
 def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:
-    """PEFT's flag for modules whose weight is (in, out), such as GPT-2's."""
+    """PEFT's flag for modules whose weight is (in, out), such as the Conv1D layers of GPT-2."""
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}
 
 
-# the module's class determines the first; the others are for options that are off or for A's init
+# fan_in_fan_out follows from the module's class; the others are for options that are off, or for
+# the initialization of A
 LORA_IRRELEVANT = frozenset({
     "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config",
@@ -123,7 +128,7 @@ LORA = Method(
 
 
 def lora_tensors(site: TargetModule) -> list[FileTensor]:
-    """The factors of LoRA, with special cases for embeddings, convolutions and experts."""
+    """The file's entries for LoRA, which differ for embeddings, convolutions and experts."""
     if site.layer.takes_ids:
         return [FileTensor("A", "{at}.lora_embedding_A"), FileTensor("B", "{at}.lora_embedding_B")]
     down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
@@ -139,7 +144,7 @@ def lora_tensors(site: TargetModule) -> list[FileTensor]:
 
 
 def written_as_lora(spec: type[PiSSA] | type[OLoRA]) -> Method:
-    """The row of PiSSA or OLoRA, which are written as LoRA and read as LoRA."""
+    """The row of PiSSA or OLoRA, which are written as LoRA and therefore read as LoRA."""
     return Method(
         spec, "LORA",
         (
@@ -154,7 +159,7 @@ def written_as_lora(spec: type[PiSSA] | type[OLoRA]) -> Method:
 
 
 def offset_tensors(site: TargetModule) -> list[FileTensor]:
-    """An offset from initial factors, as the factors of one LoRA of twice the rank."""
+    """The file's entries for PiSSA and OLoRA: the factors of a LoRA of twice the rank."""
     a, b = lora_tensors(site)
 
     def up(_: Tensor, site: TargetModule) -> Tensor:  # (*matrices, out, 2 r)
@@ -170,8 +175,8 @@ def offset_tensors(site: TargetModule) -> list[FileTensor]:
 
 
 def adalora_config(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """Keys that PEFT requires: a schedule, and each module's kept triplets in a list of the initial
-    rank.
+    """Further config keys that PEFT requires: a schedule, and for each module a list of booleans,
+    as long as the initial rank, whose true values are the kept triplets.
     """
     pattern = {}
     for site in sites:
@@ -215,7 +220,9 @@ ADALORA = Method(
 
 
 def adalora_tensors(site: TargetModule) -> list[FileTensor]:
-    """The kept triplets of AdaLoRA; for experts all of them, since each expert keeps others."""
+    """The file's entries for AdaLoRA's kept triplets. Experts keep different triplets, so for
+    experts the file contains all triplets.
+    """
     kept: Any = site.delta.kept
     if kept.dim() > 1:
         return [
@@ -244,7 +251,7 @@ VERA = Method(
 
 
 def vera_tensors(site: TargetModule) -> list[FileTensor]:
-    """VeRA's vectors and, if saved, its shared projections."""
+    """The file's entries for VeRA: its vectors and, if saved, its shared projections."""
     names = {"b": "{at}.vera_lambda_b", "d": "{at}.vera_lambda_d"}
     if site.delta.projections.saved:  # type: ignore[union-attr]
         names |= {f"projections.{m}": f"base_model.vera_{m}" for m in "AB"}

@@ -61,14 +61,14 @@ IRRELEVANT = frozenset({
 
 
 def prefixed_tensors(prefix: str) -> Entries:
-    """The entries of a delta whose keys are its parameters' names with a prefix."""
+    """The file's entries for a delta whose keys are the names of its parameters with a prefix."""
     return lambda site: [
         FileTensor(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
 def lokr_tensors(site: TargetModule) -> list[FileTensor]:
-    """The factors of LoKr; on a convolution a full D is a kernel."""
+    """The file's entries for LoKr. For a convolution, a full D is stored as a kernel."""
     entries = prefixed_tensors("lokr")(site)
     if not site.window:
         return entries
@@ -77,8 +77,8 @@ def lokr_tensors(site: TargetModule) -> list[FileTensor]:
 
 
 def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
-    """A regular expression for the modules whose inputs IA3 scales, by last path part if
-    unambiguous.
+    """Further config keys for IA3: a regular expression for the modules whose inputs are scaled. It
+    consists of last path parts if they are unambiguous.
     """
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]
@@ -111,7 +111,9 @@ IA3_ROW = Method(
 
 
 def ia3_tensors(site: TargetModule) -> list[FileTensor]:
-    """IA3's vector, which PEFT stores as a matrix, or in the shape of a convolution's output."""
+    """The file's entry for IA3's vector, which PEFT stores as a matrix or, for a convolution, in
+    the shape of its output channels.
+    """
     if site.window:
         return [FileTensor("l", "{at}.ia3_l", to_channels, from_channels)]
     if site.delta.l.dim() > 1:  # type: ignore[operator]
@@ -127,7 +129,7 @@ METHODS = (LOHA, LOKR, IA3_ROW)
 
 
 def virtual_token_config(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
-    """The sizes in PEFT's config of a prompt or a prefix."""
+    """The sizes in PEFT's config for prompt and prefix tuning."""
     deltas = (site.delta for site in sites)
     delta: Any = next(delta for delta in deltas if isinstance(delta, PrefixDelta | PromptDelta))
     of_prefix = isinstance(delta, PrefixDelta)
@@ -142,7 +144,7 @@ def virtual_token_config(sites: Sequence[TargetModule]) -> Mapping[str, Any]:
 
 
 def read_as_random(_: Any) -> str:
-    """The fastest initialization, since the file's values replace it."""
+    """Returns `random`, the fastest initialization, because the values in the file replace it."""
     return "random"
 
 

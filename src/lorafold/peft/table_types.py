@@ -23,14 +23,14 @@ from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights
 
 ROOT = "base_model.model"
-# the types that PEFT can load, among those with rows
+# the types in the table that PEFT can load
 PEFT_TYPES = frozenset(
     {"LORA", "ADALORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"}
 )
 
 
 def check_regex(pattern: str) -> str:
-    """The pattern; raises ValueError if it is not a regular expression."""
+    """Returns the pattern, or raises ValueError if it is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as e:
@@ -43,12 +43,14 @@ Regex = Annotated[str, AfterValidator(check_regex)]
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A delta on a module.
+    """A module and a delta on it.
 
-    target: The method adapts this module, so PEFT moves the module itself to `base_layer`. at: The
-    module's path in PEFT's names. wrappers: For experts that PEFT adapts too, the number of its
-    wrappers over these (`form`). window: The kernel size of a convolution; () for any other module.
-    turned: PEFT exchanges inputs and outputs of the matrices (`form.exchanges_sides`).
+    Attributes:
+        target: the method adapts this module, so PEFT moves the module itself to `base_layer`.
+        at: the module's path in PEFT's names.
+        wrappers: for experts that PEFT adapts too, the number of PEFT's wrappers outside (`form`).
+        window: the kernel size of a convolution; () for any other module.
+        turned: PEFT exchanges inputs and outputs of the matrices (`form.exchanges_sides`).
     """
 
     path: str
@@ -69,8 +71,8 @@ class TargetModule:
 
 @dataclass(frozen=True)
 class Field:
-    """A config key and the spec's field, the type in the file, PEFT's default, conversions, and the
-    value of null if it is not converted.
+    """A config key and the spec's field for it, the type in the file, PEFT's default, conversions,
+    and the value that replaces null.
     """
 
     key: str
@@ -86,7 +88,6 @@ class Field:
         return TypeAdapter(self.type)
 
     def read(self, config: Mapping[str, Any]) -> Any:
-        """The field's value from a config."""
         value = config.get(self.key, self.default)
         try:
             checked = self._checked.validate_python(value, strict=True)
@@ -99,17 +100,17 @@ class Field:
 
 
 TensorConversion = Callable[[Tensor, TargetModule], Tensor]
-# (tensor of the file, site, all tensors of the file) -> the problem with the tensor, or None
+# (tensor of the file, target module, all tensors of the file) -> an error message, or None
 Check = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a delta (a dotted name) and its key in the file: a template with `at` and
-    `under`, the path of the module with the base's weights.
+    """A tensor of a delta (a dotted name), and the template of its key in the file. The template
+    contains `at`, the module's path in PEFT's names, or `under`, the path of the base's weights.
 
-    `to_file` and `from_file` convert between them. `check` checks a tensor whose shape
-    depends on other tensors of the file.
+    `to_file` and `from_file` convert the tensor. `check` is used for tensors whose shape depends on
+    other tensors of the file.
     """
 
     attribute: str
@@ -119,28 +120,31 @@ class FileTensor:
     check: Check | None = None
 
 
-Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of the site's delta
+Entries = Callable[[TargetModule], list[FileTensor]]  # the entries of a target module's delta
 
 
 def fixed(*entries: FileTensor) -> Entries:
-    """The entries of a delta that has the same ones on every module."""
+    """The entries of a delta that has the same entries on every module."""
     return lambda site: [*entries]
 
 
 def named(**templates: str) -> Entries:
-    """`fixed`, from templates by tensor name."""
+    """The entries of a delta, from templates by tensor name."""
     return fixed(*(FileTensor(attribute, key) for attribute, key in templates.items()))
 
 
 @dataclass(frozen=True)
 class Method:
-    """The config of a method.
+    """A row of the table: the config of a method.
 
-    marks: The values that distinguish it from other methods of the same `peft_type`. irrelevant:
-    Keys that do not change the outputs of a saved adapter. derived: Returns further keys, from the
-    sites. outer: A spec that takes this one as its `over`, such as DoRA. biases: PEFT's config of
-    this method has a key for biases. preset: The method's fixed targets; its config has no target
-    modules. parameters: PEFT supports the method for parameters, under `target_parameters`.
+    Attributes:
+        marks: the values that distinguish the method from other methods of the same `peft_type`.
+        irrelevant: keys that do not change the outputs of a saved adapter.
+        derived: returns further keys, from the target modules.
+        outer: a spec whose `over` is this method, such as DoRA.
+        biases: PEFT's config of this method has a key for biases.
+        preset: the fixed targets of the method, whose config has no target modules.
+        parameters: PEFT supports the method for `target_parameters`.
     """
 
     spec: type[Spec]
@@ -160,20 +164,19 @@ class Method:
         return self.peft_type in PEFT_TYPES
 
     def holds(self, spec: Spec) -> bool:
-        """Whether this row is for the spec's method."""
+        """Whether the row describes the method of this spec."""
         if self.outer is None:
             return type(spec) is self.spec
         return type(spec) is self.outer and type(spec.over) is self.spec  # type: ignore[attr-defined]
 
     def config(self, spec: Spec, sites: Sequence[TargetModule]) -> dict[str, Any]:
-        """The config of an adapter with this spec at these sites."""
         own = spec if self.outer is None else spec.over  # type: ignore[attr-defined]
         mapped = {f.key: getattr(own, f.attribute) for f in self.fields}
         mapped |= {f.key: f.to_file(mapped[f.key]) for f in self.fields if f.to_file}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
-        """The spec of a config and no messages, or None and a message for each wrong field."""
+        """The spec of a config and an empty list, or None and a message for each invalid field."""
         values, problems = {}, []
         for f in self.fields:
             try:

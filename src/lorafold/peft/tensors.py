@@ -1,5 +1,5 @@
-"""The tensors of an attached adapter with their keys in PEFT's file, and checks of a file's
-tensors.
+"""The tensors of an attached adapter by their keys in PEFT's file, and checks of the tensors in a
+file.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class SavedTensor:
     parameter: Tensor
 
     def encoded(self) -> Tensor:
-        """The tensor (any shape) as the file stores it: in fp32, or as integers."""
+        """The tensor (any shape) as it is stored in the file: in fp32, or as integers."""
         tensor, to_file = self.parameter.detach(), self.entry.to_file
         tensor = to_file(tensor, self.site) if to_file else tensor
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
-        """Replace the delta's tensor by a copy of the file's (any shape), in the delta's dtype and
-        on its device (the CPU for meta).
+        """Replaces the delta's tensor by a copy of the file's tensor (any shape), in the delta's
+        dtype and on its device (the CPU for meta).
         """
         own, from_file = self.parameter, self.entry.from_file
         tensor = from_file(tensor, self.site) if from_file else tensor
@@ -57,7 +57,7 @@ class SavedTensor:
         setattr(self.site.delta.get_submodule(path), name, value)
 
     def problem(self, key: str, tensor: Tensor, file: Mapping[str, Tensor]) -> str | None:
-        """The problem with the file's tensor (any shape), or None."""
+        """An error message for the file's tensor (any shape), or None."""
         if self.entry.check is not None:
             wrong = self.entry.check(tensor, self.site, file)
             return nonfinite_problem(key, tensor) if wrong is None else f"{key}: {wrong}"
@@ -72,7 +72,8 @@ class SavedTensor:
 
 
 def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
-    """Every tensor of the deltas by its key in the file; shared tensors have one key."""
+    """All tensors of the deltas by their keys in the file. Tensors that deltas share have one key.
+    """
     tensors = {}
     for site in sites:
         delta, entries = site.delta, TENSORS.get(type(site.delta), derived.derived_tensors)(site)
@@ -92,7 +93,7 @@ def saved_tensors(sites: Iterable[TargetModule]) -> dict[str, SavedTensor]:
 def sites_of(
     model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
 ) -> list[TargetModule]:
-    """Every delta of the adapter with its module."""
+    """The target modules of an adapter, one for each delta."""
     sites, num_wrappers = [], count_wrappers(model, targets)
     for path, deltas in parts.items():
         module: Any = module_at(model, path)
@@ -112,7 +113,7 @@ def sites_of(
 
 
 def nonfinite_problem(key: str, tensor: Tensor) -> str | None:
-    """The message about non-finite values in a tensor (any shape), or None."""
+    """An error message if a tensor (any shape) has values that are not finite, or None."""
     if math.isfinite(tensor.detach().sum()):
         return None
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -120,9 +121,9 @@ def nonfinite_problem(key: str, tensor: Tensor) -> str | None:
 
 
 def key_problem(key: str, stored: Weights, base: Weights) -> str | None:
-    """The problem with a tensor of no delta, or None if it is a copy of a base weight or of another
-    tensor, which PEFT sometimes saves. Of a replaced module, rows at the end may differ: new rows
-    start at random.
+    """An error message for a tensor that belongs to no delta. The result is None if the tensor is a
+    copy of a base weight or of another tensor, because PEFT saves some copies. In a copy of a
+    replaced module, rows at the end may differ, because PEFT initializes new rows randomly.
     """
     tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
     if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):

@@ -5,8 +5,8 @@
     {at}.token_adapter.trainable_tokens_delta      (k, d), the rows themselves (despite the name),
                                                    in the order of the ids
 
-For a resized vocabulary PEFT also writes the whole embedding and head. Rows there that this base
-lacks, or that differ from the base's, are read as token rows of the adapter.
+For a resized vocabulary, PEFT also writes the whole embedding and head. Rows in these matrices that
+this base lacks, or that differ from the base's rows, are read as token rows of the adapter.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TokenIds = tuple[int, ...] | ByPath
 
 
 def config_entry(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The config's key for these ids by module path: a list for the input embedding alone, else
-    lists by shortest unique path end.
+    """The config's entry for ids by module path: a list if only the input embedding has ids,
+    otherwise lists by shortest unique path suffix.
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
@@ -48,7 +48,7 @@ def config_entry(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, An
 
 
 def resolve(model: nn.Module, ids: TokenIds) -> ByPath:
-    """The config's ids by module path."""
+    """The ids in a config by module path."""
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
@@ -63,8 +63,7 @@ def resolve(model: nn.Module, ids: TokenIds) -> ByPath:
 def with_resized_rows(
     model: nn.Module, ids: ByPath, file: InMemory, base: Weights
 ) -> tuple[ByPath, InMemory]:
-    """The ids by module path and the file's tensors, with the token rows of resized matrices added
-    to both.
+    """The ids by module path and the file's tensors, in which token rows replace resized matrices.
     """
     all_ids, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
@@ -90,7 +89,7 @@ def with_resized_rows(
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
-    """The path of the embedding whose rows a tied module shares."""
+    """The path of the embedding whose token rows a tied module shares, or None."""
     if layer_class(model.get_submodule(path)).takes_ids:
         return None
     shared = tied_modules(model, model.get_submodule(path))
@@ -98,8 +97,8 @@ def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:
 
 
 def _new_rows(matrix: Tensor, own: Tensor, trained: set[int]) -> list[int] | None:
-    """The ids of rows in the file's matrix that are new or differ from the base's; None if it is
-    not the base's matrix resized.
+    """The ids of rows in the file's matrix that are new or differ from the base's rows; None if the
+    matrix is not a resized matrix of the base.
     """
     old = len(own)
     same_width = matrix.dim() == 2 and matrix.shape[1:] == own.shape[1:]
@@ -116,6 +115,6 @@ def base_key(key: str) -> str:
 
 
 def path_ends(path: str) -> Iterator[str]:
-    """Yield the ends of a path in whole parts, the shortest first."""
+    """The suffixes of a path that consist of whole parts, shortest first."""
     parts = path.split(".")
     return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))

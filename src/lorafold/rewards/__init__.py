@@ -1,8 +1,8 @@
 """Rewards of completions: functions, patterns, schemas and verifiers, each in its own process.
 
 A user's function may loop forever, exit or take all memory, and a pattern may backtrack for
-minutes. In a process of its own, this causes an error message with the reward, the row and the
-completion.
+minutes. Because each reward runs in a separate process, such a failure becomes an error message
+with the reward, the row and the completion.
 """
 
 from lorafold.rewards.reward import Judged, Reward, RewardName, Rewards, reward_of

@@ -1,10 +1,10 @@
-"""Reward functions: how one is called, and how a reward's name is resolved to one.
+"""Reward functions, and the kinds of rewards that are resolved to functions.
 
     fn(prompt, completion, **row) -> number                 called for each completion
-    fn(prompts, completions, **row) -> a list of numbers    called for a batch, fields as lists too
+    fn(prompts, completions, **row) -> a list of numbers    called for a batch; row fields are lists
 
-Only the row fields that it names are passed; with `**`, all. None instead of a number means that
-the reward does not apply to the row.
+A function receives only the row fields that its parameters name, or all fields if it has `**`. It
+returns None instead of a number if the reward does not apply to the row.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from lorafold.errors import truncate
 
 J = TypeVar("J")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
-MAX_LEN = 300  # characters of a message or value
-LARGEST = 1e150  # of a reward: its square, means and intervals must be finite
+MAX_LEN = 300  # maximum characters of a message or value
+LARGEST = 1e150  # the largest reward: its square, means and intervals must be finite
 
 
 class Item(NamedTuple):
-    """The input of a function: the prompt, the completion, and the row's other fields."""
+    """The input of a reward function: the prompt, the completion, and the other fields of the row.
+    """
 
     prompt: str | list[dict[str, Any]]
     completion: str
@@ -39,8 +40,8 @@ class Item(NamedTuple):
 
 
 class Problem(Exception):
-    """A problem with a function, a row or a result, and the index `at` of the item, if it is about
-    one.
+    """An error in a function, a row or a result. `at` is the index of the item that caused it, or
+    None.
     """
 
     def __init__(self, message: str, at: int | None = None) -> None:
@@ -48,7 +49,7 @@ class Problem(Exception):
         self.message, self.at = message, at
 
     def of(self, items: Sequence[J]) -> Sequence[J]:
-        """The item that it is about, or all."""
+        """The item that caused the error, or all items if `at` is None."""
         return items if self.at is None else items[self.at : self.at + 1]
 
 
@@ -71,7 +72,7 @@ class Function:
             )
 
     def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
-        """The rewards in order, as they are computed."""
+        """Yields lists of rewards, in the order of the items, as soon as they are computed."""
         if self.batched:
             yield self._rewards_of_batch(items)
         else:
@@ -119,7 +120,9 @@ class Function:
 
 
 def number(value: Any, at: int | None) -> float | None:
-    """The reward of item `at` as a finite float, at most LARGEST in absolute value, or None."""
+    """The reward of item `at` as a float, or None. It must be finite and at most LARGEST in
+    magnitude.
+    """
     if value is None:
         return None
     item = getattr(value, "item", None)
@@ -136,7 +139,7 @@ def number(value: Any, at: int | None) -> float | None:
 
 
 def error_text(error: BaseException, file: str | None) -> str:
-    """The type, message and line of an error; the line in `file` if it was involved."""
+    """The type, message and line of an error; if possible, the line is in `file`."""
     message = truncate(f"{type(error).__name__}: {error}".removesuffix(": "), MAX_LEN)
     if isinstance(error, SyntaxError) and Path(error.filename or "").is_file():
         name = Path(error.filename or "").name
@@ -163,7 +166,7 @@ def _text(value: Any) -> str:
 
 
 def function_in_file(text: str) -> Function:
-    """A function of `/path/FILE.py:fn`, which can import modules next to the file."""
+    """The function with the name `/path/FILE.py:fn`, which can import modules next to the file."""
     path, _, name = text.rpartition(":")
     file = Path(path)
     if not file.is_file():
@@ -188,7 +191,9 @@ def function_in_file(text: str) -> Function:
 
 
 def pattern(text: str) -> Function:
-    """1 if the regular expression matches the whole completion; `.` matches newlines."""
+    """A function that returns whether a regular expression matches the whole completion; `.`
+    matches newlines.
+    """
     try:
         compiled = re.compile(text, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
@@ -197,7 +202,9 @@ def pattern(text: str) -> Function:
 
 
 def schema(text: str) -> Function:
-    """1 if the completion is JSON that fits the schema, according to llguidance."""
+    """A function that returns whether the completion is JSON that fits a schema, according to
+    llguidance.
+    """
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
@@ -227,8 +234,9 @@ def schema(text: str) -> Function:
 
 
 def verifier(text: str) -> Function:
-    """The verifier of a reasoning-gym task. The entry is the row's field `entry`, or its fields
-    `answer` and `metadata`; the answer is the completion's last <answer>, or all of it.
+    """The verifier of a reasoning-gym task. It reads the task's entry from the row's field `entry`,
+    or from `answer` and `metadata`, and takes the completion's last <answer>, or the whole
+    completion, as the answer.
     """
     try:
         from reasoning_gym.factory import DATASETS
@@ -265,7 +273,7 @@ def verifier(text: str) -> Function:
 
 
 def as_object(name: str, value: Any) -> dict[str, Any]:
-    """A row's field that is an object, or the JSON text of one."""
+    """The object in a row's field, which may be JSON text."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
     except ValueError:

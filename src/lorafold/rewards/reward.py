@@ -1,9 +1,9 @@
-"""Rewards by name, which run in processes of their own; functions, which run in this one; and their
-weighted sums.
+"""Rewards and their weighted sums. Rewards given by name run in separate processes; rewards given
+as functions run in this process.
 
     FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
     regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
-    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn       any with a weight
+    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn       a reward with a weight
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lorafold.files.paths import nearest_name
 from lorafold.rewards.functions import LARGEST, Function, Item, Problem, number, pattern
 from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, framed
 
-CALL_SECONDS = 30.0  # seconds of a call
-LOADING_SECONDS = 120.0  # seconds for loading a reward and its imports
+CALL_SECONDS = 30.0  # time limit of a call
+LOADING_SECONDS = 120.0  # time limit for loading a reward and its imports
 # sets have the same order in each run, so that a resumed run gives the same rewards
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
@@ -44,12 +44,12 @@ class Judged:
     """One completion to judge.
 
     Attributes:
-        prompt: as in its row: a text, or messages.
+        prompt: the prompt in the row, which is a text or messages.
         completion: the generated text.
         row: the other fields of the row.
-        where: its name in messages: "rows.jsonl row 7, completion 3".
-        conversation: the conversation used for generation, for a reward that renders it; None for
-            the prompt alone.
+        where: the location that messages show, for example "rows.jsonl row 7, completion 3".
+        conversation: the conversation used for generation, for rewards that render it; None if only
+            the prompt was used.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -61,21 +61,21 @@ class Judged:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A reward, which gives each completion a number.
+    """A reward, which assigns a number to each completion.
 
     Attributes:
-        name: its name in all output.
-        weight: its weight in a sum.
+        name: the reward's name in all output.
+        weight: the reward's weight in a weighted sum.
     """
 
     name: str
     weight: float
 
     def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
-        """A finite number for each, or None if the reward does not apply."""
+        """A finite number for each completion, or None if the reward does not apply to it."""
 
     def close(self) -> None:
-        """End its processes; a later call starts them again."""
+        """Ends the reward's processes; a later call starts them again."""
 
 
 def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
@@ -85,8 +85,8 @@ def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFai
 
 
 class SeparateReward:
-    """A reward in a process of its own, of a kind of `functions.KINDS` with a text. Only one thread
-    may call it at a time; a call may take `limit` seconds.
+    """A reward in a separate process, of a kind in `functions.KINDS`. Only one thread may call it
+    at a time; a call may take `limit` seconds.
     """
 
     def __init__(
@@ -167,8 +167,9 @@ def _exit_message(code: int) -> str:
 
 
 class RewardName(NamedTuple):
-    """A reward's parsed name: its weight, the name without it, its kind (`functions.KINDS` or
-    adapter), and the text after the kind, with absolute paths except for adapters.
+    """The parts of a reward's name: the weight, the name without the weight, the kind (`adapter`,
+    or a key of `functions.KINDS`), and the text after the kind, in which paths are absolute except
+    for adapters.
     """
 
     weight: float
@@ -178,7 +179,7 @@ class RewardName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`0.5*FILE.py:fn` has weight 0.5, and `FILE.py:fn` weight 1."""
+        """Parses a name such as `0.5*FILE.py:fn`; without a number, the weight is 1."""
         number, name = WEIGHTED.findall(text)[0]
         weight = float(number or 1)
         if not math.isfinite(weight):
@@ -196,7 +197,7 @@ class RewardName(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a reward model, on the run's base."""
+        """Whether the reward is a reward model, which is an adapter on the run's base."""
         return self.kind == "adapter"
 
     @property
@@ -206,13 +207,13 @@ class RewardName(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the file, or ""."""
+        """The SHA-256 of the reward's file; empty if there is no file."""
         file = self.file
         return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
 def check_names(texts: Iterable[str]) -> None:
-    """Raise for unknown forms, missing files and invalid patterns, without running anything."""
+    """Checks reward names, their files and patterns without running anything."""
     for text in texts:
         parsed = RewardName.parse(text)
         if (file := parsed.file) and not file.is_file():
@@ -226,8 +227,8 @@ def check_names(texts: Iterable[str]) -> None:
 
 
 def reward_of(text: str) -> Reward:
-    """The reward of this name, which may begin with a weight (`0.5*`). It runs in a process of its
-    own until it is closed.
+    """The reward with this name, which may begin with a weight (`0.5*`). The reward runs in a
+    separate process until it is closed.
     """
     parsed = RewardName.parse(text)
     if parsed.is_adapter:
@@ -239,14 +240,14 @@ def reward_of(text: str) -> Reward:
 
 
 def check_starts(texts: Iterable[str]) -> None:
-    """Start and end each of these rewards, except adapters."""
+    """Checks that each of these rewards, except adapters, can be started."""
     for text in texts:
         if not RewardName.parse(text).is_adapter:
             reward_of(text).close()
 
 
 class DirectReward:
-    """A function as a reward (see `functions.py`)."""
+    """A reward that calls a function in this process (see `functions.py`)."""
 
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
@@ -267,15 +268,15 @@ class DirectReward:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Does nothing, because a direct reward has no process."""
 
 
 class Rewards(AbstractContextManager["Rewards"]):
-    """Rewards of one run; a context manager, which closes them.
+    """The rewards of one run, as a context manager that closes them.
 
     Args:
-        rewards: each with a name of its own.
-        limit: the seconds that a call of a reward in its own process may take.
+        rewards: rewards with different names.
+        limit: the time limit, in seconds, for a call of a reward in a separate process.
     """
 
     def __init__(self, rewards: Sequence[Reward], limit: float = CALL_SECONDS) -> None:
@@ -298,8 +299,8 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     @classmethod
     def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = CALL_SECONDS) -> Self:
-        """Rewards from names (see `reward_of`), functions, which run in this process without a
-        limit, and rewards. Functions with the same name are numbered.
+        """Creates `Rewards` from names (see `reward_of`), functions and rewards. Functions run in
+        this process without a time limit; functions with the same name are numbered.
         """
         rewards = []
         names = Counter[str]()
@@ -324,8 +325,8 @@ class Rewards(AbstractContextManager["Rewards"]):
     def __call__(
         self, judged: Sequence[Judged]
     ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-        """The weighted sum for each completion, and each reward's numbers by name; None if a reward
-        does not apply, and as the sum if none does.
+        """The weighted sum for each completion, and the numbers of each reward by name. A number is
+        None if the reward does not apply to the completion; a sum is None if no reward applies.
         """
         each = {reward.name: _judge(reward, judged) for reward in self._rewards}
         weights, sums = self.weights.values(), []

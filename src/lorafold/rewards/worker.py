@@ -1,9 +1,10 @@
 """The process of a reward: `python -P -m lorafold.rewards.worker`.
 
-The first message is JSON, the reward's `kind` and `text`; the answer is `batched`, whether it
-judges batches. Every other message is a pickled list of pickled items; the answers are JSON lists
-of rewards as they are computed, until each item has one, or `wrong` with the index `at`, which ends
-them.
+The first message is a JSON object with the reward's `kind` and `text`; the answer contains
+`batched`, which is true if the function judges batches. Every other message is a pickled list of
+pickled items. The answers to it are JSON lists of rewards, sent as they are computed, until each
+item has a reward. After an error, the last answer is an object with the message `wrong` and the
+item's index `at`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from typing import Any, BinaryIO
 from lorafold.rewards.functions import KINDS, Function, Item, Problem
 from lorafold.runtime.killable_process import framed, read_message
 
-GRACE_SECONDS = 1.0  # seconds that a call may go on after the parent is gone
+GRACE_SECONDS = 1.0  # time that a call may take after the parent has ended
 
 
 def main() -> None:
-    """Answer messages until there are none."""
+    """Answers messages until the input ends."""
     messages, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)  # so that functions that read or print don't disturb the messages
     os.dup2(2, 1)
-    with suppress(OSError):  # if memory runs out, this process is killed
+    with suppress(OSError):  # if memory runs out, this process is killed first
         Path("/proc/self/oom_score_adj").write_text("1000")
     inbox = SimpleQueue[bytes | None]()
     Thread(target=_receive, args=(messages, inbox), daemon=True).start()
@@ -54,8 +55,8 @@ def main() -> None:
 
 
 def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
-    """Read messages while the function runs, to notice that the parent is gone: then this process
-    and all that it started are killed, even during a call.
+    """Reads messages in a thread, to detect the end of the parent even during a call. Then this
+    process and all processes that it started are killed.
     """
     while (message := read_message(messages)) is not None:
         inbox.put(message)

@@ -1,1 +1,3 @@
-"""Deltas for token rows, whole modules, biases, virtual tokens and mixtures; checks of options."""
+"""Code that several methods use: deltas for token rows, modules, biases and virtual tokens, and
+checks of options.
+"""

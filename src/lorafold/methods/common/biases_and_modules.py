@@ -1,7 +1,7 @@
 """Deltas that an adapter can have in addition to its method's.
 
     BiasDelta       y = layer(x) + c        c (out,), zero at start: a trained bias as an offset,
-                                            added before the layer's rounding, the bias after it
+                                            added before the layer rounds; the bias is added after
     ReplaceDelta    y = copy(x)             a trained copy instead of the module (PEFT's
                                             `modules_to_save`), for a new head or norms
     token rows      see `trainable_tokens.py`
@@ -35,7 +35,7 @@ Bias = Literal["none", "lora_only", "all"]
 def add_biases(
     model: nn.Module, matches: Matches, bias: Bias, deltas: dict[str, list[Delta]]
 ) -> None:
-    """Add a delta for every bias to be trained, except in experts and their routers."""
+    """Adds a `BiasDelta` for each bias that `bias` selects, except in experts and their routers."""
     left_out = Anatomy.of(model).routers
     every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
     for path in {"lora_only": matches.paths, "all": every}[bias]:
@@ -48,7 +48,7 @@ def add_token_rows(
     model: nn.Module, spec: Spec, tokens: TrainableTokens, active: Sequence[str],
     deltas: dict[str, list[Delta]],
 ) -> None:  # fmt: skip
-    """Add the deltas that train the embedding rows of tokens."""
+    """Adds the deltas that train the embedding and head rows of `tokens`."""
     rows = tokens.deltas(model, active) if tokens.ids else {}
     if rows and spec.trains_base:
         raise LorafoldError(
@@ -74,8 +74,8 @@ def add_token_rows(
 
 
 def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | None:
-    """The vocabulary size including an adapter's new tokens, for its deltas by module path; None if
-    it has none.
+    """The vocabulary size of a model with an adapter's new tokens, or None if the adapter has no
+    new tokens. `parts` are the adapter's deltas with their module paths.
     """
     ids = {path: part.ids for path, part in parts if isinstance(part, TokenRows)}
     ends: dict[str, Any] = {path: bare(module_at(model, path)) for path in ids}
@@ -84,7 +84,7 @@ def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | No
 
 
 class BiasDelta(Delta):
-    """c (out,), fp32. Merging adds it to the layer's bias, which is created if there is none."""
+    """The offset c (out,), fp32. Merging adds it to the layer's bias, or creates the bias."""
 
     def __init__(self, out: int, device: torch.device) -> None:
         super().__init__()
@@ -98,12 +98,15 @@ class BiasDelta(Delta):
 
 
 def param_paths(module: nn.Module, path: str) -> list[str]:
-    """The paths, at and below `path`, of the modules that have parameters of their own."""
+    """The paths of the modules that own parameters, among the module at `path` and its submodules.
+    """
     return [f"{path}.{p}" if p else path for p, m in module.named_modules() if m._parameters]
 
 
 class ReplaceDelta(Delta):
-    """fp32 copies of the module's parameters, which compute in the module's own dtype."""
+    """fp32 copies of a module's parameters. They are converted to the module's dtype to compute its
+    output.
+    """
 
     whole = True
 
@@ -129,7 +132,7 @@ class ReplaceDelta(Delta):
 
     def forward(self, layer: Layer, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         dtype = self.dtype
-        if self.multiplies and args[0].is_floating_point():  # autocast's dtype may differ
+        if self.multiplies and args[0].is_floating_point():  # may differ under autocast
             dtype = args[0].dtype
         own = {n: p.to(dtype) for n, p in self.copy.named_parameters()}
         y = functional_call(self.copy, own, args, kwargs)

@@ -1,4 +1,4 @@
-"""Checks of a method's options, and the initialization of factors."""
+"""Validation of a method's options, and initialization of factors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def check(
     below_one: Sequence[str] = (),
     one_of: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise one LorafoldError with all invalid options: `whole` must be integers from 1 (or
-    patterns of them), `below_one` probabilities, `one_of` choices; `wrong` are messages about
-    others.
+    """Raises one LorafoldError that lists all invalid options of a spec. `whole` names options that
+    must be integers above 0 (or mappings to them), `below_one` names probabilities, and `one_of`
+    maps names to choices; `wrong` are messages about other options.
     """
     lines = []
     for name in whole:
@@ -44,13 +44,13 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
 
 
 def set_alpha(spec: Any, default: float) -> None:
-    """Set the alpha of a frozen spec, if it is None, to the default, and convert it to a float."""
+    """Converts the alpha of a frozen spec to a float; None becomes the default."""
     object.__setattr__(spec, "alpha", float(default if spec.alpha is None else spec.alpha))
 
 
 def kaiming(factor: Tensor) -> None:
-    """Fill a factor (*matrices, k, in) with kaiming-uniform values, matrix by matrix, as PEFT does:
-    up to 1 / sqrt(in).
+    """Fills a factor (*matrices, k, in) with kaiming-uniform values between -1 / sqrt(in) and 1 /
+    sqrt(in), matrix by matrix, as PEFT does.
     """
     for matrix in factor.detach().view(-1, *factor.shape[-2:]):
         nn.init.kaiming_uniform_(matrix, a=5**0.5)

@@ -6,14 +6,15 @@
     fold        the matrix (V, d) with these rows at their ids; rows of ids from V on are appended:
                 (V + m, d)
 
-For tokens added to a tokenizer, and for existing tokens that should change their meaning. The base
-is never resized: the m rows that it lacks belong to the delta. If head and embedding are tied, the
-rows are parameters of the embedding's delta alone, which is the `twin` of the head's delta.
+Token rows are for tokens added to a tokenizer, and for existing tokens whose meaning should change.
+The base is never resized, because the m rows that it lacks belong to the delta. If head and
+embedding are tied, the rows are parameters of the embedding's delta only, which is the `twin` of
+the head's delta.
 
 A new row starts as the mean of all rows, so that a new token's probability is at most the average
 for any text (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New
-entries of a head's bias are the mean of the bias, and are not trained. Rows are rounded to the
-nearest before use, as a merged model stores them.
+entries of a head's bias are the mean of the bias, and are not trained. Before use, rows are rounded
+to the nearest value in the activations' dtype, as in a merged model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from lorafold.layers import is_linear, layer_class, layer_of
 
 
 class TokenRows(Delta):
-    """Abstract: the rows (k, d), fp32, of the ids (k,) in the given order; its own parameters, or
-    its twin's.
+    """Abstract: the rows (k, d), fp32, for the ids (k,) in the given order. They are parameters of
+    this delta or of its twin.
     """
 
     setting_names = ("ids",)
@@ -47,7 +48,7 @@ class TokenRows(Delta):
     def __init__(self, ids: Sequence[int], rows: Tensor | TokenRows) -> None:
         super().__init__()
         self.ids = tuple(ids)
-        # in a tuple, so that it is not a submodule: only one delta may own the rows
+        # in a tuple, so that it does not become a submodule: only one delta may own the rows
         self._owner = (rows,) if isinstance(rows, TokenRows) else ()
         if isinstance(rows, Tensor):
             self.rows = nn.Parameter(rows.detach().to(torch.float32, copy=True))
@@ -63,7 +64,7 @@ class TokenRows(Delta):
 
     @property
     def owner(self) -> TokenRows:
-        """The delta that has the rows as its parameters."""
+        """The delta whose parameters include the rows."""
         return self._owner[0] if self._owner else self
 
     @property
@@ -77,18 +78,18 @@ class TokenRows(Delta):
         return self.ids
 
     def sorted_rows(self, device: torch.device) -> Tensor:  # (k, d)
-        """The rows by ascending id."""
+        """The rows in ascending order of their ids."""
         return self.owner.rows.to(device)[self.order.to(device)]
 
     def num_new(self, size: int) -> int:
-        """The number of ids that are not below `size`, the vocabulary of a matrix."""
+        """The number of ids beyond a vocabulary of `size` tokens."""
         missing = sum(i >= size for i in self.ids)
         if missing and (wrong := gap_message(self.ids, size)):
             raise LorafoldError(wrong)
         return missing
 
     def with_rows(self, w: Tensor) -> Tensor:  # (V, d) -> (V + m, d)
-        """The matrix with the rows at their ids, in the wider of the two dtypes."""
+        """A matrix with the rows at their ids, in the wider of the two dtypes."""
         rows = self.sorted_rows(w.device)
         dtype, old = torch.promote_types(w.dtype, rows.dtype), len(rows) - self.num_new(len(w))
         w = torch.cat([w.to(dtype), rows[old:].to(dtype)])
@@ -99,7 +100,7 @@ class TokenRows(Delta):
 
 
 class EmbeddingRows(TokenRows):
-    """Token rows of an embedding, W (d, V)."""
+    """Token rows of an embedding, whose W is (d, V)."""
 
     def forward(self, layer: Layer, ids: Tensor, onto: Tensor | None = None) -> Tensor:
         ascending = self.ascending.to(ids.dtype)
@@ -114,7 +115,7 @@ class EmbeddingRows(TokenRows):
 
 
 class HeadRows(TokenRows):
-    """Token rows of an output embedding, W (V, d)."""
+    """Token rows of an LM head, whose W is (V, d)."""
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         z = layer(x)
@@ -141,12 +142,11 @@ class HeadRows(TokenRows):
 
 @dataclass(frozen=True)
 class TrainableTokens:
-    """The tokens whose rows are trained.
+    """The tokens whose rows are trained: `ids` for the embedding and the head, or ids by module
+    name.
 
-    Args:
-        ids: the ids for the embedding and the head, or ids by module name.
-        fresh: ids that start as the mean although the base has a row for them: matrices are often
-            longer than the vocabulary, and the rows beyond it are untrained.
+    `fresh` ids start as the mean although the base has rows for them. Many embeddings have more
+    rows than the vocabulary has tokens, and the additional rows are untrained.
     """
 
     ids: Sequence[int] | Mapping[str, Sequence[int]] = ()
@@ -154,9 +154,7 @@ class TrainableTokens:
 
     @torch.no_grad()
     def deltas(self, model: nn.Module, active: Sequence[str]) -> dict[str, TokenRows]:
-        """The deltas by module path, to be attached on top of the active adapters with these names.
-        Raises one LorafoldError with all problems.
-        """
+        """The deltas by module path, to be attached on top of the adapters in `active`."""
         by_path, problems = self._by_path(model)
         deltas: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
@@ -189,8 +187,8 @@ class TrainableTokens:
         return deltas
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """The ids by module path, and the problems. Modules tied to an embedding come after it, and
-        get its ids unless the user set others.
+        """The ids by module path, and error messages. Modules tied to an embedding come after it,
+        and have its ids unless the user gave them others.
         """
         problems = []
         if isinstance(self.ids, Mapping):
@@ -217,7 +215,7 @@ class TrainableTokens:
 
     @staticmethod
     def _vocabulary_mismatch(model: nn.Module, new_deltas: Mapping[str, TokenRows]) -> list[str]:
-        """The problem, if embedding and head would have different vocabularies."""
+        """An error message if embedding and head would have different numbers of tokens."""
         ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
@@ -240,7 +238,7 @@ class TrainableTokens:
 
 
 def gap_message(ids: Sequence[int], size: int) -> str | None:
-    """The error message for ids that would leave a gap after a vocabulary of `size` tokens."""
+    """An error message if new ids do not continue a vocabulary of `size` tokens without gaps."""
     num_new = sorted(i for i in ids if i >= size)
     if not num_new or num_new[-1] == size + len(num_new) - 1:
         return None
@@ -251,7 +249,7 @@ def gap_message(ids: Sequence[int], size: int) -> str | None:
 
 
 def token_rows_on(module: nn.Module) -> Iterator[TokenRows]:
-    """Yield the token rows among the deltas attached to a module."""
+    """The `TokenRows` among the deltas attached to a module."""
     deltas: Any = module.deltas.values() if isinstance(module, Adapted) else ()
     return (part for delta in deltas for part in delta.parts() if isinstance(part, TokenRows))
 

@@ -3,14 +3,14 @@
     attention(q, [K_virtual, K], [V_virtual, V])        K_virtual (1, Hk, n, D) of each layer, seen
                                                         by every query
 
-A delta on the decoder computes the keys and values of n virtual tokens, and passes
-them as one keyword argument, which transformers' decoders forward to their attentions; positions
-shift by n. On each attention, a second delta removes the argument, wraps the KV
-cache to prepend the virtual keys and values, and extends the mask by n columns. The cache itself
-contains only real tokens, so lengths, reordering, cropping and resuming work as usual.
+A delta on the decoder computes the keys and values of n virtual tokens, passes them as one keyword
+argument, which transformers' decoders forward to their attentions, and shifts positions by n. On
+each attention, a second delta removes the argument, wraps the KV cache to prepend the virtual keys
+and values, and extends the mask by n columns. The KV cache itself contains only real tokens, so
+lengths, reordering, cropping and resuming work as usual.
 
-Virtual tokens stay visible under a sliding window. Models whose decoder does not forward such
-arguments are rejected.
+Virtual tokens stay visible under a sliding window. Models whose decoder does not forward keyword
+arguments to its attentions are rejected.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _CACHE_NAMES = ("cache", "layer_past")  # names of an attention's KV cache argum
 
 
 class VirtualArgument:
-    """The argument that decoders pass to attentions: every adapter's keys and values, and a
-    dictionary in which to record a layer's own, or None.
+    """The argument that decoders pass to attentions: the keys and values of each adapter's virtual
+    tokens. If `kv_by_layer` is a dictionary, each layer stores the keys and values that it computes
+    there.
     """
 
     def __init__(self, kvs: tuple[KVByLayer, ...], kv_by_layer: KVByLayer | None) -> None:
@@ -51,15 +52,15 @@ class VirtualArgument:
         self._documents: tuple[Documents, Documents] | None = None
 
     def at(self, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
-        """Each adapter's keys (1, Hk, n, D) and values (1, Hk, n, Dv) for the layer. Records the
-        layer as reached.
+        """The keys (1, Hk, n, D) and values (1, Hk, n, Dv) of each adapter for one layer. The call
+        marks the layer as reached.
         """
         self.reached_layers.add(layer_idx)
         return [kv[layer_idx] for kv in self.kvs]
 
     def mask(self, mask: Any, n: int, x: Tensor) -> Any:
-        """`widen_mask` for a mask (B, 1, T, Tk), documents or None, and input x (B, T, d);
-        documents are widened once for all layers.
+        """`widen_mask` of a mask (B, 1, T, Tk), documents or None, for input x (B, T, d). Documents
+        are widened only once for all layers.
         """
         if not isinstance(mask, Documents):
             return widen_mask(mask, n, x)
@@ -72,10 +73,10 @@ class VirtualArgument:
 
 
 class _Prepended:
-    """A wrapper of an attention's KV cache (None: no cache) that prepends the virtual tokens.
+    """A wrapper of an attention's KV cache (or None) that prepends the virtual tokens.
 
-    Without a mask, attention is causal over its own `tokens`, so unused positions of a fixed-size
-    cache are cut off.
+    Without a mask, attention is causal over the `tokens` of the input, so unused positions of a
+    fixed-size cache are cut off.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class _Prepended:
 
 
 class VirtualTokenReceiver(Opaque):
-    """The delta on an attention that receives the virtual tokens. It has no parameters."""
+    """The delta on an attention, which adds the virtual tokens there. It has no parameters."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -128,15 +129,15 @@ class VirtualTokenReceiver(Opaque):
 
 
 def widen_mask(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Documents | None:
-    """An attention's mask with n columns in front that every query sees, (B, 1, T, n + Tk);
-    documents with n keys in front; None if there is nothing to mask.
+    """An attention mask (B, 1, T, n + Tk) whose first n columns are visible to every query, or
+    documents with n keys before them; None if there is nothing to mask.
     """
     if isinstance(mask, Documents):
         if mask.window is None:
             return with_prefix_keys(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
-        # without a mask, attention is causal over T keys, or has one query, which sees all keys
+        # without a mask, attention is causal over T keys, or one query attends to all keys
         if (t := x.shape[1]) == 1:
             return None
         return torch.ones(t, n + t, dtype=torch.bool, device=x.device).tril(n)[None, None]
@@ -149,14 +150,14 @@ def widen_mask(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | D
 
 
 def argument_names(module: nn.Module) -> list[str]:
-    """The names of the arguments of the module's own forward, in order."""
+    """The parameter names of a module's original forward, in order."""
     cls = type(module)
     return list(inspect.signature(getattr(cls, "base_class", cls).forward).parameters)[1:]
 
 
 class VirtualTokenDelta(Opaque):
-    """Abstract: the delta on the decoder, which has the virtual tokens' keys and values in every
-    layer.
+    """Abstract: the delta on the decoder, which provides the keys and values of the virtual tokens
+    for every layer.
     """
 
     def __init__(self, body: nn.Module, layers: list[int]) -> None:
@@ -166,12 +167,12 @@ class VirtualTokenDelta(Opaque):
     @property
     @abstractmethod
     def positions(self) -> int:
-        """The number of positions that the virtual tokens take before each row."""
+        """The number of positions that virtual tokens take before the first token of a row."""
 
     @abstractmethod
     def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
-        """The virtual tokens' keys (1, Hk, n, D) and values (1, Hk, n, Dv), by `layer_idx`; may be
-        stored on the KV cache.
+        """The keys (1, Hk, n, D) and values (1, Hk, n, Dv) of the virtual tokens, by `layer_idx`.
+        Implementations may store them on the KV cache.
         """
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +188,7 @@ class VirtualTokenDelta(Opaque):
         n: int,
         kv_by_layer: KVByLayer | None = None,
     ) -> Any:
-        """Run the decoder with virtual tokens in front, and return its output."""
+        """Runs the decoder with virtual tokens before its input, and returns its output."""
         outer = inputs.get(_KEYWORD) or VirtualArgument((), None)
         kvs = outer.kvs if virtual is None else (*outer.kvs, virtual)
         own = VirtualArgument(kvs, outer.kv_by_layer if kv_by_layer is None else kv_by_layer)
@@ -202,8 +203,8 @@ class VirtualTokenDelta(Opaque):
 
 
 def positions(inputs: dict[str, Any]) -> Tensor:
-    """The positions (B or 1, T) of a decoder's input: `position_ids` if given, else those after the
-    tokens in its KV cache.
+    """The positions (B or 1, T) of a decoder's input: `position_ids` if given, otherwise the
+    positions after the tokens in the KV cache.
     """
     if (given := inputs.get("position_ids")) is not None:
         return given
@@ -214,7 +215,7 @@ def positions(inputs: dict[str, Any]) -> Tensor:
 
 
 class VirtualTokens(Spec):
-    """Abstract: n virtual tokens, with a delta on the decoder and one on each attention."""
+    """Abstract: n virtual tokens, with one delta on the decoder and one on each attention."""
 
     tokens: int
     init: str
@@ -228,7 +229,6 @@ class VirtualTokens(Spec):
 
     @property
     def positions(self) -> int:  # type: ignore[override]
-        """The positions of the virtual tokens."""
         return self.tokens
 
     def build(self, layer: Layer) -> VirtualTokenDelta | VirtualTokenReceiver:
@@ -244,10 +244,10 @@ class VirtualTokens(Spec):
         return self.build_delta(layer, attentions)
 
     def random_ids(self, embedding: nn.Embedding) -> Tensor:  # (n,)
-        """n random tokens of the vocabulary."""
+        """The ids of n random tokens of the vocabulary."""
         ids = torch.randint(embedding.num_embeddings, (self.tokens,))
         return ids.to(embedding.weight.device)
 
     @abstractmethod
     def build_delta(self, layer: Layer, attentions: list[nn.Module]) -> VirtualTokenDelta:
-        """The delta for the decoder's layer, with these attentions."""
+        """Creates the delta on the decoder, for its attentions."""
