@@ -75,6 +75,8 @@ def encoder(batch_first: bool, dtype: torch.dtype | None = None, **options) -> A
 
 X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]).bool()
+
+
 def of_torch(kind: str, first: bool, dtype: torch.dtype | None = None) -> nn.Module:
     if kind in ("attention", "no-bias"):
         bias = kind == "attention"

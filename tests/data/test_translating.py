@@ -21,7 +21,6 @@ from translation_cases import AXOLOTL, axolotl_of, keys, llamafactory_of, remark
 pytestmark = pytest.mark.usefixtures("unestimated")
 
 
-
 def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
     theirs = axolotl_of(tmp_path)
     assert theirs.recipe == Recipe(

@@ -360,8 +360,6 @@ def test_the_arguments_of_transformers_are_fields_of_every_trainer():
         assert beneath <= set(defaults_of(config))
 
 
-
-
 @pytest.mark.parametrize(
     ("extra", "tool"),
     [

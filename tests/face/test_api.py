@@ -85,6 +85,7 @@ def test_what_a_loaded_model_leaves_without_effect_is_refused(model: str, adapte
         with pytest.raises(lf.LorafoldError, match=told):
             lf.generate(loaded, "Hello", **given)
 
+
 def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> None:
     loaded, tokenizer = lf.load_model(model, "fp32", "cpu"), lf.load_tokenizer(model)
     one = lf.generate(loaded, "Book a table", tokenizer=tokenizer, max_new_tokens=4)

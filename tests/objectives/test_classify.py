@@ -48,6 +48,7 @@ from training_cases import killed
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
+
 def classifier(directory: Path, seed: int = 0) -> Any:
     source, pad = resolve_model(directory), load_tokenizer(directory).pad_token_id
     return load_classifier(source, tuple(sorted(TEXTS)), pad, torch.float32, seed=seed)

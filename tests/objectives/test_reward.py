@@ -79,6 +79,7 @@ def moved_model(directory: Path) -> tuple[Any, Any]:
     adapted(model)
     return model, load_tokenizer(directory)
 
+
 def adapted(model: Any, seed: int = 0) -> lf.Adapter:
     """A LoRA adapter and a head with all tensors drawn, so that they change the model."""
     torch.manual_seed(seed)
@@ -406,6 +407,7 @@ def test_the_estimate_of_a_step_is_what_it_takes(directory: Path) -> None:
         Storage(torch.float32), lf.LoRA(), beside=lambda m: {"modules_to_save": head_paths(m)},
         rows=(90, 70, 120, 60), classes=1,
     )  # fmt: skip
+
     def fake() -> Any:
         return fake_model(config, setting.base, config.num_hidden_layers, 1)
 

@@ -263,7 +263,6 @@ WRONG = (
 class Load:
     """Clients of all kinds, each in a thread, until it is time."""
 
-
     def __init__(self, server: Running, seconds: float) -> None:
         self.server, self.until = server, time.monotonic() + seconds
         self.seen: Counter[str] = Counter()

@@ -128,6 +128,7 @@ def test_advice_states_what_resizing_loses():
     kept = "rank 5 is enough for 95% of the energy, and the adapter has rank 8: keep this rank"
     assert advice(8, pooled([torch.tensor([1.0] * 5 + [0.1] * 3)])) == kept
 
+
 def test_pooled_loss_weighs_sites_by_their_energy():
     large, small = torch.tensor([100.0]), torch.tensor([0.1] * 40)
     assert pooled([large, small]).rank_95 == 1

@@ -221,8 +221,7 @@ def verb(function: Verb) -> Verb:
             new = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default)
             parameters.setdefault(one.name, new.replace(annotation=one.hint))
         name = one.group[0] if one.group else one.name
-        text = f"{name}: {entries.get(name) or one.help}"
-        lines[name] = fill(text, 90, subsequent_indent="    ")
+        lines[name] = fill(f"{name}: {entries.get(name) or one.help}", 90, subsequent_indent="    ")
     summary, *rest = ARGS.split(f"{inspect.cleandoc(documented.__doc__)}\n", maxsplit=1)
     listed = indent("\n".join(lines.values()), "    ")
     documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"

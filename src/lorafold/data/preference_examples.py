@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+
 @dataclass(frozen=True)
 class BranchedRow:
     """A tokenized row: shared ids (s,), branches, the label of a single branch, and the branches'

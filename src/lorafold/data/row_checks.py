@@ -101,6 +101,7 @@ class TemplateSummary:
         }
         return [line for line, applies in remarks.items() if applies]
 
+
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     template, block = template_of(tokenizer), template_of(tokenizer).block
     without_prompt = try_apply([USER], tokenizer)

@@ -51,6 +51,7 @@ class PrefixDelta(VirtualTokenDelta):
     def keys_and_values(self, layer: Layer, cache: Any) -> KVByLayer:
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
+
 @dataclass(frozen=True)
 class Prefix(VirtualTokens):
     """Prefix tuning. All attentions of the model must have the same number of key heads and the

@@ -308,6 +308,7 @@ class PeftSelection:
         named = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
         return replace(self, **{name: inner(getattr(self, name)) for name in (*named, "tokens")})
 
+
 def select_exactly(
     model: nn.Module,
     targets: Sequence[str],

@@ -81,7 +81,6 @@ class RunRequest:
         return [row for _, row, _ in islice(rows, n)]
 
 
-
 def fields_free_on_resume(recipe: Recipe) -> set[str]:
     """The fields that a resumed run may change, because they do not affect training."""
     free = {"keep", "trackers", "strategy"}

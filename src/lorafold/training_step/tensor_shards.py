@@ -211,6 +211,7 @@ class ShardedReads(TorchDispatchMode):
                 shard.empty()
         self.filled = [shard for shard in self.filled if shard in but]
 
+
 def shard_tensor(
     t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
 ) -> None:
