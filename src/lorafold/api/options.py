@@ -427,7 +427,7 @@ class StackOptions(DeviceOptions, total=False):
 
 def _storage(auto: str, when: str = "") -> Option:
     text = (
-        f"The quantization or dtype of the base model{when}: {STORAGE_NAMES} or auto."
+        f"The quantization or dtype of the base model{when}: auto, {STORAGE_NAMES}."
         f" auto uses {auto}. You can also write --quantization."
     )
     return Option(text, panel=BASE, default="auto")

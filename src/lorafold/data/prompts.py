@@ -98,7 +98,8 @@ def reference_of(
     turn = renderings.turn(last)
     if turn is None:
         raise LorafoldError(
-            f"messages[{last}]: the chat template does not render this turn as at generation"
+            f"messages[{last}]: the chat template renders this turn differently at generation, so"
+            " it can't be a reference completion; leave this row out"
         )
     check_shown(given, turn.text, tokenizer)
     ids = rendered_ids(without_reasoning(turn.completion, prompt, tokenizer), tokenizer)

@@ -40,8 +40,9 @@ def row_names(places: Iterable[RowPlace]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Origins:
-    """The places of rows, in runs of (file, first number, count); blank lines start a new run.
-    Without runs, rows are numbered in order. `indices` (n,) are the selected rows.
+    """The file and the number of each row, as runs of consecutive rows: (file, number of the first
+    row, number of rows). A blank line starts a new run. Without runs, rows are numbered in order.
+    `indices` (n,) are the selected rows.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()

@@ -66,7 +66,7 @@ class Operations:
         )
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates x (..., D) by halves (`ops.elementwise.rotary`)."""
+        """RoPE of x (..., D) with `rotate_half` (`ops.elementwise.rotary`)."""
         return self._rotary(x, cos, sin, False)
 
 
@@ -147,8 +147,8 @@ def random_rows(width: int, dtype: torch.dtype) -> Tensor:
 
 
 def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """Applies `min_invariant_rows` to PyTorch's matmuls with matrices (out, in), in `dtype` and in
-    the dtype that `lorafold.ops.arithmetic` uses for it.
+    """The least number of rows from which PyTorch's matmuls with weights (out, in) of these shapes
+    are batch invariant, in `dtype` and in the dtype that `lorafold.ops.arithmetic` uses for it.
     """
     min_rows = 1
     for out, in_features in shapes:

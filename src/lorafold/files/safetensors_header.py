@@ -72,7 +72,7 @@ def tensor_spans(
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:
         raise LorafoldError(
-            f"found a header of {size:,} bytes, which does not fit into the file's {end:,} bytes"
+            f"the file is damaged: it has {end:,} bytes, and its header should have {size:,}"
         )
     try:
         header = read(bytes(content[8 : 8 + size]))

@@ -86,8 +86,8 @@ IN_FILES = tuple(name for name in STORAGES if name not in (*UNQUANTIZED, *ON_LOA
 COMPRESSED_NAMES = tuple(name for name, row in STORAGES.items() if row.codes[0])
 QUANTIZED = (*ON_LOAD, *IN_FILES)
 DEFAULT: StorageName = "nf4"  # used by QLoRA, and the smallest of ON_LOAD
-_IF_STORED = f"only if the model's files already use it: {', '.join(IN_FILES)}"
-STORAGE_NAMES = f"{', '.join((*ON_LOAD, *UNQUANTIZED))} ({_IF_STORED})"
+_IF_STORED = f"if the model's files already use it, {', '.join(IN_FILES)}"
+STORAGE_NAMES = f"{', '.join((*ON_LOAD, *UNQUANTIZED))}, or, {_IF_STORED}"
 
 
 def bnb_storage(bits: int) -> str | None:

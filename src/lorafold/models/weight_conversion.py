@@ -169,7 +169,6 @@ class LazyTensor(Tensor):
     elements: Callable[[Tensor], Tensor | None] | None
     like: Tensor
 
-    @staticmethod
     def __new__(cls, like: Tensor, *_: Any) -> LazyTensor:
         return Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("cpu")

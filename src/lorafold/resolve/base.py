@@ -268,8 +268,8 @@ def _common_base(own: Sequence[RecordedBase]) -> RecordedBase:
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:
         raise LorafoldError(
-            f"{truncate_middle(str(own[0].adapter), LIMIT)}: its config does not contain the base"
-            " model; pass --model PATH (model)"
+            f"{truncate_middle(str(own[0].adapter), LIMIT)}: its adapter_config.json has no"
+            " base_model_name_or_path; pass --model PATH (in Python: model)"
         )
     first = known[0]
     if other := next((one for one in known if not first.same_as(one)), None):

@@ -330,7 +330,7 @@ class DirectoryWatcher:
         self._thread.start()
 
     def settled(self, timeout: float | None = None) -> bool:
-        """Waits until all adapters are verified. Returns False after a timeout in seconds."""
+        """Waits until all adapters are verified. Returns False if `timeout` seconds pass first."""
         return self._idle.wait(timeout)
 
     def close(self) -> None:

@@ -58,9 +58,8 @@ class PrefixSupport:
             yield
             if not self._used:
                 raise LorafoldError(
-                    "packed documents: no attention of the model received the layout of the batch,"
-                    f" with documents of {docs.own} own tokens; set packing to false to train"
-                    " without shared prefixes"
+                    "packed documents: no attention of the model received the layout of the batch;"
+                    " set packing to false to train without shared prefixes"
                 )
         finally:
             self._docs = None
@@ -75,10 +74,10 @@ class PrefixSupport:
         if protocol.get("local_size") == 0:  # Qwen2-MoE without windows: no layer uses it
             return mask
         if not isinstance(mask, Documents) or mask.lens != docs.own:
-            found = mask.lens if isinstance(mask, Documents) else "a mask without documents"
+            found = mask.lens if isinstance(mask, Documents) else "none"
             raise LorafoldError(
-                f"packed documents: found {found}, expected documents of {docs.own} own tokens; set"
-                " packing to false to train without shared prefixes"
+                f"packed documents: found lengths {found} in the attention mask, expected"
+                f" {docs.own}; set packing to false to train without shared prefixes"
             )
         self._used = True
         return replace(docs, window=mask.window)
