@@ -362,5 +362,5 @@ def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
 def test_an_estimate_that_does_not_fit_the_files_is_refused(released, plain):
     with pytest.raises(LorafoldError, match="mxfp4, but a trained base can't be"):
         lf.estimate(str(released), "full")
-    with pytest.raises(LorafoldError, match="not quantized, but quantization mxfp4 is set"):
+    with pytest.raises(LorafoldError, match="not quantized, but the estimate is for mxfp4"):
         lf.estimate(str(plain), "lora", recipe=lf.Recipe(storage="mxfp4"))

@@ -1,6 +1,6 @@
 """Policy objectives: the model generates completions and learns from their rewards.
 
-Samples depend only on the weights, the run's seed and the step, so a resumed run is exact.
+Samples depend only on the prompts, the weights, the run's seed and the step, so resuming is exact.
 """
 
 from __future__ import annotations
