@@ -312,8 +312,8 @@ def test_presets_leave_convolutions_out() -> None:
 @pytest.mark.parametrize(
     ("module", "spec", "message"),
     [
-        (nn.ConvTranspose1d(4, 4, 3), lf.LoRA(), "0: .*LoRA.*transposed convolutions are not"),
-        (nn.ConvTranspose2d(4, 4, 3), lf.LoHa(), "0: .*LoHa.*transposed convolutions are not"),
+        (nn.ConvTranspose1d(4, 4, 3), lf.LoRA(), "0: .*LoRA.*transposed convolution, which is not"),
+        (nn.ConvTranspose2d(4, 4, 3), lf.LoHa(), "0: .*LoHa.*transposed convolution, which is not"),
         (weight_norm(nn.Conv1d(4, 4, 3)), lf.LoRA(), "0: .*LoRA.*computed from other parameters"),
         (nn.Conv1d(4, 4, 3), lf.IA3(feedforward=["0"]), "0: .*IA3.*inputs are signals"),
         (nn.Conv1d(2, 4, 3), lf.PiSSA(rank=5), r"0: .*PiSSA.*rank 5 for a matrix \(4, 6\)"),

@@ -360,7 +360,7 @@ def test_an_estimate_is_of_the_files_as_they_are_stored(released, mode):
 
 
 def test_an_estimate_that_does_not_fit_the_files_is_refused(released, plain):
-    with pytest.raises(LorafoldError, match="mxfp4, which does not fit a method that trains"):
+    with pytest.raises(LorafoldError, match="mxfp4, but a trained base can't be"):
         lf.estimate(str(released), "full")
-    with pytest.raises(LorafoldError, match="not quantized, which does not fit the base mxfp4"):
+    with pytest.raises(LorafoldError, match="not quantized, but the estimate is for mxfp4"):
         lf.estimate(str(plain), "lora", recipe=lf.Recipe(storage="mxfp4"))

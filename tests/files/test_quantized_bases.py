@@ -410,11 +410,11 @@ def test_an_estimate_is_of_the_files_as_they_are_stored(quantized, kind, mode):
 
 def test_an_estimate_that_does_not_fit_the_files_is_refused(base, quantized):
     path = str(quantized("fp8"))
-    with pytest.raises(LorafoldError, match="fp8, which does not fit a method that trains"):
+    with pytest.raises(LorafoldError, match="fp8, but a trained base can't be"):
         lf.estimate(path, "full")
-    with pytest.raises(LorafoldError, match="stored as fp8, which does not fit the base nf4"):
+    with pytest.raises(LorafoldError, match="stored as fp8, but the estimate is for nf4"):
         lf.estimate(path, "lora", recipe=lf.Recipe(storage="nf4"))
-    with pytest.raises(LorafoldError, match="not quantized, which does not fit the base int4"):
+    with pytest.raises(LorafoldError, match="not quantized, but the estimate is for int4"):
         lf.estimate(str(base), "lora", recipe=lf.Recipe(storage="int4"))
 
 

@@ -99,7 +99,8 @@ def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() ->
 
     found = [line("adamw8bit", torch.float32), line("adamw", torch.bfloat16)]
     assert found == [
-        "optimizer: adamw8bit with fp32 state, 8.0 kB (why; no tensor has 4,096 elements)",
+        "optimizer: adamw8bit with fp32 state, 8.0 kB (why; all tensors have fewer than 4,096"
+        " elements)",
         "optimizer: adamw with fp32 state, 8.0 kB (why); updates rounded stochastically, seed 7",
     ]
 

@@ -293,6 +293,6 @@ def test_the_command_refuses_8_bits_in_one_line(tiny_model_dir, tmp_path: Path) 
     how = "--method full --storage bf16 --optimizer paged-adamw8bit --max-length 64"
     assert refused("train", *where.split(), *how.split()) == (
         "error: optimizer paged-adamw8bit rounds to nearest, so weights in bfloat16 would lose"
-        " updates below half a unit in the last place; use optimizer adamw, or base fp32\n"
+        " updates below half a unit in the last place; use optimizer adamw or quantization fp32\n"
     )
     assert sorted(tmp_path.iterdir()) == [rows]

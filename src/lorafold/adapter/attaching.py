@@ -128,8 +128,8 @@ def load_all(
 def _attach_built(model: nn.Module, built: BuiltAdapter, name: str, trainable: bool) -> Adapter:
     if not name or "." in name or any(name in m.deltas for _, m in adapted_modules(model)):
         raise LorafoldError(
-            f"adapter name: found {name!r}, expected a name without a dot that is not in use on"
-            " this model"
+            f"adapter name: found {name!r}, expected a nonempty name that has no dot and is not in"
+            " use on this model"
         )
     if trainable and any(p.is_cpu for p in model.parameters()):
         enable(TRAINING)  # compiles kernels now, before the first step

@@ -142,7 +142,7 @@ class Adapter:
         missing, unknown = own - set(state) - set(settings), set(state) - own
         if missing or unknown:
             wrong = f"missing {sorted(missing)}, unknown {sorted(unknown)}"
-            raise LorafoldError(f"adapter {self.name!r}: keys of the state dict: {wrong}")
+            raise LorafoldError(f"adapter {self.name!r}: wrong keys of the state dict: {wrong}")
         for name, path in settings.items():
             if name in state:
                 check_settings(deltas[path], state[name], f"{path}: adapter {self.name!r}")
@@ -209,8 +209,8 @@ class Adapter:
 
     def merge(self, *, untie_weights: bool = False) -> None:
         """Merges the adapter into the model's weights, summed in fp32 and rounded once, and
-        detaches it. New tokens grow the vocabulary. A quantized weight (NF4, int8) is dequantized
-        to its compute dtype.
+        detaches it. New tokens grow the vocabulary. A quantized weight is dequantized to its
+        compute dtype.
 
         Raises NotMergeable, before anything is changed, if a delta can't be expressed in the
         weight, is on top of another adapter's delta, adds a bias that the model can't store, gives
@@ -227,7 +227,9 @@ class Adapter:
         record_dequantized(self.model, plan.paths)
 
     def detach(self) -> None:
-        """Detaches the adapter. Without adapters, the model is in its original state."""
+        """Detaches the adapter. Detaching the last one restores the model, except weights that were
+        trained in place or merged.
+        """
         selection = selection_of(self.model)
         for m in self.sites.values():
             detach_delta(m, self.name)

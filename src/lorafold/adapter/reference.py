@@ -105,7 +105,7 @@ class _Reference(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise LorafoldError("reference: can't be copied or pickled; create one from the model")
+        raise LorafoldError("a reference can't be copied or pickled; copy or pickle the model")
 
 
 @cache

@@ -204,8 +204,8 @@ class Selection:
         if others := self._ran_names - {self.names}:
             other = " and with ".join(str(list(names)) for names in sorted(others))
             raise LorafoldError(
-                f"backward recomputes checkpointed blocks with {list(self.names)}, but their"
-                f" forward ran with {other}: call backward inside the same lf.only, or set"
+                f"backward recomputes checkpointed blocks with the adapters {list(self.names)}, but"
+                f" modules also ran with {other}: call backward inside the same lf.only, or set"
                 " use_reentrant=False (gradient_checkpointing_kwargs), which records the adapters"
             )
 

@@ -95,8 +95,8 @@ class Anatomy:
 
     @cached_property
     def routers(self) -> frozenset[str]:
-        """The weight matrices next to E experts that have E outputs (a router) or one (the gate of
-        a shared expert).
+        """The weight matrices next to E experts, if they have E outputs (a router) or one (the gate
+        of a shared expert).
         """
         # module that contains experts -> its children with experts inside -> numbers of experts
         inside: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))

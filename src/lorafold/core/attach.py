@@ -232,7 +232,7 @@ class only:
     """Context manager: only the named adapters are active, stacked in the given order.
 
     For example, `with only(model, "sft"): ...`. Under `only(model)`, the outputs equal those of the
-    base model bit for bit.
+    base model bit for bit, unless an adapter trains the base weights.
 
     The active adapters are a property of the model, so every thread that uses the model sees them.
     A block that gradient checkpointing recomputes in the backward pass runs with the adapters of

@@ -124,7 +124,7 @@ class Opaque(Delta):
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(
-            f"{type(self).__name__} has no form in weight space, so it can't be merged"
+            f"{type(self).__name__} is not a change of weights, so it can't be merged"
         )
 
 

@@ -224,8 +224,8 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 class BaseLayer(Layer):
-    """Abstract: the frozen module itself. `lorafold.layers` has one final subclass per weight
-    format.
+    """Abstract: the frozen module itself. `lorafold.layers` has one final subclass per kind of
+    module and weight format.
     """
 
     quantized = False  # whether it stores codes, which are dequantized for each use

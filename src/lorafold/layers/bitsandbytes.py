@@ -180,8 +180,8 @@ class Quantized(Matrix):
     def original(self) -> Tensor:
         if self.stored is None:
             raise LorafoldError(
-                "the weight is quantized, but the weight before quantization is needed; pass it as"
-                " `base`"
+                "the weight is quantized, but the weight before quantization is needed; pass the"
+                " base's original weights as `base`"
             )
         w = self.stored()
         return w.t() if getattr(self.module, "source_cls", nn.Linear).__name__ == "Conv1D" else w

@@ -225,10 +225,10 @@ class Plain(Vectors):
 
     @property
     def shape(self) -> tuple[int, int]:
-        transposed = ", because transposed convolutions are not supported" * isinstance(
+        why = "is a transposed convolution, which is not supported" * isinstance(
             self.module, nn.modules.conv._ConvTransposeNd
         )
-        raise NotMergeable(f"{type(self.module).__name__} has no weight matrix{transposed}")
+        raise NotMergeable(f"{type(self.module).__name__} {why or 'has no weight matrix'}")
 
     def __call__(self, *args: Any, onto: Tensor | None = None, **kwargs: Any) -> Any:
         y = self.run(*args, **kwargs)

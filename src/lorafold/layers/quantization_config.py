@@ -14,8 +14,8 @@ from lorafold.layers.expert_storage import stored_matrices
 
 
 def record_dequantized(model: nn.Module, paths: Iterable[str]) -> None:
-    """Removes the quantization config if no module is quantized any more, else lists these modules
-    in it.
+    """Removes the quantization config if no module is quantized any more, else lists the modules at
+    `paths` in it as not quantized.
     """
     config: Any = getattr(model, "config", None)
     settings: Any = getattr(config, "quantization_config", None)

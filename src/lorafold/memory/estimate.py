@@ -42,7 +42,7 @@ TERMS = {
     " (double quantization: QLoRA, sec. 3).",
     "adapter": "The parameters that the method adds, 4 bytes each. LoRA adds r (in + out)"
     " parameters to a matrix (Hu et al. 2021, sec. 4.1).",
-    "gradients": "One number per trained parameter, in its dtype, if they exist at the peak.",
+    "gradients": "A number per trained parameter, in its dtype or fp32, if any exist at the peak.",
     "optimizer": "AdamW's two moments: 8 bytes per trained parameter in fp32, 2.03 in 8 bits"
     " (Dettmers et al. 2022).",
     "activations": "Tensors that the forward pass stores for the backward pass; with gradient"

@@ -38,7 +38,7 @@ def page(
         [name, format_bytes(n), f"{n / estimate.total:.1%}", terms[name]]
         for name, n in estimate.shown.items()
     ]
-    counted = "tensors in PyTorch's allocator, without kernel workspaces and fragmentation"
+    counted = "tensors, without kernel workspaces and fragmentation"
     if estimate.terms["process"]:
         counted = "the resident memory of the process, without imported libraries"
     parts = (
@@ -125,8 +125,8 @@ class Forecast(ShownInNotebooks):
         if self.measured is not None:
             off = f"{self.total / self.measured - 1:+.1%}"
             lines.append(
-                f"measured     {format_bytes(self.measured):>9}  of tensors, in PyTorch's"
-                f" allocator; the estimate differs by {off}"
+                f"measured     {format_bytes(self.measured):>9}  of tensors; the estimate differs"
+                f" by {off}"
             )
         return lines
 

@@ -87,8 +87,8 @@ def with_file_quantization(
     trains = setting.spec is not None and setting.spec.trains_base
     if stored_as not in QUANTIZED or trains or (explicit and base.quantization != stored_as):
         stored_in = "not quantized" if stored_as is None else f"stored as {stored_as}"
-        wanted = "a method that trains the base" if trains else f"the base {base.name}"
-        raise LorafoldError(f"model {name}: the files are {stored_in}, which does not fit {wanted}")
+        why = "a trained base can't be quantized" if trains else f"the estimate is for {base.name}"
+        raise LorafoldError(f"model {name}: the files are {stored_in}, but {why}")
     return replace(setting, base=Storage(torch.bfloat16, stored_as))
 
 

@@ -1,6 +1,6 @@
 """Traces the memory of one step, by running the training code on a fake model with few blocks.
 
-All blocks take the same memory, so every value is linear in the number of blocks n. The values a
+Blocks repeat with a period, so every value is nearly linear in the number of blocks n. The values a
 and b of two short models, with n_a and n_b blocks, give a + (b - a) (n - n_a) / (n_b - n_a).
 """
 
@@ -229,10 +229,9 @@ def trace(config: PreTrainedConfig, setting: MemorySetting, blocks: int) -> Step
             raise
         except Exception as error:
             # a model's code may raise anything on fake tensors; the run goes on without an estimate
-            what = config.model_type if setting.spec is None else type(setting.spec).__name__
             raise LorafoldError(
-                f"{what}: can't be estimated, because its code fails on fake tensors (without"
-                f" values): {one_line(error, 80)}"
+                f"{config.model_type}: can't be estimated, because code of the model or the method"
+                f" fails on fake tensors (without values): {one_line(error, 80)}"
             ) from error
 
 

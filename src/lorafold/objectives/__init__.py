@@ -32,8 +32,8 @@ class Declared:
     maker: `module.Class` in this package, imported on first use, or a subclass of `Objective`.
     about: the description in the help.
     takes: the content that rows must have, one of the `provides` of `RowFormat`.
-    law: for an objective on completions, its class in `training_step.preference_algorithms` or
-        `training_step.policy_algorithms`, as a name or a class.
+    law: for a preference or policy objective, its loss: the class, or its name in
+        `training_step.preference_algorithms` or `training_step.policy_algorithms`.
     keys: further keys of rows that it uses.
     unread: a notice if the rows are pairs and one completion of each is not used.
     streams: whether its rows can be streamed.

@@ -1,4 +1,4 @@
-"""Classification of texts by a head on the decoder, which is trained in full with every method."""
+"""Classification of texts. The classification head is trained in full with every method."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Objective(ABC):
 
         Args:
             rows: the rows that the table was encoded from.
-            max_length: longer examples are truncated to this many tokens.
+            max_length: longer examples are truncated to this many tokens, or rejected.
 
         Raises LorafoldError if nothing is left to train on.
         """
@@ -177,7 +177,7 @@ class Objective(ABC):
             tokenizer: the tokenizer, which defines the padding token.
             packing: pack the examples of a micro-batch, if the model supports it; auto: also share
                 prefixes, if that saves tokens.
-            console: prints a notice if the model does not support packing.
+            console: prints notices, for example that the model does not support packing.
         """
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
@@ -289,7 +289,7 @@ def examples_of(
     called: str = "data",
 ) -> Data:
     """Tokenizes rows, and prints a report if there is a console. Longer examples are truncated to
-    `max_length` tokens.
+    `max_length` tokens, or rejected.
     """
     encoder = objective.encoder(tokenizer, rendering)
     rows = to_rows(rows, encoder.row_content)

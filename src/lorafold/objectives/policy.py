@@ -1,6 +1,6 @@
 """Policy objectives: the model generates completions and learns from their rewards.
 
-Samples depend only on the weights, the run's seed and the step, so a resumed run is exact.
+Samples depend only on the prompts, the weights, the run's seed and the step, so resuming is exact.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ SOLVED_HINT = "the rows are solved, unless the reward can be higher; try harder 
 NO_SIGNAL_HINTS = (
     "the prompts are too hard or too easy for the model; try easier rows, a reward with partial"
     " credit, or more completions per prompt (group, fill)",
-    "the policy has collapsed; try a lower learning rate, beta, or more prompts per step (batch)"
-    " and completions per prompt (group)",
+    "the policy has collapsed; try a lower learning rate, a higher beta, or more prompts per step"
+    " (batch) and completions per prompt (group)",
 )  # indexed by whether the policy has collapsed
 
 
@@ -123,7 +123,7 @@ class PolicyObjective(OnPolicy):
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """The digests of the rewards, by name."""
+        """The digests of the rewards, by name; empty for Python functions."""
         # not repr, which may contain an address that differs between processes
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.functions]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
@@ -193,7 +193,7 @@ class PolicyObjective(OnPolicy):
             if sampling.exact and (support is None or not support.packs):
                 raise LorafoldError(
                     "exact: found padded sequences, expected packed ones, as in sampling; turn"
-                    " packing on, or train without exact"
+                    " packing on, if the model supports it, or train without exact"
                 )
             if sampling.exact:  # also in the backward pass, which recomputes checkpoints
                 stack.enter_context(override_widening(widened=widens(model.dtype), rows=1))
@@ -216,8 +216,8 @@ class PolicyObjective(OnPolicy):
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         """Samples a group of completions for each planned prompt. As in TRL, groups with equal
-        rewards count in the mean. Rank 0 computes all rewards, because they may differ between
-        processes.
+        rewards count in the mean loss. Rank 0 computes all rewards, because they may differ
+        between processes.
         """
         return loss.processes.once(partial(self._rollouts, step, planned, loss))
 
@@ -333,6 +333,6 @@ class PolicyObjective(OnPolicy):
         shown = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in samples)
         entropy = scored.figures["entropy"]
         return (
-            f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
-            f" per token: {NO_SIGNAL_HINTS[entropy < COLLAPSED_ENTROPY]} ({shown})"
+            f"for each prompt, all completions have the same reward, at an entropy of {entropy:.2g}"
+            f" nats per token: {NO_SIGNAL_HINTS[entropy < COLLAPSED_ENTROPY]} ({shown})"
         )

@@ -1,7 +1,8 @@
 """Preference objectives, on pairs or single judged completions.
 
-The reference never changes, so its log-probabilities are cached. The cache key contains the digests
-of the examples, the model's files, the tensors below the trained adapter, and the code.
+The reference never changes, so a run of one or more epochs caches its log-probabilities. The cache
+key contains the digests of the examples, the model's files, the tensors below the trained adapter,
+and the code.
 """
 
 from __future__ import annotations

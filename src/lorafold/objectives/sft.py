@@ -48,13 +48,13 @@ class Sft(Objective):
             loss = CompletionLoss(model, support.packs, pad_id, support)
             if not support.packs:
                 notice = (
-                    "packing: in this model, packed examples influence each other, so examples are"
-                    " padded instead"
+                    "packing: this model does not support packed examples, so examples are padded"
+                    " instead"
                 )
             elif packing == "auto" and loss.support is None:
                 notice = (
                     "packing: this model can't compute shared prefixes once; each row is computed"
-                    " separately, which needs more memory than estimated"
+                    " separately, which may need more memory than estimated"
                 )
             print_lines(console, notice)
             yield loss

@@ -3,8 +3,9 @@
     x W^T = round(wide(x) wide(W)^T)        wide: to fp32, exact; both ways sum in fp32
 
 x86 processors with AMX, and AMD processors with AVX512-BF16, multiply bf16 at least twice as fast
-as fp32; other CPUs are faster in fp32. The choice depends on the processor's features and not on a
-measurement, so that runs are reproducible. A backward pass uses the dtype of its forward pass.
+as fp32; other x86 processors are faster in fp32, and other CPUs multiply in 16 bits. The choice
+depends on the processor's features and not on a measurement, so that runs are reproducible. A
+backward pass uses the dtype of its forward pass.
 """
 
 from __future__ import annotations

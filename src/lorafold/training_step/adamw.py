@@ -40,7 +40,7 @@ DEVICES = {"cpu": "the CPU", "mps": "MPS"}
 
 
 class OptimizerChoice(NamedTuple):
-    """An optimizer's name, and the reason for choosing it (empty if the recipe names it)."""
+    """An optimizer's name, and a note on the choice, which may be empty."""
 
     name: str
     why: str
@@ -102,7 +102,7 @@ def check_rounding(name: str, dtypes: Iterable[torch.dtype]) -> None:
     if name not in ("auto", "adamw") and narrow:
         raise LorafoldError(
             f"optimizer {name} rounds to nearest, so weights in {' and '.join(narrow)} would lose"
-            " updates below half a unit in the last place; use optimizer adamw, or base fp32"
+            " updates below half a unit in the last place; use optimizer adamw or quantization fp32"
         )
 
 
@@ -119,7 +119,7 @@ def bitsandbytes_optimizers(name: str) -> Any:
 def optimizer_line(choice: OptimizerChoice, groups: list[dict], seed: int, parts: int = 1) -> str:
     trained, is_8bit = parameters(groups), choice.name != "adamw"
     is_small = is_8bit and all(p.numel() < MIN_8BIT_SIZE for p in trained)
-    size = f"no tensor has {MIN_8BIT_SIZE:,} elements" * is_small
+    size = f"all tensors have fewer than {MIN_8BIT_SIZE:,} elements" * is_small
     reasons = "; ".join(filter(None, (choice.why, size)))
     return (
         f"optimizer: {choice.name} with {'8-bit' if is_8bit and not is_small else 'fp32'} state,"

@@ -17,7 +17,7 @@ from lorafold.training_step.shared_prefixes import PrefixSupport, document_layou
 
 
 class Classification(PrefixSharingLoss):
-    """The cross entropy of each text's class, in nats, for a model with `.logits` (B, classes)."""
+    """The cross-entropy in nats, summed over texts, for a model with `.logits` (B, classes)."""
 
     # A text has only one label, so gradients are noisy: at LoRA+'s full learning rate, the last
     # hidden states of all texts become equal before the model learns the classes.

@@ -1,8 +1,9 @@
 """Replaces norms, rotary embeddings, gated MLPs and frozen linear layers by fused operations
 during training.
 
-A module is replaced if it has the expected structure and gives the same output as the fused
-operation on random inputs. Modules with a delta or a trained weight keep their own code.
+A norm, rotary embedding or MLP is replaced if it has the expected structure and gives the same
+output, up to rounding, as the fused operation on test inputs. Norms, MLPs and linear layers with a
+delta or a trained weight of their own keep their code, except a trained head.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the backward pass recomputes each
-block's activations, except the attention output of long documents (`ops.attention.LONG`).
+block's activations, except the attention output of long documents (SAVE_FROM_LENGTH in
+`ops.attention`).
 """
 
 from __future__ import annotations

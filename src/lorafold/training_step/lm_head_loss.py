@@ -90,8 +90,9 @@ def labelled_loss(
     the number of rows that share each position; it weights tokens in the load-balancing loss, which
     is multiplied by n and added.
 
-    The forward pass computes each chunk's gradients with its logits, so there is no second
-    derivative. For DDP or FSDP, wrap a module whose forward calls this function.
+    Without `counts`, or for a frozen linear head, the forward pass computes each chunk's gradients
+    with its logits, so there is no second derivative. For DDP or FSDP, wrap a module whose forward
+    calls this function.
     """
     h, targets, linear, output = run_decoder(model, labels, inputs)
     if linear is not None:

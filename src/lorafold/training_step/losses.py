@@ -50,11 +50,11 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def count(self, example: Any) -> int:
-        """The weight of the example in the mean loss: its tokens, or 1 for a text."""
+        """The weight of the example in the mean loss, such as its number of labelled tokens."""
 
     def learns(self, example: Any) -> bool:
-        """Whether the example's loss has a gradient; an example without one only counts in the
-        mean.
+        """Whether the example's loss has a gradient. If not, the example is not computed, but its
+        `count` is part of the mean loss.
         """
         return True
 
@@ -200,7 +200,7 @@ class CompletionLoss(PrefixSharingLoss):
 def similar_lengths(
     rows: Iterable[int], length: Callable[[int], int], tokens: int
 ) -> list[list[int]]:
-    """Batches of rows of similar length, each of at most `tokens` tokens including padding."""
+    """Batches of rows of similar length: at most `tokens` tokens with padding, or one row."""
     batches: list[list[int]] = []
     for i in sorted(rows, key=length):
         if not batches or (len(batches[-1]) + 1) * length(i) > tokens:

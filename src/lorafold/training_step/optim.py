@@ -30,8 +30,8 @@ def param_groups(
 ) -> list[dict]:
     """The parameter groups of up factors, of fully trained modules (if they have their own learning
     rate), and of all others, each with and without weight decay. `decay_vectors=False` exempts
-    weights that act by their magnitude, such as norm gains, IA3's l and DoRA's magnitude: they must
-    not decay to 0.
+    all but matrices, because vectors such as norm gains, IA3's l and DoRA's magnitude must not
+    decay to 0.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
@@ -136,7 +136,7 @@ def restore_optimizer(
         for key in differing_keys(expected, found)
     ]:
         raise LorafoldError(
-            f"the optimizer state in the checkpoint is of another optimizer:"
+            f"the optimizer state in the checkpoint does not fit this run:"
             f" {listed(mismatches, '; ')}; resume with the optimizer that wrote it"
         )
     for i, p in enumerate(trained):

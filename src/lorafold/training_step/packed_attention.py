@@ -42,8 +42,8 @@ FIND, REMAP = "find_packed_sequence_indices", "remap_positions_for_packed_sequen
 
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[bool]:
-    """Restricts the model's attention to each packed document and yields True. If packed documents
-    would still influence each other, leaves the model unchanged and yields False.
+    """Restricts the model's attention to each packed document and yields True. If the model can't
+    do this, leaves it unchanged and yields False.
     """
     if not isolates(model):
         yield False

@@ -201,7 +201,7 @@ class Policy(BranchedLoss):
             self.has_warned = True
             log.warning(
                 "exact: sampling and training log-probabilities differ by %.3g: MoE experts, short"
-                " sliding windows and logit soft-capping use another summation order",
+                " sliding windows, logit soft-capping and some CPUs change the summation order",
                 statistics.largest,
             )
         if (mean := float(difference.mean())) <= self.max_difference:

@@ -69,7 +69,7 @@ class Preferences(BranchedLoss):
         return self.tensors([self.trained(example) for example in examples], device)
 
     def tensors(self, examples: Sequence[BranchedRow], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of `layout_tensors`, and `reference` (n, k) and `desirable` (n,)."""
+        """The tensors of `layout_tensors`, `desirable` (n,), and `reference` (n, k) if known."""
         tensors = self.layout_tensors(examples)
         tensors["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.algorithm.has_reference and all(e.reference for e in examples):
