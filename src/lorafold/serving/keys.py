@@ -1,8 +1,8 @@
 """API keys, which are stored as hashes, with their tenants, adapters and limits.
 
-Plain SHA-256 suffices, because keys have 32 random bytes. The file is read for every request,
-because mtime and size don't reflect every change; deleting an entry revokes its key. Limits are
-checked when a request begins, and may be exceeded while it runs.
+Plain SHA-256 suffices, because new keys have 32 random bytes. The key file is read for every
+request, because mtime and size don't reflect every change; deleting an entry revokes its key.
+Limits are checked when a request begins, and may be exceeded while it runs.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class Keys:
             self._read(file)
         self._admin, self._metrics = _hash_in(admin), _hash_in(metrics)
         if metrics is not None and self._metrics == self._admin:
-            raise LorafoldError(
-                f"{metrics}: found the administrator's key, expected another key for metrics"
-            )
+            raise LorafoldError(f"{metrics}: found the administrator's key, expected another key")
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -170,7 +168,8 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     """Adds a new key to a new or existing file. Returns the key, which is not stored anywhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
-            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, except {ADMIN}"
+            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ - (first a letter"
+            f" or digit), except {ADMIN}"
         )
     key = f"lf-{secrets.token_urlsafe(32)}"
     try:
@@ -233,9 +232,8 @@ class UsageFile(Strict):
 
 
 class TokenUsage:
-    """The tokens of each tenant in the current UTC minute and day. Used on the event loop only. If
-    a key has a limit (`must_save`), they are saved to a file, so that a restart doesn't reset
-    limits.
+    """The tokens of each tenant in the current UTC minute and day. If a key has a limit
+    (`must_save`), they are saved to a file, so that a restart doesn't reset limits.
     """
 
     def __init__(

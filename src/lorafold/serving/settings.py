@@ -17,7 +17,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A value from a file or a request. Unknown keys are errors."""
+    """A value from a file or a request. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -103,7 +103,7 @@ def read(file: Path, kind: type[M], hint: str) -> M:
 
 
 def content_of(file: Path) -> bytes:
-    """Reads a file. Raises if reading would block, for example for a pipe."""
+    """Reads a regular file. Raises for anything else, such as a pipe, which would block."""
     try:
         with open_regular(file) as (content, _):
             return content.read()
