@@ -101,7 +101,7 @@ class CompletionJob:
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.received_at
         if self.began is None and waited > queue:
-            message = f"no slot became free within {queue:g} s; try again later"
+            message = f"the completion did not begin within {queue:g} s; try again later"
             return Refusal(503, "queue_timeout", message, retry_after=round(queue))
         if not self.token_times and waited > first:
             return Refusal(504, "first_token_timeout", f"no token was generated in {first:g} s")
