@@ -8,7 +8,7 @@
 
 Continuous batching is from Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward
 pass raises, the engine splits its batch in halves until the failing requests are isolated. The
-other requests lose no work, because a row counts tokens as computed only after a successful pass.
+other requests lose no tokens, because a row counts tokens as computed only after a successful pass.
 """
 
 from __future__ import annotations
