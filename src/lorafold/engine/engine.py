@@ -136,8 +136,8 @@ class Engine:
         only(self.model, *on_model)  # raises unless they are attached
         if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
-                f"adapter {active}: already active on the model, so the engine's base includes it;"
-                " open the engine inside lf.only(model)"
+                f"adapter {active}: already active on the model, so part of the engine's base; open"
+                " the engine inside lf.only(model)"
             )
         deltas = deltas_of(self.model, on_model)
         size, separate = vocabulary(self.model, delta_parts(deltas)), self._as_trained

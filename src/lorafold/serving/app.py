@@ -119,8 +119,8 @@ def operation_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Returns metrics in Prometheus format. Labels name tenants, so if the server has API keys
-        or a metrics key, only the metrics key and the administrator's key may read them.
+        """Returns metrics in Prometheus format. If the server has API keys or a metrics key, it
+        requires the metrics key or the administrator's key, because labels name tenants.
         """
         server.keys.check_metrics(request.headers.get("authorization"))
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -122,7 +122,7 @@ class CompletionJob:
             message = f"{self.adapter}: the model's logits are NaN or infinite"
             return Refusal(500, "adapter_numerics", message, "model")
         if self.began is None:
-            message = f"{self.adapter} can't be loaded; see the server's log"
+            message = f"{self.adapter} can't be used; see the server's log"
             return Refusal(503, "adapter_unavailable", message, "model")
         return Refusal(500, "not_computed", "the completion failed; see the server's log")
 

@@ -86,8 +86,9 @@ class Caller:
 
 
 class Keys:
-    """The keys of tenants (without a file, all callers are LOCAL), the administrator's key (without
-    a file, administration is off), and a key that can only read metrics.
+    """The keys of tenants (without a file, all callers but the administrator are LOCAL), the
+    administrator's key (without a file, administration is off), and a key that can only read
+    metrics.
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:

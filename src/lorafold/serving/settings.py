@@ -83,7 +83,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
         return Settings(**{str(k): v for k, v in settings.items()} | options)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
-        raise LorafoldError(f"{file or 'options'}: {problems}") from None
+        raise LorafoldError(f"{f'{file} or options' if file else 'options'}: {problems}") from None
 
 
 def _problem(error: Any) -> str:
