@@ -259,7 +259,7 @@ class TokenUsage:
             limit = getattr(caller.limits, f"tokens_per_{period}")
             count = counts.get(period, Tally())
             if limit is not None and count.at == now // seconds and count.tokens >= limit:
-                used = f"{count.tokens:,} tokens were used this {period}"
+                used = f"{count.tokens:,} tokens were used in this UTC {period}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
                 message = f"{used}, and the key's limit is {limit:,}"
                 code = "token_limit_day" if period == "day" else "token_limit_minute"

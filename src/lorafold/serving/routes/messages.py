@@ -27,7 +27,7 @@ BLOCK_KEYS = {
     "tool_result": {"tool_use_id", "content", "is_error"} | IGNORED,
     "thinking": {"thinking", "signature"} | IGNORED,
 }
-NOT_TEXT_MESSAGE = "found a block of type {}, expected type text and a string"
+NOT_TEXT_MESSAGE = "found a block of type {}, expected a text block with a string"
 STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # (type of deltas, field) by type of block
 DELTAS = {

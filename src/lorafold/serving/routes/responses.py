@@ -322,4 +322,4 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 def _text(content: Any, where: str) -> Any:
     if not isinstance(content, list):
         return content
-    return join_text(content, PARTS, where + "[{}]", "found type {}, expected text with a string")
+    return join_text(content, PARTS, where + "[{}]", "found type {}, expected text as a string")
