@@ -5,8 +5,8 @@
         answer = "".join(chat.answer(turn, chat.active))    yields text for each token
         chat.keep(turn, answer)
 
-If a prompt would leave no room for an answer in the model's context, `ask` omits the oldest turns
-from it; `save` still writes them.
+If a prompt would leave too little room for the answer in the model's context, `ask` omits the
+oldest turns from it; `save` still writes them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Chat:
         """Selects the adapters of further answers: one name, `none` (the base model) or `all`."""
         choices = {NONE: (), ALL: tuple(self.adapters), **{n: (n,) for n in self.adapters}}
         if name not in choices:
-            names = ", ".join([*self.adapters, NONE])
+            names = ", ".join(choices)
             raise LorafoldError(f"found no adapter {name}, expected one of {names}")
         self.active = choices[name]
 

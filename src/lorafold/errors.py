@@ -1,4 +1,4 @@
-"""Errors that users can fix, and helpers for their messages. Commands print the message without a
+"""lorafold's exceptions, and helpers for their messages. Commands print a LorafoldError without a
 traceback and exit with code 2.
 """
 
@@ -18,23 +18,23 @@ MAX_SINGLE_ITEM = 240  # characters
 
 
 class LorafoldError(Exception):
-    """An error that the user can fix. Its message names the file, row, field or module, the invalid
-    value, the expected value and a remedy.
+    """An error that the user can fix. Its message says what is wrong and, if this is known, what
+    was expected or how to fix it.
     """
 
 
 class RewardFailed(LorafoldError):
-    """A reward function failed or returned unusable rewards; the model is unchanged."""
+    """A reward function failed or returned unusable rewards, before this step changed the model."""
 
 
 class NotMergeable(LorafoldError):
-    """An adapter can't be merged: the base module has no parameter that can represent its update,
-    or the weight's format can't store the merged values.
+    """An adapter can't be merged, for example because no parameter of the base can represent its
+    update, or because the weight's format can't store the merged values.
     """
 
 
 class NoTarget(LorafoldError):
-    """The targets match no module of the model."""
+    """A target matches no module of the model, or is not a valid regular expression."""
 
 
 class NoTokenizer(LorafoldError):
@@ -48,9 +48,7 @@ class Busy(Exception):
 
 
 class Interrupted(Exception):
-    """A signal stopped the run. The message contains the command that resumes it; `code` is the
-    shell's exit code for the signal.
-    """
+    """A signal stopped the run. `code` is the shell's exit code for the signal."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -58,7 +56,9 @@ class Interrupted(Exception):
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error, or an error in its chain, is a temporary lack of resources."""
+    """Whether an error, or one in its chain, may be temporary: a lack of resources or a failed
+    read or write.
+    """
     if error is None or isinstance(error, Busy):
         return error is not None
     lacks = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
@@ -116,7 +116,7 @@ def join_problems(problems: Sequence[object]) -> str:
 
 
 def differing_keys(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
-    """The sorted keys whose values differ or that only one of the mappings contains."""
+    """The sorted keys whose values differ. A missing key counts as None."""
     return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 

@@ -63,7 +63,9 @@ def _code_elsewhere(path: Path) -> list[str]:
 
 
 def of_adapter(adapter: str | Path | SavedAdapter, words: bool = True) -> str:
-    """Hashes an adapter's configuration, weights and record and, with `words`, its tokenizer."""
+    """Hashes an adapter's configuration, weights and record and, with `words`, its tokenizer and
+    Python files.
+    """
     if isinstance(adapter, SavedAdapter):
         path, read = adapter.path, adapter.files
     else:

@@ -192,7 +192,7 @@ def test_what_is_refused_is_told_as_text(visit: Any) -> None:
     assert page.locator(".question .text").text_content() == EVIL
     assert page.locator(".answer h3").last.text_content() == EVIL
     told = page.locator(".answer .error").last.text_content()
-    assert f"{EVIL!r} does not exist" in told
+    assert f"{EVIL!r} is not served" in told
     assert told.endswith("(model_not_found)")
     ask(page, "long " * 600)
     assert "(context_length_exceeded)" in page.locator("li:last-child .error").first.text_content()

@@ -280,5 +280,5 @@ def test_a_digest_that_may_be_of_another_version_stands_for_nothing(
     told = [r.getMessage() for r in caplog.records if "old format" in r.getMessage()]
     assert told == [
         f"low@{digest[:12]} is a digest in the old format, which is ambiguous without a manifest"
-        f" and therefore matches no version; use {key}"
+        f" and therefore selects no version; use {key}"
     ]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, VerifiedAdapter
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.runtime.processor import use_one_thread
 
 AdapterStatus = Literal["cold", "loading", "resident", "quarantined"]
@@ -98,7 +98,7 @@ class AdapterCache:
     def entry(self, name: str) -> KnownAdapter:
         with self._lock:
             if name not in self._by_name:
-                known = ", ".join(sorted(self._by_name)[:8]) or "none"
+                known = listed(sorted(self._by_name)) or "none"
                 raise LorafoldError(
                     f"adapter: found {name!r}, expected one of the loaded adapters: {known}"
                 )

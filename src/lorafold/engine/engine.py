@@ -8,7 +8,7 @@
 
 Continuous batching is from Yu et al. 2022, Orca (OSDI). Results are batch invariant. If a forward
 pass raises, the engine splits its batch in halves until the failing requests are isolated. The
-other requests lose no work, because a row counts tokens as computed only after a successful pass.
+other requests lose no tokens, because a row counts tokens as computed only after a successful pass.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Engine:
         only(self.model, *on_model)  # raises unless they are attached
         if active := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
-                f"adapter {active}: already active on the model, so the engine's base includes it;"
-                " open the engine inside lf.only(model)"
+                f"adapter {active}: already active on the model, so part of the engine's base; open"
+                " the engine inside lf.only(model)"
             )
         deltas = deltas_of(self.model, on_model)
         size, separate = vocabulary(self.model, delta_parts(deltas)), self._as_trained

@@ -2,8 +2,8 @@
 
 Norms, rotary embeddings and gated MLPs are fused as in training
 (`lorafold.training_step.fused_modules`). On CPUs, 16-bit matrices are copied into oneDNN's blocked
-layout, in bf16 if the processor has bf16 matmuls and otherwise in fp32. Matrices with the same
-input are concatenated. The kernel adds the adapters' updates, so there is one matmul and one
+layout, as fp32 or, if they are bf16 and the processor has bf16 matmuls, as bf16. Matrices with the
+same input are concatenated. The kernel adds the adapters' updates, so there is one matmul and one
 rounding.
 """
 

@@ -1,7 +1,7 @@
 """The KV cache of running requests, with buffers (slots, Hk, columns, D) for each layer.
 
 The model receives a `SlotView` as its cache. It writes T tokens per row at the row's position, and
-reads as many columns as the longest row has. A slot is zeroed before reuse, because a stale NaN at
+reads the columns up to the longest row's end. A slot is zeroed before reuse, because a stale NaN at
 a masked position would be multiplied by 0, which is NaN.
 
 Cached prefixes are found by `PrefixKey` and tokens. Tokens alone would mix adapters (vLLM issue

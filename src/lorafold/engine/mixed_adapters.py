@@ -1,6 +1,6 @@
 """Batches whose rows use different adapters in one forward pass.
 
-    y_b = g (W x_b + up down x_b + bias) + c        with the factors at the place p(b) of row b
+    y_b = g (W x_b + up down x_b + bias) + c        with the factors of row b's adapter
 
 The low-rank update is added to the base's matmul before its single rounding. Factors, gains and
 offsets of all adapters are in `Stacks`, so a step copies no factors (Chen et al. 2023, Punica,
@@ -37,8 +37,8 @@ from lorafold.ops.host_tensors import send
 
 log = logging.getLogger(__name__)
 ENGINE_DELTA = "lorafold-engine"  # adapter name of the engine's deltas
-EMPTY_VALUES = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # values of free places
-BASE_PLACE = 0  # rows without an adapter use this place, whose factors are zero
+EMPTY_VALUES = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # at unused indices
+BASE_PLACE = 0  # the index of rows without an adapter; its factors are zero
 
 
 class AdapterRows:
@@ -194,9 +194,9 @@ class SlotAdapters:
             min_rows = max(2, min_matmul_rows(shapes, dtype))
             if min_rows > FEW and self._slots > 1:
                 log.warning(
-                    "on this CPU, torch's matmuls in %s depend on the number of rows, so the"
-                    " engine computes them %d rows at a time (quantized weights, and adapters that"
-                    " are not low-rank)", dtype, FEW,
+                    "on this CPU, torch's matmuls in %s depend on the number of rows, so for"
+                    " quantized weights and for adapters that are not low-rank, the engine computes"
+                    " them %d rows at a time", dtype, FEW,
                 )  # fmt: skip
                 self.in_blocks = True
             self._min_rows[dtype] = min_rows if min_rows <= FEW else 2

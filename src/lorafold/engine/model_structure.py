@@ -1,4 +1,4 @@
-"""Detects how a model can be batched by running it, independently of its class.
+"""Runs a model to detect how it can be batched, independently of its class.
 
 Three prompts run together in slots, in chunks and then token by token. Their logits must equal the
 logits of each prompt alone, up to rounding. If they don't (for example because of recurrent state

@@ -165,7 +165,7 @@ def min_matmul_rows(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> in
 
 class BlockMatmuls(TorchDispatchMode):
     """A context that computes matmuls (n, k) x (k, m) in blocks of `rows` rows. The last block is
-    padded with its first row.
+    padded with copies of row 0.
     """
 
     def __init__(self, rows: int) -> None:

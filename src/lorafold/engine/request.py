@@ -28,13 +28,13 @@ Reason = Literal["end", "length", "stop", "cancelled", "failed"]
 class Sampling:
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # keep the fewest most likely tokens whose probabilities sum to this
+    top_p: float = 1.0  # keep the fewest most likely tokens with at least this total probability
     min_p: float = 0.0  # minimum probability relative to the most likely token
     # divides positive logits and multiplies negative logits of tokens in the prompt or the
     # completion (Keskar et al. 2019, arXiv 1909.05858, sec. 4.1)
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
-    frequency_penalty: float = 0.0  # multiplied by the token's number of occurrences
+    frequency_penalty: float = 0.0  # the same, times the token's number of occurrences
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token
     stop: tuple[str, ...] = ()  # strings that end the completion and are excluded from it
     schema: str | None = None  # a JSON schema for the completion, as a JSON string
@@ -80,7 +80,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether sampling is greedy and depends only on the logits."""
+        """Whether sampling is greedy, without penalties, biases or logprobs."""
         return (
             self.temperature == 0
             and self.repetition_penalty == 1
@@ -186,7 +186,7 @@ class EngineSettings:
     budget: int = 512  # prefill tokens per step
     adapter_bytes: int | None = None  # maximum bytes of adapters in memory
     fast: bool = True  # use `engine.fast_path`, which copies the matrices
-    # allow lengths beyond max_position_embeddings, unless the model has position embeddings
+    # allow lengths beyond max_position_embeddings, unless position embeddings are learned
     beyond: bool = False
     # batch invariance from equal shapes in all passes instead of the fast path; mixture-of-experts
     # models then run one row at a time

@@ -135,7 +135,7 @@ class SlotRunner(Runner):
         self._planned = None
 
     def _reusable(self, row: Row) -> bool:
-        """Whether the row's KV cache depends only on its tokens and `PrefixKey`."""
+        """Whether requests with the same tokens and `PrefixKey` may reuse the row's KV cache."""
         return self.prefix_reuse and separate_adapter(row) is None
 
     def rebuild(self) -> None:

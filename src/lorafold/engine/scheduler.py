@@ -1,8 +1,8 @@
 """Chooses the rows of the next forward passes.
 
 Each step decodes all rows that have one pending token, and then prefills at most `budget` tokens,
-so that long prompts don't delay decoding for long. If running rows have the same prompt, the first
-of them prefills it for all.
+so that long prompts don't delay decoding for long. If running rows have the same prompt, adapter
+and tenant, the first of them prefills it for all.
 
 `WaitingQueue` implements the virtual token counter of Sheng et al. 2024, Fairness in Serving Large
 Language Models (OSDI), algorithm 2. It serves the tenant with the smallest counter. A tenant's

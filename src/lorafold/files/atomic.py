@@ -57,8 +57,8 @@ def atomic_directory(
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raises unless `path` can be written and is free or may be replaced. Never replaces a
-    directory that has files but no manifest, because lorafold did not write it. Also removes
+    """Raises unless `path` can be written and is free or may be replaced. A directory that has
+    files but no manifest may never be replaced, because lorafold did not write it. Also removes
     leftovers of killed runs.
     """
     target = Path(path).expanduser()

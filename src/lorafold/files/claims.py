@@ -1,10 +1,10 @@
 """Work shared by several processes or machines through one directory.
 
-One process makes each path and holds `<path>.claim` meanwhile. It creates the claim exclusively and
-touches it regularly. A waiting process takes over the claim if its holder is a dead process on the
-same machine, or has not touched it for LEASE seconds by the waiting process's clock, because
-machines' clocks differ (filelock's `SoftFileLease`). A claim is in the same directory as its path,
-so that on NFS the process that creates it sees all files of the previous holder.
+Each path is created by one process, which holds `<path>.claim` meanwhile. It creates the claim
+exclusively and touches it regularly. A waiting process takes over the claim if its holder is a dead
+process on the same machine, or has not touched it for LEASE seconds by the waiting process's clock,
+because machines' clocks differ (filelock's `SoftFileLease`). A claim is in the same directory as
+its path, so that on NFS the process that creates it sees all files of the previous holder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def share_work(
     done: Callable[[Path], object] = lambda path: None,
     say: Callable[[str], object] = silent,
 ) -> None:
-    """Makes every path with its function in `work`, here or in another process that shares the
+    """Creates every path with its function in `work`, here or in another process that shares the
     work, and calls `done` with each path. If this process has to wait, `say` receives a message
     that names the other processes.
     """
@@ -81,7 +81,7 @@ def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> N
 
 
 def check_token(folder: Path) -> None:
-    """Raises unless the directory contains the token in the environment. If not, workers have
+    """Raises if the environment has a token that the directory doesn't contain: then workers have
     different directories of the same name, and can't share work.
     """
     expected = os.environ.get(VARIABLE)
@@ -93,8 +93,8 @@ def check_token(folder: Path) -> None:
     if found != expected.strip():
         there = "none" if found is None else "another"
         raise LorafoldError(
-            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE} from the start of"
-            " the workers; use a directory that all machines share"
+            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE}; use a directory"
+            " that all machines share"
         )
 
 
@@ -133,9 +133,9 @@ def measure_all(
     done: Callable[[Path, Result], object] = lambda file, result: None,
     say: Callable[[str], object] = silent,
 ) -> dict[Path, Result]:
-    """Returns the result of each cell of a study, a dataclass of type `kind`, in order. Missing
-    results are computed, here or by another process, and stored as JSON. `done` is called with
-    each.
+    """Returns the results of a study's cells, dataclasses of type `kind`, in order. Missing results
+    are computed, here or by another process, and stored as JSON. `done` is called with each file
+    and its result.
     """
     stored, results = TypeAdapter(kind), {}
 

@@ -1,7 +1,7 @@
 """Files that are read once, so that the verified bytes are also the bytes used; and cached digests.
 
 Digests are cached by file stamp in `CACHE/digests/known/DEVICE-INODE`. A file in the Hugging Face
-cache whose name is its SHA-256 is not read. Digests identify files and don't protect against
+cache whose name is its SHA-256 is not read. Cached digests identify files and don't detect
 corruption.
 """
 

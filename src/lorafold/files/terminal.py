@@ -1,4 +1,4 @@
-"""Messages, progress bars, tables and paragraphs for 80 columns. Long texts are wrapped and never
+"""Messages, progress bars, and tables and paragraphs for 80 columns, which are wrapped and never
 truncated.
 """
 
@@ -90,7 +90,9 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def mean_range(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
-    """Formats the mean of the known values, with their range if `ranged` or if they differ."""
+    """Formats the mean of the known values, with their range if `ranged` or, by default, if they
+    differ.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return MISSING

@@ -1,7 +1,7 @@
 """The web application, and limits on requests and connections.
 
-uvicorn limits neither the time to receive a request nor the size of headers, so `bounded` adds both
-limits.
+With httptools, uvicorn limits neither the time to receive a request nor the size of headers, so
+`bounded` adds both limits.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def operation_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """Returns metrics in Prometheus format. Needs a key, because labels name tenants."""
+        """Returns metrics in Prometheus format. If the server has API keys or a metrics key, it
+        requires the metrics key or the administrator's key, because labels name tenants.
+        """
         server.keys.check_metrics(request.headers.get("authorization"))
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -137,8 +139,8 @@ def openapi_description(routes: list[Any]) -> dict[str, Any]:
 
 
 class Gate:
-    """Middleware that assigns request ids, rejects large bodies before they are read, and counts
-    and logs requests when they end.
+    """Middleware that assigns request ids, rejects bodies that are too large, and counts and logs
+    requests when they end.
     """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:

@@ -102,7 +102,7 @@ class ChatBody(Generation):
         if choice == "required" and names:
             return names, names
         if not isinstance(choice, Mapping):
-            expected = "auto, none, required or a function" if names else "auto, without tools"
+            expected = "auto, none, required or an object" if names else "auto, as tools is empty"
             raise invalid("tool_choice", f"found {choice!r}, expected {expected}")
         if choice.get("type") != "allowed_tools":
             return names, [_tool_name(choice, names)]

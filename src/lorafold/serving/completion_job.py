@@ -101,7 +101,7 @@ class CompletionJob:
         queue, first = limits.queue_seconds, limits.first_token_seconds
         waited = now - self.received_at
         if self.began is None and waited > queue:
-            message = f"no slot became free within {queue:g} s; try again later"
+            message = f"the completion did not begin within {queue:g} s; try again later"
             return Refusal(503, "queue_timeout", message, retry_after=round(queue))
         if not self.token_times and waited > first:
             return Refusal(504, "first_token_timeout", f"no token was generated in {first:g} s")
@@ -122,7 +122,7 @@ class CompletionJob:
             message = f"{self.adapter}: the model's logits are NaN or infinite"
             return Refusal(500, "adapter_numerics", message, "model")
         if self.began is None:
-            message = f"{self.adapter} can't be loaded; see the server's log"
+            message = f"{self.adapter} can't be used; see the server's log"
             return Refusal(503, "adapter_unavailable", message, "model")
         return Refusal(500, "not_computed", "the completion failed; see the server's log")
 

@@ -1,7 +1,7 @@
 """The directory of adapters. The server reads only entries that `names` lists.
 
-Links that lead outside are rejected, because otherwise a user who may write one adapter could read
-or replace files of another. Hard links have the same risk, but don't show which file is the
+Links out of the directory are rejected, because otherwise a user who may write an adapter could
+make the server read any file. Hard links have the same risk, but don't show which file is the
 original, so the verifier accepts files with several links only if they are unchanged.
 """
 
@@ -127,7 +127,8 @@ class Directory:
     def locate(self, name: str) -> Path:
         if not NAME.fullmatch(name):
             raise LorafoldError(
-                f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
+                f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ - (the first"
+                " may not be . or -)"
             )
         if name not in self.names():
             self._listed = -math.inf, -1  # the entry may be newer than the mtime shows

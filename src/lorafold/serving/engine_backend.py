@@ -1,6 +1,6 @@
 """Runs lorafold's engine in a thread. After each step, all new events are passed to the event loop
-in one call. If the thread dies, all requests end, and a new engine on the same model reloads the
-adapters.
+in one call. If the thread dies, all requests end, and a new engine with the same model and adapters
+replaces it.
 """
 
 from __future__ import annotations

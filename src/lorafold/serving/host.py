@@ -117,7 +117,7 @@ class Host:
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """Returns the number of requests in admission or waiting for a slot, of a tenant or all."""
+        """Counts requests in admission and completions that wait for a slot, of a tenant or all."""
         thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.refusal) and tenant in (None, job.request.tenant)
@@ -282,7 +282,7 @@ class Admission:
             (CANCELLED_RATIO * tenant_queue, host.cancelled(tenant), "ending", "tenant_queue_full"),
         ):
             if present + n > limit:
-                message = f"{present} completions are already {verb}, and the limit is {limit}"
+                message = f"this request exceeds the limit: {present} of {limit} completions {verb}"
                 later = host.seconds_to_wait
                 raise Refusal(429, code, f"{message}; try again later", retry_after=later)
 

@@ -1,8 +1,8 @@
 """API keys, which are stored as hashes, with their tenants, adapters and limits.
 
-Plain SHA-256 suffices, because keys have 32 random bytes. The file is read for every request,
-because mtime and size don't reflect every change; deleting an entry revokes its key. Limits are
-checked when a request begins, and may be exceeded while it runs.
+Plain SHA-256 suffices, because new keys have 32 random bytes. The key file is read for every
+request, because mtime and size don't reflect every change; deleting an entry revokes its key.
+Limits are checked when a request begins, and may be exceeded while it runs.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Caller:
 
 
 class Keys:
-    """The keys of tenants (without a file, all callers are LOCAL), the administrator's key (without
-    a file, administration is off), and a key that can only read metrics.
+    """The keys of tenants (without a file, all callers but the administrator are LOCAL), the
+    administrator's key (without a file, administration is off), and a key that can only read
+    metrics.
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
@@ -96,9 +97,7 @@ class Keys:
             self._read(file)
         self._admin, self._metrics = _hash_in(admin), _hash_in(metrics)
         if metrics is not None and self._metrics == self._admin:
-            raise LorafoldError(
-                f"{metrics}: found the administrator's key, expected another key for metrics"
-            )
+            raise LorafoldError(f"{metrics}: found the administrator's key, expected another key")
 
     @property
     def tenants(self) -> tuple[str, ...]:
@@ -170,7 +169,8 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     """Adds a new key to a new or existing file. Returns the key, which is not stored anywhere."""
     if not TENANT.fullmatch(tenant) or tenant == ADMIN:
         raise LorafoldError(
-            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ -, except {ADMIN}"
+            f"tenant: found {tenant!r}, expected up to 64 letters, digits and . _ - (first a letter"
+            f" or digit), except {ADMIN}"
         )
     key = f"lf-{secrets.token_urlsafe(32)}"
     try:
@@ -233,9 +233,8 @@ class UsageFile(Strict):
 
 
 class TokenUsage:
-    """The tokens of each tenant in the current UTC minute and day. Used on the event loop only. If
-    a key has a limit (`must_save`), they are saved to a file, so that a restart doesn't reset
-    limits.
+    """The tokens of each tenant in the current UTC minute and day. If a key has a limit
+    (`must_save`), they are saved to a file, so that a restart doesn't reset limits.
     """
 
     def __init__(
@@ -260,7 +259,7 @@ class TokenUsage:
             limit = getattr(caller.limits, f"tokens_per_{period}")
             count = counts.get(period, Tally())
             if limit is not None and count.at == now // seconds and count.tokens >= limit:
-                used = f"{count.tokens:,} tokens were used this {period}"
+                used = f"{count.tokens:,} tokens were used in this UTC {period}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
                 message = f"{used}, and the key's limit is {limit:,}"
                 code = "token_limit_day" if period == "day" else "token_limit_minute"

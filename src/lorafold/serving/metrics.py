@@ -1,8 +1,8 @@
 """Metrics in Prometheus format, and for the web page.
 
-Labels are tenants, adapters and codes of refusals, so clients can't create any. Beyond MAX_LABELS,
-all others share the label `other`. `Gauges` also contains the vLLM metrics that routers use, for
-example the Kubernetes Gateway API Inference Extension.
+Labels are tenants, adapters and codes of refusals, so clients can't create any. Tenants and
+adapters beyond MAX_LABELS each share the label `other`. `Gauges` also contains the vLLM metrics
+that routers use, for example the Kubernetes Gateway API Inference Extension.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Gauges(Collector):
             ("keys_outdated", "1 if the key file can't be read and the earlier keys still apply",
              self._keys.refresh()),
             ("ready", "1 if the server is ready to compute requests", not host.not_ready),
-            ("waiting", "Completions waiting for a slot", waiting),
+            ("waiting", "Requests in admission and completions waiting for a slot", waiting),
             ("running", "Running completions", running),
             ("slots", "Maximum number of running completions", slots),
             ("adapter_bytes", "Bytes of adapters in memory", now.nbytes),
@@ -141,8 +141,8 @@ class Gauges(Collector):
         slots = 1 if now.alone else slots
         tokens = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
         for name, about, share in (
-            ("num_requests_waiting", "Completions waiting for a slot", waiting),
-            ("num_requests_running", "Running completions", running),
+            ("num_requests_waiting", "The same as lorafold_waiting", waiting),
+            ("num_requests_running", "The same as lorafold_running", running),
             ("kv_cache_usage_perc", "Fraction of the KV cache used by running completions, 0 to 1",
              min(1.0, tokens / (slots * host.backend.length))),
         ):  # fmt: skip

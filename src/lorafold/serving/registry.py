@@ -102,8 +102,8 @@ class Registry:
         return self.unverified
 
     def find(self, name: str) -> AdapterFiles | None:
-        """Returns an adapter, after verifying it if necessary, or None if it doesn't exist or was
-        rejected. Raises Busy if resources are exhausted.
+        """Returns an adapter, after verifying it if necessary, or None if it doesn't exist, was
+        unloaded or was rejected. Raises Busy if resources are exhausted.
         """
         if name in self.rejected or name in self.state.unloaded:
             return None
@@ -138,7 +138,7 @@ class Registry:
             target = random.choices(alias.targets, weights)[0]
             adapter = self.find(target.adapter)
             if adapter is None or not self.matches(adapter, target.digest or ""):
-                message = f"model: the adapter of alias {model!r} is missing or has changed"
+                message = f"model: the adapter of alias {model!r} is not served or has changed"
                 raise Refusal(404, "model_not_found", message, "model")
         name = adapter.name
         if name in self.state.quarantined:
@@ -156,7 +156,7 @@ class Registry:
         name, at, digest = model.partition("@")
         adapter = self.find(name) if caller.may_use(name) and NAME.fullmatch(name) else None
         if adapter is None or (at and len(digest) < 8) or not self.matches(adapter, digest):
-            message = f"model: {model[:200]!r} does not exist, or your key may not use it"
+            message = f"model: {model[:200]!r} is not served, or your key may not use it"
             raise Refusal(404, "model_not_found", message, "model")
         return adapter
 
@@ -168,7 +168,7 @@ class Registry:
             return False
         if adapter.key not in self._warned:
             self._warned.add(adapter.key)
-            why = "is ambiguous without a manifest and therefore matches no version"
+            why = "is ambiguous without a manifest and therefore selects no version"
             if adapter.manifest:
                 why = "lorafold 0.3 will no longer support"
             log.warning(
@@ -182,8 +182,8 @@ class Registry:
         return chosen.key is None or (adapter is not None and adapter.key == chosen.key)
 
     def load(self, name: str) -> AdapterFiles:
-        """Loads a new or changed adapter and ends its quarantine. After an error, nothing has
-        changed.
+        """Loads a new or changed adapter and ends its quarantine. If it can't be loaded, the
+        previous version stays in use.
         """
         with self._name_locks[name]:
             adapter = self._verify(name, afresh=True)
@@ -229,7 +229,7 @@ class Registry:
     def set_alias(self, name: str, targets: tuple[AliasTarget, ...]) -> Alias:
         with self._lock_adapters(*(target.adapter for target in targets)) as adapters:
             if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
-                raise invalid("name", f"found {name[:80]!r}, expected a name that no model has")
+                raise invalid("name", f"found {name[:80]!r}, expected a valid name no model has")
             for target, adapter in zip(targets, adapters, strict=True):
                 if target.digest and not self.matches(adapter, target.digest):
                     message = f"found digest {target.digest}, expected {adapter.digest[:12]}"
@@ -350,7 +350,7 @@ class DirectoryWatcher:
             if names:
                 self._idle.clear()
             if n := sum(self._pool.map(self._verify, names)):
-                log.info("checked %d adapters in %.1f s", n, time.monotonic() - begun)
+                log.info("adapters checked: %d in %.1f s", n, time.monotonic() - begun)
             self._idle.set()
             if n or time.monotonic() - saved > SAVE_INTERVAL:
                 saved = time.monotonic()

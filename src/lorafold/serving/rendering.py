@@ -55,8 +55,8 @@ class TokenTexts:
         return bytes(BYTE_OF[character] for character in piece) if known else text.encode()
 
     def unique_text(self, token: int) -> str:
-        """Returns a token's text or, if a character is incomplete, its bytes, so that each token's
-        text is unique.
+        """Returns a token's text or, if a character is incomplete, the token's bytes, so that such
+        tokens differ.
         """
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text

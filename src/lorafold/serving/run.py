@@ -81,8 +81,8 @@ def bound_socket(settings: Settings) -> socket.socket:
         return at
     except OSError as error:
         raise LorafoldError(
-            f"--port {port}: can't listen on {host} ({error.strerror});"
-            " --port 0 selects a free port"
+            f"--port {port}: can't listen on {host} ({error.strerror}); change --host or --port"
+            " (--port 0 selects a free port)"
         ) from None
 
 
@@ -226,7 +226,7 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
         lines.append(f"weights: these tenants have no key: {', '.join(unknown)}")
     if why := backend.states().alone:
         lines.append(f"requests run one at a time: {why}")
-    who = f"{len(keys.tenants)} tenants with keys" if keys.file else "no API keys (local only)"
+    who = f"tenants with keys: {len(keys.tenants)}" if keys.file else "no API keys (local only)"
     model = names[0] if names else registry.base
     key, bearer = "none", ""
     if keys.file:

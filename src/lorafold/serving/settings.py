@@ -17,7 +17,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A value from a file or a request. Unknown keys are errors."""
+    """A value from a file or a request. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -83,7 +83,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
         return Settings(**{str(k): v for k, v in settings.items()} | options)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
-        raise LorafoldError(f"{file or 'options'}: {problems}") from None
+        raise LorafoldError(f"{f'{file} or options' if file else 'options'}: {problems}") from None
 
 
 def _problem(error: Any) -> str:
@@ -103,7 +103,7 @@ def read(file: Path, kind: type[M], hint: str) -> M:
 
 
 def content_of(file: Path) -> bytes:
-    """Reads a file. Raises if reading would block, for example for a pipe."""
+    """Reads a regular file. Raises for anything else, such as a pipe, which would block."""
     try:
         with open_regular(file) as (content, _):
             return content.read()

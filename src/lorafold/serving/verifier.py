@@ -1,9 +1,9 @@
 """Verifies adapters: their files, their tokenizer, and that they fit the base.
 
 First, worker processes that can be killed read the files and return digests
-(`lorafold.verification`). Only then does this process parse the configuration and the record and
-open the tokenizer, from bytes with these digests. Of adapters that differ only in the values of
-tensors, only the first is checked against the base.
+(`lorafold.verification`). Only then does this process parse the configuration and the record, and
+a worker load the tokenizer, from bytes with these digests. Of adapters that differ only in the
+values of tensors, only the first is checked against the base.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class VerifiedCache:
                 self.adapters[name] = CachedAdapter(found=cached.found, marks=marks)
 
     def put(self, adapter: AdapterFiles, marks: Mapping[str, FileStamp]) -> None:
-        """Adds an adapter. If a file was just written, adds it without stamps, because another
-        write may not change the stamp.
+        """Adds an adapter. Omits the stamps if a file was just written, because another write may
+        not change its stamp.
         """
         settled = dict(marks) if all(mark.settled for mark in marks.values()) else {}
         self.adapters[adapter.name] = CachedAdapter(found=adapter, marks=settled)
@@ -163,8 +163,8 @@ class Verifier:
         return self._sandbox.verify(path, files, CONFIG, RECORD, RECORD_FIELDS)
 
     def _read(self, name: str, path: Path, marks: dict[str, FileStamp]) -> AdapterFiles:
-        """Verifies an adapter and reads its record. Adds the stamps that its files had before to
-        `marks`.
+        """Verifies an adapter with its base adapters and tokenizer. Adds their files' stamps, taken
+        before reading, to `marks`.
         """
         verified = self._verified(path, marks)
         files = (CONFIG, RECORD, MANIFEST)
@@ -193,8 +193,8 @@ class Verifier:
         # checked here, because loading allocates factors of this rank before it compares shapes
         rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
         if rank > verified.widest and ranked.rank_is_dimension:
-            most = f"{verified.widest:,}, the largest dimension of its tensors"
-            raise LorafoldError(f"r: found {rank:,}, expected at most {most}")
+            most = f"{verified.widest:,}, the largest dimension of the adapter's tensors"
+            raise LorafoldError(f"rank: found {rank:,}, expected at most {most}")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         # in the order of `lorafold.identity.of_adapter`
         each = [stack[at] for at in (*below, path)]
@@ -217,7 +217,7 @@ class Verifier:
         linked = [n for at, files in stack.items() for n in hard_linked(at, files.files)]
         cached = self.cache.adapters.get(name)
         if linked and (cached is None or cached.found.digest != adapter.digest):
-            raise LorafoldError(f"{linked[0]}: found several hard links, expected one; copy it")
+            raise LorafoldError(f"{linked[0]}: found several hard links, expected one; use a copy")
         return adapter
 
     def _differences(self, name: str, path: Path, files: Contents) -> tuple[str, str]:

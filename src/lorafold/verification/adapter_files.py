@@ -1,9 +1,10 @@
 """Verifies and hashes the files of an untrusted adapter, in a worker process.
 
-The configuration and the record must be JSON of bounded size and depth with finite numbers. The
-patterns in the configuration must match the base's module names in bounded time. The safetensors
-header must describe the file exactly, and all weights must be finite. `lorafold.adapter` checks
-later that the adapter fits the base, and reads only bytes with these digests.
+The configuration and the record must be JSON of bounded size and depth with finite numbers.
+Matching the configuration's patterns with the base's module names must take bounded time. The
+safetensors header must describe the file exactly, and all weights must be finite.
+`lorafold.adapter` checks later that the adapter fits the base, and reads only bytes with these
+digests.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
 def _check_time(field: str, start: float, seconds: float) -> None:
     if time.process_time() - start > seconds:
         raise LorafoldError(
-            f"{field}: matching the patterns with the base's modules takes more than {seconds:g} s"
+            f"{field}: the patterns need more than {seconds:g} s of CPU time; simplify them"
         )
 
 

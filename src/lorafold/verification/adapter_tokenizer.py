@@ -65,8 +65,8 @@ class AdapterTokenizer:
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """Returns an object with the text's `input_ids`. With `sanitize_control_tokens`, the text
-        must contain the marks of `data.control_tokens`.
+        """Returns an object with the text's `input_ids`. With `sanitize_control_tokens`, tokens
+        that `data.control_tokens` marked in the text are tokenized as text.
         """
         ids = self._call(
             "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
@@ -125,7 +125,7 @@ class AdapterTokenizer:
             try:
                 text = str(self._call("render", **conversation))
                 if self._caching and len(text) > MAX_PROBE_LENGTH:
-                    text = TemplateError(f"a test conversation has {len(text):,} characters")
+                    text = TemplateError(f"a test prompt has {len(text):,} characters, too many")
             except CheckFailed as error:
                 text = TemplateError(str(error))
             if self._caching and len(self._probes) < MAX_PROBES:

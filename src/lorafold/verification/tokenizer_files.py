@@ -101,7 +101,7 @@ class AdapterTokenizers:
             **special | dict(variables),
         )
         text = str(rendered[0][0])
-        _check_limit(len(text), MAX_CHARACTERS, "characters")
+        _check_limit(len(text), MAX_CHARACTERS, "rendered characters")
         return text
 
     def tokens(self, files: TokenizerFiles, text: str, special: bool, marked: bool) -> list[int]:

@@ -97,8 +97,8 @@ def _answer(
 
 
 def _set_limits(seconds: float, memory: int) -> None:
-    """Limits the CPU seconds, after which a signal kills the process, and the additional bytes of
-    memory, on systems with /proc. 0 removes a limit.
+    """Limits the CPU seconds, after which a signal kills the process, and, on systems with /proc,
+    the additional bytes of memory. 0 removes a limit.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     hard = soft = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -53,13 +53,13 @@ class Process(KillableProcess):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if isinstance(error, TooLarge):
                 raise CheckFailed(
-                    f"the process returned {error.size:,} bytes, expected at most"
+                    f"the worker returned {error.size:,} bytes, expected at most"
                     f" {MAX_ANSWER_BYTES:,}"
                 ) from None
             if isinstance(error, Exited):
                 if error.code == -signal.SIGPROF:
-                    raise CheckFailed("time limit exceeded") from None
-                raise CheckFailed("the process crashed") from None
+                    raise CheckFailed("CPU time limit exceeded") from None
+                raise CheckFailed("the worker process crashed") from None
             raise
         return json.loads(content)
 

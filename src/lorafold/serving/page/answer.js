@@ -1,4 +1,4 @@
-// One model's answer to one question, on the page: as it was written, formatted, and in numbers.
+// One model's answer to one question: its raw text, its formatted text and its statistics.
 
 import { Refusal, chunks } from "./api.js";
 import { Formatted } from "./markdown.js";
@@ -53,7 +53,7 @@ export class Answer {
     if (content || reasoning) {
       this.last = performance.now();
       this.first ??= this.last;
-      this.tokens += 1; // until the usage says it
+      this.tokens += 1; // until the usage arrives
       this.write(content, reasoning);
     }
     this.finish = choice.finish_reason ?? this.finish;

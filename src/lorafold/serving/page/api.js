@@ -1,4 +1,4 @@
-// The server's API, asked with the key of this tab if there is one.
+// Requests to the server's API, with this tab's key if it has one.
 
 const KEPT = "lorafold-key";
 const JSON_SENT = { "Content-Type": "application/json" };

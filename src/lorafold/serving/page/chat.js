@@ -1,12 +1,12 @@
-// One question to two models at once, and how their answers differ. Each side sends its own answers
-// back as its conversation.
+// Sends one question to two models and compares the answers. Each side's conversation contains only
+// its own answers.
 
 import { Answer, following } from "./answer.js";
 import { compared } from "./difference.js";
 
 const $ = (id) => document.getElementById(id);
 const sides = ["left", "right"].map((name) => ({ name, select: $(name), history: [] }));
-let running = null; // what stops the answers that are being written
+let running = null; // the AbortController of the current answers
 
 /** Let the user choose among these models. What is chosen stays, listed or not. */
 export function offer(models) {
@@ -65,7 +65,7 @@ async function ask(question) {
 }
 
 async function converse(side, answer, question, signal) {
-  const { history } = side; // a new conversation has another one
+  const { history } = side; // a new conversation replaces it
   const system = $("system").value.trim();
   const messages = [
     ...(system ? [{ role: "system", content: system }] : []),
@@ -121,7 +121,7 @@ $("question").addEventListener("keydown", (event) => {
   $("composer").requestSubmit();
 });
 
-// what is invalid has to be seen
+// opens the options, so that an invalid field is visible
 $("options").addEventListener("invalid", () => ($("options").open = true), true);
 
 $("stop").addEventListener("click", stop);

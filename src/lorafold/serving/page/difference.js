@@ -1,8 +1,8 @@
-// How two texts differ, word by word: what one has, the other has, and what both have in order.
+// Compares two texts word by word: the words of only one of them, and the common words in order.
 
-const MOST = 4_000_000; // comparisons of words: a moment
+const MOST = 4_000_000; // comparisons of words; they take a moment
 const words = new Intl.Segmenter(undefined, { granularity: "word" });
-let opened = false; // as the user left it the last time
+let opened = false; // whether the user last left it open
 
 /** The parts of both texts in order, as [kind, text]: "both", "left" or "right". null: too long. */
 export function differences(left, right) {

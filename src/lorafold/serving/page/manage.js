@@ -1,11 +1,11 @@
-// What the administrator can do with an adapter or an alias, in a dialog.
+// The dialog in which the administrator manages an adapter or an alias.
 
 import { Refusal, order } from "./api.js";
 
 const $ = (id) => document.getElementById(id);
 const dialog = $("manage");
 let known = new Map();
-let managed = null; // the model that the dialog is about; an alias that is new has no id
+let managed = null; // the model in the dialog; a new alias has no id
 
 /** Open the dialog for a model, or for a new alias. */
 export function manage(model) {

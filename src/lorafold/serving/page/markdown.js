@@ -1,13 +1,13 @@
-// Markdown as elements. Whatever a model writes becomes text: there is no HTML, nothing is loaded,
-// and a link leads where its visible address says.
+// Converts Markdown to elements. A model's output only becomes text: it can't contain HTML or load
+// anything, and each link shows its address.
 
-const DEEPEST = 6; // lists and quotations in each other
+const DEEPEST = 6; // levels of nested lists and quotations
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6}) +(\S.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
 const QUOTE = /^ {0,3}> ?/;
-// bounded, so that no text takes long: code, strong, emphasis, a link or a picture
+// code, strong, emphasis, a link or an image; bounded, so that no text takes long
 const INLINE = new RegExp(
   [
     /(`{1,3})(?!`)(?<code>[^`]{1,1000}|[^`]{0,500}`{1,2}[^`]{1,500})\1(?!`)/,
@@ -130,6 +130,6 @@ function inline(text) {
 
 function element(name, ...children) {
   const made = document.createElement(name);
-  made.append(...children); // what is a string becomes text
+  made.append(...children); // strings become text nodes
   return made;
 }

@@ -1,21 +1,21 @@
-// The page: what is served, as the server tells it while the page is seen, and the key where one is
-// needed.
+// The page: streams the list of models while the page is visible, and asks for a key if the server
+// requires one.
 
 import { checkAdministrator, key, watched } from "./api.js";
 import { offer } from "./chat.js";
 import { follow } from "./manage.js";
 import { show } from "./table.js";
 
-const AGAIN = 1000; // milliseconds before the stream is asked for again
-const SILENT = 40_000; // after which it is lost: the server writes at least each 15 s
+const AGAIN = 1000; // milliseconds before the stream is requested again
+const SILENT = 40_000; // milliseconds without data; the server pings every 15 s
 const KEEPS = " Retrying.";
 const $ = (id) => document.getElementById(id);
 const known = new Map();
-let names = ""; // of the models that can be asked
+let names = ""; // names of the models that can be used
 let administrator = false;
 let locked = false;
-let soon = false; // ask for the stream at once
-let wake = () => {}; // ends what is waited for
+let soon = false; // request the stream at once
+let wake = () => {}; // ends the current wait
 let stopping = new AbortController();
 
 async function listen() {
@@ -31,7 +31,7 @@ async function listen() {
     for await (const event of watched(signal, heard)) take(event);
     if (!$("trouble").textContent) write("trouble", `The server closed the connection.${KEEPS}`);
   } catch (error) {
-    if (signal.aborted && signal.reason !== SILENT) return; // as this page wanted it
+    if (signal.aborted && signal.reason !== SILENT) return; // this page stopped the stream
     if (error.status === 401) lock();
     else if (error.status === 503) write("trouble", unready(error.message));
     else if (error.status) write("trouble", `Request rejected: ${error.message}.${KEEPS}`);
@@ -99,7 +99,7 @@ function ask(why, forMore) {
   $("key").focus();
 }
 
-// written only if new: a status that is written is spoken
+// written only if it changed, because screen readers read each new status aloud
 function write(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
@@ -136,10 +136,10 @@ $("door-shut").addEventListener("click", () => {
 
 $("forget").addEventListener("click", () => {
   key.forget();
-  location.reload(); // nothing that was said or seen stays
+  location.reload(); // removes all conversations and lists
 });
 
-document.addEventListener("visibilitychange", again); // what is not seen holds no stream
+document.addEventListener("visibilitychange", again); // a hidden page has no stream
 
 for (;;) {
   if (document.visibilityState === "visible" && !locked) await listen();

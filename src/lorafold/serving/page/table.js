@@ -1,5 +1,5 @@
-// The table of all models: searched, filtered, sorted, a page of rows at a time, since there may be
-// thousands. Rows that stay are the same elements, so that focus and scroll stay too.
+// The table of all models: search, filters, sorting and pages, because there may be thousands. Rows
+// that remain keep their elements, and so the focus and scroll position.
 
 import { key } from "./api.js";
 import { choose } from "./chat.js";
@@ -38,7 +38,7 @@ function draw() {
 
 function order(a, b) {
   const [base, other] = [a.parent === null, b.parent === null];
-  if (base || other) return other - base; // which is always seen first
+  if (base || other) return other - base; // the base is always first
   const [x, y] = view.by === "state" ? [stateOf(a), stateOf(b)] : [a[view.by], b[view.by]];
   if (x === y) return a.id < b.id ? -1 : 1;
   if (x == null || y == null) return x == null ? 1 : -1;
@@ -91,7 +91,7 @@ function fill(row, model) {
   ];
   texts.forEach((text, i) => i === 3 || write(row.cells[i], text));
   write(row.querySelector(".state"), model.pinned ? `${told}, pinned` : told);
-  write(row.querySelector(".why"), (model.why ?? "").replace(/^\/\S*: /, "")); // all: manage
+  write(row.querySelector(".why"), (model.why ?? "").replace(/^\/\S*: /, "")); // manage: all of it
   row.dataset.state = state;
   row.querySelector("a").hidden = !model.page;
   const [ask, change] = row.querySelectorAll("button");
@@ -129,7 +129,7 @@ function size(bytes) {
   return `${bytes.toLocaleString("en", { maximumSignificantDigits: 3 })} ${units[i]}`;
 }
 
-// A link can't send the key, so that a form does: the key is in no address.
+// A link can't send the key, so a form does, which keeps the key out of URLs.
 function openWithKey(event) {
   if (!key.get()) return;
   event.preventDefault();
@@ -158,7 +158,7 @@ $("on").addEventListener("click", () => turn(1));
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const { by } = button.dataset;
-    // numbers begin with the largest, which is what one looks for
+    // numbers start with the largest
     view.down = view.by === by ? !view.down : button.closest("th").classList.contains("number");
     view.by = by;
     for (const one of document.querySelectorAll("thead button")) {

@@ -218,8 +218,8 @@ class CompletionsReply(Choices):
                 yield _choice(i, event.text[lengths[i] :], None, finish_reason(event))
 
     def _echo(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
-        """Returns the prompt's text if echo is set, and the logprobs of prompt and completion. Too
-        slow for the event loop.
+        """Returns the prompt's text if echo is set, else "", and the logprobs of this text and of
+        `tokens`, if requested. Too slow for the event loop.
         """
         echo = list[Token]()
         if self.body.echo:

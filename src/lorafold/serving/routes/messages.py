@@ -27,7 +27,7 @@ BLOCK_KEYS = {
     "tool_result": {"tool_use_id", "content", "is_error"} | IGNORED,
     "thinking": {"thinking", "signature"} | IGNORED,
 }
-NOT_TEXT_MESSAGE = "found a block of type {}, expected text"
+NOT_TEXT_MESSAGE = "found a block of type {}, expected a text block with a string"
 STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # (type of deltas, field) by type of block
 DELTAS = {
@@ -217,7 +217,7 @@ def _usage(usage: Usage) -> dict[str, int]:
 def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:
-        raise invalid(where, "expected a string or a list of content blocks")
+        raise invalid(where, "expected a string, or at least one content block in a list")
     message: dict[str, Any] = {}
     for i, block in enumerate(blocks):
         kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"

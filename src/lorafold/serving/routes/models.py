@@ -346,7 +346,7 @@ def administration(app: FastAPI, server: Server) -> None:
         """Pins an adapter in memory, unpins it, or puts it in quarantine."""
         server.admin(request)
         if act not in ACTIONS:
-            message = f"found {act[:40]!r}, expected one of {', '.join(ACTIONS)}"
+            message = f"action: found {act[:40]!r}, expected one of {', '.join(ACTIONS)}"
             raise Refusal(404, "no_route", message)
         if act == "quarantine":
             await run_change(lambda: registry.quarantine(name, "quarantined by the administrator"))
@@ -357,7 +357,7 @@ def administration(app: FastAPI, server: Server) -> None:
 
     @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
-        """Sets an alias's targets from the next request on."""
+        """Sets an alias's targets, or restores the earlier ones, from the next request on."""
         body = await server.body(request, server.admin(request), AliasBody, lambda body: body)
         if body.rollback:
             alias = await run_change(lambda: registry.roll_back(name))

@@ -278,8 +278,8 @@ def _text_item(kind: str) -> Item:
 
 
 def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Converts items to messages, each with the field of its first item. Calls are merged into the
-    assistant message next to them.
+    """Converts items to messages, each with the field of its first item. Reasoning and calls are
+    merged into the assistant message next to them.
     """
     names: dict[str, str] = {}
     turn: dict[str, Any] = {}
@@ -322,4 +322,4 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
 def _text(content: Any, where: str) -> Any:
     if not isinstance(content, list):
         return content
-    return join_text(content, PARTS, where + "[{}]", "found a part of type {}, expected only text")
+    return join_text(content, PARTS, where + "[{}]", "found type {}, expected text as a string")
