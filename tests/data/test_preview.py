@@ -386,7 +386,7 @@ def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, mon
     data = str(tmp_path / "rows.jsonl")
     for _ in range(2):  # and from the cache
         findings, lines = found(data)
-        assert lines[0] == "data: only the first 20 rows are checked; a run checks all rows"
+        assert lines[0].startswith("data: only the first rows are checked (20 to train on); a run")
         assert lines[1].startswith(
             f"data: 5 of 20 rows are identical to an earlier row: {data}: row 17 (see row 2)"
         )
