@@ -182,7 +182,7 @@ class Fields(BaseModel):
     streaming: bool = described(
         False,
         "Read rows while training without storing them, for data that is larger than the disk."
-        " Requires a number of steps, and separate held-out rows.",
+        " Requires a number of steps; held-out rows, if any, must be separate.",
     )
     shuffle_buffer: Count = described(
         10_000, "With streaming, the size of the buffer that rows are sampled from."
@@ -219,7 +219,7 @@ class Fields(BaseModel):
     )
     keep: Count = described(2, "How many checkpoints to keep besides the best.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = described(
-        0, "The seed for the initialization, the order of the rows and dropout."
+        0, "The seed, for example for the initialization, the order of the rows and dropout."
     )
     trackers: tuple[Name, ...] = described(
         (), "Experiment trackers, for example tensorboard or wandb."

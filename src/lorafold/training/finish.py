@@ -66,7 +66,7 @@ class Trained(ShownInNotebooks):
     whether the first is `better`.
 
     If a finished run is resumed, the result comes from the adapter's record, without times (nan),
-    memory and parameter counts (None).
+    memory, parameter counts (None), `frozen`, `data` and `pace` (empty).
     """
 
     train_loss: float
