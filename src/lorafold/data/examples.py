@@ -324,7 +324,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on:"
             f" {', and '.join(reasons) or 'they have no assistant turn that may be trained on'};"
-            " expected assistant turns within max_length"
+            " expected assistant turns after a prompt, within max_length"
         )
     used = np.unique(examples.rows)
     report = EncodingReport(

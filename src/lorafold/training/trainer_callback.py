@@ -64,11 +64,11 @@ class AdapterCallback(TrainerCallback):
         own_reference: the trainer (DPO, KTO, GRPO) has a correct reference that was not made by
             `lorafold.reference`.
 
-    Before the first step, LorafoldError is raised if the adapter is not on the trainer's model, if
-    TRL's reference lacks the adapters below this one, if other parameters are also trained (they
-    would not be saved), if the method needs more than a trainer's steps (a selection before the
-    first step, rank pruning, a penalty, training of the base), or if the checkpoint to resume has
-    no adapter, a damaged adapter or another one.
+    Before the first step, the callback raises LorafoldError if the adapter is not on the trainer's
+    model, if TRL's reference lacks the adapters below this one, if other parameters are also
+    trained (they would not be saved), if the method needs more than a trainer's steps (a selection
+    before the first step, rank pruning, a penalty, training of the base), or if the checkpoint to
+    resume has no adapter, a damaged adapter or another one.
     """
 
     def __init__(
