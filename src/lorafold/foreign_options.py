@@ -195,7 +195,7 @@ TRAINING_OPTIONS = {
 # options of vLLM, SGLang, llama.cpp, and tools for conversion and merging
 SERVER_OPTIONS = {
     "lora_modules lora_paths lora": _field("adapters")._replace(example="DIR"),
-    "api_key": _field("keys", remark="a file of lorafold serve new-key")._replace(example="FILE"),
+    "api_key": _field("keys", remark="a file from lorafold serve new-key")._replace(example="FILE"),
     "quantization_method outtype quantize": _field("tensors"),
     "format output_format": _field("to"),
     "save_path": _field("out"),

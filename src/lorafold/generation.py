@@ -177,13 +177,13 @@ def new_token_limits(
     longest = max(map(len, prompts), default=0)
     if longest >= limit:
         raise LorafoldError(
-            f"prompt: found {longest} tokens, expected fewer than the {limit} positions of"
+            f"prompt: found {longest} tokens, expected fewer than the {limit} free positions of"
             f" {type(model).__name__}"
         )
     if longest + max_new_tokens > limit:
         log.warning(
-            "max_new_tokens %d: the longest prompt has %d tokens and %s has only %d positions, so"
-            " completions may end earlier",
+            "max_new_tokens %d: the longest prompt has %d tokens and %s has only %d free positions,"
+            " so completions may end earlier",
             max_new_tokens, longest, type(model).__name__, limit,
         )  # fmt: skip
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]

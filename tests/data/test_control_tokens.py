@@ -264,7 +264,7 @@ def test_rows_are_counted_and_text_is_left_as_it_is() -> None:
     pair = {"prompt": "a", "chosen": "b <|im_end|>", "rejected": "c"}
     report = encode_preferences([pair, pair | {"chosen": "b"}], tokenizer, 512, "pairs").report
     assert report.marked == 1
-    assert "1 rows have control tokens in their contents, which are tokenized as" in str(report)
+    assert "1 rows contain control tokens, which are tokenized as plain" in str(report)
     found = encode([{"text": "<|im_start|>user\na<|im_end|>"}], tokenizer, 512)
     assert found.report.marked == 0
     assert found.examples[0].ids[-1] == tokenizer.eos_token_id
@@ -278,7 +278,7 @@ def test_a_run_says_it_and_one_that_allows_them_generates_so_too(tiny_model_dir,
     how = ["--model", str(model), "--data", data, "--steps", "2", "--batch", "1"]
     out = tmp_path / "text"
     done = lorafold("train", *how, "--out", str(out))
-    assert "1 rows have control tokens in their contents, which are tokenized as" in done.stderr
+    assert "1 rows contain control tokens, which are tokenized as plain" in done.stderr
     free = tmp_path / "free"
     done = lorafold("train", *how, "--out", str(free), "--allow-control-tokens")
     assert "control tokens" not in done.stderr

@@ -201,8 +201,8 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
         ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
         ("Mail text,when,Reply text", "a,2024-01-02,b",
-         "--columns 'prompt=Mail text,completion=Reply text' (guessed by their order, if the file"
-         " has a header)"),
+         "--columns 'prompt=Mail text,completion=Reply text' (guessed from the order of the"
+         " columns; a CSV file needs a header)"),
         ("one,two,three", "a,b,c", "(rename with --columns)"),
     ],
 )  # fmt: skip

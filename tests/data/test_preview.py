@@ -386,7 +386,7 @@ def test_large_data_is_named_the_same_and_previewed_in_part(found, tmp_path, mon
     data = str(tmp_path / "rows.jsonl")
     for _ in range(2):  # and from the cache
         findings, lines = found(data)
-        assert lines[0] == "data: only the first 20 rows are checked; a run checks all rows"
+        assert lines[0].startswith("data: only the first rows are checked (20 to train on); a run")
         assert lines[1].startswith(
             f"data: 5 of 20 rows are identical to an earlier row: {data}: row 17 (see row 2)"
         )
@@ -420,14 +420,14 @@ def test_rows_that_are_refused_are_named_by_their_file(found: Any, tmp_path: Pat
     with pytest.raises(LorafoldError, match=rf"^{second}: row 2: fields chosen and rejected"):
         found([first, second], objective="dpo")
     written(tmp_path / "b.jsonl", [pair("n " * 200, "a", "b")])
-    told = rf"^data: truncation to max_length 100 .*: {second}: row 1: no token of a completion"
+    told = rf"^data: truncation to max_length 100 .*: {second}: row 1: no trained token of a"
     with pytest.raises(LorafoldError, match=told):
         found([first, second], objective="dpo", max_length=100)
 
 
 def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
     findings = find_problems([object()], Rows.of([asked(1)]), 100)
-    told = "data: these examples are not in a table, so lorafold does not check them"
+    told = "data: the objective's examples are not in a table, so lorafold does not check them"
     assert findings.lines == [told]
     assert findings.as_json()["duplicates"] is None
 

@@ -247,7 +247,7 @@ def test_a_struct_of_lists_in_parquet(tmp_path: Path) -> None:
         ({"messages": [user("a") | {"function_call": CALL}]},
          "field messages[0].function_call: found with role user, expected role assistant"),
         ({"messages": {"role": ["user"], "content": []}},
-         "field messages: found columns with 1 of role, 0 of content, expected"),
+         "field messages: found columns of values (1 in role, 0 in content), expected"),
         ({"messages": "[{'role': 'user'}]"},
          "field messages: found text that is not a JSON list (not JSON: found single quotes"),
         ({"chosen": "a", "rejected": "b"}, "field chosen: found text, expected a list of messages"),

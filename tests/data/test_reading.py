@@ -226,7 +226,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.jsonl", f'{{"x": {DEEP[99_800:100_200]}}}',
          "row 1: field x: found a value nested in more than 100 lists and objects, expected fewer"),
         ("a.jsonl", json.dumps(CHAT | {"tools": f'[{{"name": "f", "x": {LONG}}}]'}),
-         "row 1: field tools: found JSON that can't be used: field [0].x: found an integer"),
+         "row 1: field tools: found unusable JSON: field [0].x: found an integer"),
         ("a.jsonl", json.dumps(CHAT | {"tools": DEEP}), "row 1: field tools: found JSON that"),
         ("a.jsonl", LINE + '{"prompt": "a", "completion": null}',
          "row 2: field completion: found null, expected a value, which rows of {prompt, comple"),

@@ -327,7 +327,7 @@ def test_rows_that_are_equal_after_cutting_are_named(tiny: Any) -> None:
     whole = len(examples_of(rows[-1:], tokenizer)[0].documents()[1].ids)
     with pytest.raises(LorafoldError, match="row 2: chosen and rejected become equal; raise max"):
         encode_preferences(rows[3:], tokenizer, whole - 3, "pairs")
-    with pytest.raises(LorafoldError, match="row 1: no token of a completion remains"):
+    with pytest.raises(LorafoldError, match="row 1: no trained token of a completion remains"):
         encode_preferences(PAIRS[2:3], tokenizer, 6, "pairs")
 
 

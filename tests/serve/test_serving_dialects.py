@@ -229,7 +229,7 @@ def test_messages_call_tools_and_read_their_results(server: Running) -> None:
          "messages[0].content[0].type: 'image' is not supported"),
         ({"messages": [*ASK, {"role": "assistant", "content": "It"}]}, "messages: found an"),
         ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"input": "x"}]}]},
-         "messages[1].content[0].input: found text, not JSON"),
+         "messages[1].content[0].input: found text that is not JSON"),
         ({"messages": [*ASK, {"role": "assistant", "content": [USED | {"name": 5}]}]},
          "messages[1].content[0].name: found 5"),
         ({"messages": [{"role": "user", "content": [{"type": []}]}]},

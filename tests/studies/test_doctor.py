@@ -69,7 +69,7 @@ def test_each_shortcoming_has_its_sentence(machine: Hardware, said: str) -> None
 def test_the_process_and_the_kernel_have_sentences_too() -> None:
     fine = sentences(CPU)
     assert [s for s in sentences(CPU, untuned=True) if s not in fine] == [
-        "LORAFOLD_TUNE=off disables huge pages and short waits in training: unset it."
+        "LORAFOLD_TUNE=off disables huge pages and bounded caches of matmul kernels: unset it."
     ]
     assert "write madvise to" in next(s for s in sentences(CPU, "never") if s not in fine)
 

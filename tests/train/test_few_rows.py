@@ -101,7 +101,7 @@ def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     data, model = write_rows(tmp_path / "rows.jsonl", ROWS), tiny_model_dir("llama")
     asked = f"train --model {model} --data {data} --max-length 64 --out {tmp_path}"
     said = run(f"{asked}/few --epochs 1").stderr
-    assert "steps: 1, which may be too few: --epochs auto sets 100, and --eval-fr" in said
+    assert "steps: 1, which may be too few: --epochs auto sets at least 100, and with" in said
     assert "may be too few" not in run(f"{asked}/asked --steps 1").stderr
     said = run(f"{asked}/all").stderr
     assert "epochs auto: 100 steps, without early stopping" in said

@@ -105,7 +105,7 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(llama, tmp_path: Path)
     }
     for name in ways:
         assert losses[name] == pytest.approx(losses["apart"], rel=1e-5), name
-    said = re.findall(r"packing: (\d+)% of the tokens are in shared prefixes", told.file.getvalue())
+    said = re.findall(r"packing: (\d+)% of the tokens repeat a prefix", told.file.getvalue())
     assert len(said) == 3
     assert all(int(share) >= 10 for share in said)
 

@@ -25,11 +25,11 @@ from lorafold.errors import LorafoldError
 
 
 class Batches(Sequence[list[int]]):
-    """The example indices of each step, (steps, batch).
+    """The indices of each step's rows among the rows with examples, (steps, batch).
 
     Shuffled epochs are concatenated, so every batch is full and may span two epochs. From a source
-    with weight w and n examples, each epoch takes the next round(w n) examples of an order that
-    continues across epochs.
+    with weight w and n rows, each epoch takes the next round(w n) rows, or at least one, of an
+    order that continues across epochs.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ def num_targets(example: Example) -> int:
 
 
 class BatchFeed(ABC):
-    """The examples of `steps` training steps. The first `num_previewed` are cheap to inspect before
-    training.
+    """The examples of `steps` training steps. The examples of the first `num_previewed` steps are
+    cheap to inspect before training.
     """
 
     num_previewed: int

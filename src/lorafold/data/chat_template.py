@@ -7,7 +7,7 @@ an assistant turn is rendered:
     with the next message       ... answer<user>\nnext          the next message's start is the end
     not at all                  ... answer                      the tokenizer's end token is trained
 
-The end is the last of the consecutive special tokens after the answer.
+An end with the turn extends to the last of the consecutive special tokens after the answer.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ class MessageForm:
 
 @dataclass(frozen=True)
 class ReasoningBlock:
-    """The tags around reasoning, stripped of whitespace; `lead` and `between` are the texts before
-    and after the reasoning with whitespace. `shown`: the template renders the last turn's
-    reasoning. `spaced`: whitespace after the closing tag belongs to the block.
+    """The tags around reasoning, stripped of whitespace; `lead` is the whitespace before the
+    reasoning, and `between` the text from the reasoning to the answer. `shown`: the template
+    renders the last turn's reasoning. `spaced`: whitespace after the closing tag belongs to the
+    block.
     """
 
     opening: str
@@ -316,7 +317,7 @@ def date_used(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def with_date(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
-    """Makes the template render a fixed date. Returns the tokenizer unchanged if `day` is ""."""
+    """Returns a copy of the tokenizer whose template renders the date `day`, unless it is ""."""
     if not day:
         return tokenizer
     fixed, form = copy.copy(tokenizer), datetime.fromisoformat(day).strftime

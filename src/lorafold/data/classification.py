@@ -38,7 +38,7 @@ class LabelledExample:
 
 
 def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Returns the labels of the rows, sorted: integers by value, text by character."""
+    """Returns the labels of the rows, sorted by value if all are integers, otherwise as text."""
     known = Rows.of(rows, LABELS)
     check_provided(known.formats, LABELS)
     labels = {given.label for given in known.extract(LABELS)}

@@ -39,8 +39,8 @@ PROMPT_REMARK = (
     " tokens, pass --allow-control-tokens"
 )
 ROWS_REMARK = (
-    "rows have control tokens in their contents, which are tokenized as plain text; to keep them as"
-    " control tokens, pass --allow-control-tokens"
+    "rows contain control tokens, which are tokenized as plain text; to keep them as control"
+    " tokens, pass --allow-control-tokens"
 )
 
 

@@ -134,7 +134,7 @@ class CompletionEncoder(Encoder):
         return pieces
 
     def _examples(self, piece: PendingExample, encoding: Encoding | Pieces) -> list[PendingExample]:
-        """Makes one example, and one for each turn whose border a token would cross."""
+        """Makes an example for each turn whose border a token would cross, and one for the rest."""
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, []
         if MARK_START in text:
@@ -246,8 +246,8 @@ class EncodingReport:
             (self.unlabelled, "rows have no token to train on and are left out"),
             (
                 self.turns_left_out,
-                "assistant turns are not trained on: the chat template renders them differently at"
-                " generation",
+                "assistant turns are not trained on: they have no prompt, or the chat template"
+                " renders them differently at generation",
             ),
             (
                 (self.examples > self.rows - self.unlabelled) * self.examples,
@@ -319,12 +319,12 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     left_out = int(column(table, "left_out").sum())
     if not examples:
         cut = f"{truncated} were cut at max_length {max_length} (the longest has {longest} tokens)"
-        lost = f"{left_out} assistant turns are left out: the template renders them differently"
+        lost = f"{left_out} assistant turns have no prompt or are rendered differently"
         reasons = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
         raise LorafoldError(
             f"none of the {len(rows)} rows has a token to train on:"
             f" {', and '.join(reasons) or 'they have no assistant turn that may be trained on'};"
-            " expected assistant turns within max_length"
+            " expected assistant turns after a prompt, within max_length"
         )
     used = np.unique(examples.rows)
     report = EncodingReport(

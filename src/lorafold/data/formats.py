@@ -80,7 +80,7 @@ def implicit_problems(row: Row) -> Iterator[str]:
     if not (shared := _num_shared(chosen, rejected)):
         yield "fields chosen and rejected: found different first messages, expected the same prompt"
     elif shared == min(len(chosen), len(rejected)):
-        yield "fields chosen and rejected: found no message that differs, expected two answers"
+        yield "fields chosen and rejected: one begins with the other; expected different answers"
 
 
 def turns_preference_problems(row: Row) -> Iterator[str]:
@@ -182,8 +182,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt, its completions by field name, and tools. `desirable` is the label of a single
-    completion, which is not validated.
+    """A prompt, its completions by field name, and tools. `desirable` is the label, not yet
+    validated, of a single completion.
     """
 
     prompt: list[Message]
@@ -271,7 +271,7 @@ class RowFormat:
 @lru_cache
 def formats_for(content: str = "") -> tuple[RowFormat, ...]:
     """Returns ROW_FORMATS, with the formats that provide the given kind first. A format precedes
-    formats whose keys it includes, so {text, label} doesn't match {text}.
+    formats whose keys it includes, so a row with text and label is not taken for {text}.
     """
     table = (*ROW_FORMATS, PROMPT_ONLY) if content == PROMPTS else ROW_FORMATS
     providers = [row_format for row_format in table if content in row_format.provides]

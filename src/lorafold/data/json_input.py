@@ -137,8 +137,8 @@ def normalize_row(row: Any) -> RowResult:
             result = result | {key: value}
         if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
             if len({*map(len, value.values())}) > 1:
-                many = ", ".join(f"{len(column)} of {name}" for name, column in value.items())
-                return f"field {key}: found columns with {many}, expected equal lengths"
+                many = ", ".join(f"{len(column)} in {name}" for name, column in value.items())
+                return f"field {key}: found columns of values ({many}), expected equal lengths"
             columns = zip(*value.values(), strict=True)
             result = result | {key: [dict(zip(value, one, strict=True)) for one in columns]}
     turns = result.get("conversations")

@@ -221,7 +221,7 @@ def _json_problem(text: str, kind: type) -> str:
     try:
         value = parse_json(text)
     except ValueError as error:
-        return "text, not JSON" if "not JSON" in str(error) else f"JSON that can't be used: {error}"
+        return "text that is not JSON" if "not JSON" in str(error) else f"unusable JSON: {error}"
     return "" if isinstance(value, kind) else f"JSON of {json_type(value)}"
 
 
@@ -289,8 +289,8 @@ def read_query(row: Row) -> Completions:
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Yields problems of `system`. Unless the row is `wrong`, also compares it with the
-    conversation's system message.
+    """Yields problems of the field `system`. Unless the row is `wrong`, also compares the field
+    with the conversation's system message.
     """
     yield from text_problems("system", row["system"])
     if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):

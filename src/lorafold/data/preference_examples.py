@@ -142,8 +142,9 @@ class PreferenceEncoder(Encoder):
                 return problem
             if len(entries) > 1:
                 return (
-                    f"field {name}: the chat template rewrites earlier turns, which splits the"
-                    f" completion into {len(entries)} texts; expected a single assistant turn"
+                    f"field {name}: found a completion of {len(entries)} texts, because the chat"
+                    " template rewrites earlier turns or a token would cross the border of a turn;"
+                    " expected a single assistant turn"
                 )
             if not entries[0]["spans"]:
                 return (
@@ -286,7 +287,7 @@ def check_truncated(rows: Rows, examples: BranchedExamples, max_length: int, cut
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.full_lengths.shape[1]]
         if any(set(branch.labels) == {NO_LOSS} for branch in own):
-            bad[row] = "no token of a completion remains"
+            bad[row] = "no trained token of a completion remains"
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected become equal"
     if bad:

@@ -66,8 +66,8 @@ class PrefixForest:
 def prefix_forest(
     rows: Sequence[Any], limits: Sequence[int] | None = None, groups: Sequence[int] | None = None
 ) -> PrefixForest:
-    """Merges rows with unshifted labels. A row shares at most its entry of `limits` tokens. With
-    `groups`, which must be ascending, rows share only within their group.
+    """Merges rows with unshifted labels. Row n shares at most `limits[n]` tokens. With `groups`,
+    which must be ascending, rows share only within their group.
     """
     size = sum(len(row.ids) for row in rows)
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
@@ -124,8 +124,9 @@ def batches_by_prefix(
     beginning: Callable[[R], Sequence[int]],
     size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
-    """Sorts rows by prefix and divides them into `n` micro-batches, or more if needed for at most
-    `capacity` tokens each. `size` returns a row's tokens, by default the length of its prefix.
+    """Sorts rows by prefix and divides them into about `n` micro-batches, or more if needed for at
+    most `capacity` tokens each. `size` returns the number of tokens of a row, by default of its
+    prefix.
     """
     parts: list[Sequence[R]] = []
     part: list[R] = []

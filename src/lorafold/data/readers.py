@@ -107,8 +107,8 @@ def _transcode(file: io.BufferedReader, wide: bool, warn: Warn) -> Iterator[byte
             windows, text = True, _decode_windows(whole)
             word = LETTERS.search(text) or WORD.search(text)
             warn(
-                "not UTF-8, so the file is decoded as Windows-1252, the encoding of CSV from Excel:"
-                f" {word and word[0]!r}; if this word is wrong, save the file as UTF-8"
+                "not UTF-8, so the file is decoded as Windows-1252 (Excel's encoding of CSV), for"
+                f" example {word and word[0]!r}; if this word is wrong, save the file as UTF-8"
             )
         plain = plain and text.isascii()
         yield text.encode()
@@ -151,7 +151,7 @@ def read_numbered(path: Path, warn: Warn) -> Numbered:
             windows = kind.read in (TEXT_READERS[".csv"], TEXT_READERS[".tsv"])
             yield from kind.read(as_utf8(file, windows, warn) if of_text else file)
     except FileNotFoundError as error:
-        several = "; for several, repeat --data, or use a directory or pattern" * ("," in path.name)
+        several = "; to pass several files, repeat --data or pass a pattern" * ("," in path.name)
         hint = nearest_name(path) or several
         raise LorafoldError(f"{path}: there is no such file{hint}") from error
     except (OSError, ValueError, NotImplementedError) as error:

@@ -3,10 +3,10 @@
     after(i) = render(messages[:i + 1]) = prompt(i) + the text that the model generates
 
 Two invariants hold: the ids before a trained turn are the ids from which generation starts, and
-text that the template adds is not trained. If `after(i)` is a prefix of a longer text, turn i
+only text that the model generates is trained. If `after(i)` is a prefix of a longer text, turn i
 becomes a span of that text; otherwise it gets a separate example. If `after(i)` doesn't start with
 the prompt, `rebuild_after_block` or `rebuild_rewritten` reconstructs the turn. A conversation is
-rejected if the template doesn't render a part of it.
+rejected if the template leaves out a tool, a tool call, or a message that isn't the assistant's.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase,
     turns: Mapping[int, str] | None = None,
 ) -> None:
-    """Raises if the text doesn't contain a part of the conversation. `turns` are the rendered turns
-    with calls, by index.
+    """Raises if the template leaves out a tool, a tool call, or a message that isn't the
+    assistant's. `turns` are the rendered turns with calls, by index.
     """
     messages, tools = conversation.messages, conversation.tools
     # (missing part, messages and tools in which a test value replaces it, test value)
@@ -85,11 +85,11 @@ def check_shown(
                 for part, value in (("name", PROBE_NAME), ("arguments", PROBE_TEXT)):
                     lacks(f"tool_calls[{number}].{part}", n, {"tool_calls": calls}, value)
     if tools and not all(_has_tool(text, tool) for tool in tools):
-        missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), PROBE_KEY))
+        missing.append(("the tools", messages, (*tools, PROBE_TOOL), PROBE_KEY))
     for part, probed, offered, value in missing:
         if value not in try_apply(probed, tokenizer, offered):
             raise LorafoldError(
-                f"the chat template does not render {part}, so it would be lost; {HELP}"
+                f"the chat template does not render {part}, which would be lost; {HELP}"
             )
 
 
@@ -97,7 +97,7 @@ def check_supported(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
     tools = conversation.tools
     has_calls = any("tool_calls" in message for message in conversation.messages)
     if tools and not template_of(tokenizer, tools).shows_tools:
-        raise LorafoldError(f"the chat template does not render the row's tools; {HELP}")
+        raise LorafoldError(f"the chat template does not render the tools; {HELP}")
     if has_calls and not template_of(tokenizer, tools).shows_calls:
         raise LorafoldError(f"the chat template does not render tool calls (tool_calls); {HELP}")
 
@@ -154,8 +154,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The texts to train for one conversation, the number of assistant turns that are left out or
-    have a hidden part, and the indices of the trained messages.
+    """The texts to train for one conversation, the number of assistant turns that are left out, the
+    number of trained turns with a hidden part, and the indices of the trained messages.
     """
 
     renderings: tuple[Rendered, ...]
@@ -202,7 +202,7 @@ class ConversationRenderings:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             apply_template(messages, self.tokenizer, self.tools)  # raises a one-line message
-            raise LorafoldError(f"the model's chat template: {error}") from error
+            raise LorafoldError(f"the chat template's generation blocks fail: {error}") from error
         [text], [marks] = rendered
         return text, tuple(map(tuple, marks))
 
@@ -342,7 +342,7 @@ def prompt_of(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NO_VARIABLES,
 ) -> str:
-    """Renders the prompt of the next turn. Raises if it doesn't contain the whole conversation."""
+    """Renders the prompt of the next turn, and checks it with `check_shown`."""
     check_supported(conversation, tokenizer)
     text = render(conversation.messages, tokenizer, True, conversation.tools, variables)
     check_shown(mark_as_text(conversation, tokenizer), text, tokenizer)

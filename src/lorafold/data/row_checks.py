@@ -57,7 +57,7 @@ STREAMED = (
     "rows are streamed, so lorafold does not check them for duplicates, held-out rows, empty"
     " answers, contradictions or truncated answers"
 )
-UNKNOWN = "these examples are not in a table, so lorafold does not check them"
+UNKNOWN = "the objective's examples are not in a table, so lorafold does not check them"
 TEXT_BESIDE_CALL, OTHER = "probe beside", "probe other value"
 CALLS = [*TOOL_CALL["tool_calls"], tool_call(PROBE_NAME, {PROBE_KEY: OTHER}) | {"id": "probe0001"}]
 ROLES = {"", "system", "user", "assistant", "model", "human"}
@@ -88,7 +88,7 @@ class TemplateSummary:
         if self.ended == NOWHERE and self.end:
             end = f"turns have no end token: training adds {self.end} (unless --end-of-turn none)"
         elif self.ended == NOWHERE:
-            end = "turns have no end token, and the tokenizer no EOS token: generation never stops"
+            end = "turns have no end token, and the tokenizer has no EOS token to end generation"
         elif self.ended != WITH_TURN:
             end += ", which the template writes only before the next message"
         remarks = {

@@ -48,8 +48,8 @@ def is_pattern(name: str) -> bool:
 
 
 def find_files(name: str) -> RowFiles:
-    """Lists the files of a directory or a pattern. If a directory has several splits, only the
-    training split is listed.
+    """Lists the files of a directory or a pattern. If a directory has a training split, the files
+    of other splits are left out.
     """
     directory, matched = Path(name), is_pattern(name)
     if matched:

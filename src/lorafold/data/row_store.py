@@ -113,8 +113,8 @@ class ArrowRows(Items[Row]):
 
 @dataclass(frozen=True)
 class Rows(Items[Row]):
-    """Checked rows. `ignored` are keys that belong to no format, `known` is the digest and size of
-    large rows, `content` is the kind of data by which formats were chosen, and `files` is the
+    """Checked rows. `ignored` are keys that their formats don't use, `known` is the digest and size
+    of large rows, `content` is the kind of data by which formats were chosen, and `files` is the
     number of rows per file for sources with several files.
     """
 

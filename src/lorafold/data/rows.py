@@ -44,7 +44,7 @@ ANSWERS = {
     *("antwort", "ausgabe"),
 }
 LETTER = re.compile(r"[^\W\d_]")  # distinguishes text from numbers and dates
-BY_ORDER = " (guessed by their order, if the file has a header)"
+BY_ORDER = " (guessed from the order of the columns; a CSV file needs a header)"
 ROLES = {"system", "user", "assistant", "tool", "developer"}
 # texts that databases, spreadsheets and pandas write for empty cells and formula errors
 EMPTY_TEXTS = {
@@ -191,7 +191,7 @@ def check_each(
     remarks: RowRemarks | None = None,
 ) -> Iterator[tuple[int, RowFormat, Row]]:
     """Yields (number, format, row) of valid rows that have the format of the first row, normalized.
-    Unreadable rows are passed as error messages.
+    `numbered` contains an error message for an unreadable row.
 
     Raises at the end if a row is bad, or at the first bad row with `at_once`. Also raises if there
     are no rows, unless `none` is true.

@@ -127,8 +127,8 @@ class StreamFeed(BatchFeed):
         examples = Examples(table, self.max_length)
         if not examples:
             raise LorafoldError(
-                f"stream: none of the {n} rows from {chunk[0][0]} on has a token to train on within"
-                f" max_length {self.max_length}; raise max_length, or remove these rows"
+                f"stream: none of the {n} rows of a batch ({chunk[0][0]}, ...) has a token to train"
+                f" on within max_length {self.max_length}; raise max_length, or remove these rows"
             )
         cut = int((Lists(table.column("ids")).lengths > self.max_length).sum())
         unlabelled = n - len(set(examples.rows.tolist()))

@@ -158,12 +158,13 @@ def parse_calls(
             look the same; if a tool declares an argument as a string, it remains a string.
 
     Raises:
-        LorafoldError: If the template doesn't render calls, or if arguments can't be parsed.
+        LorafoldError: If the template renders no calls or in an unknown syntax, or if arguments
+            can't be parsed.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:
         raise LorafoldError(
-            "the chat template does not render tool calls (tool_calls), so they can't be parsed"
+            "the chat template does not render tool calls (tool_calls) in a known syntax"
         )
     prompt = try_apply([USER], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()

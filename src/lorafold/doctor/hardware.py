@@ -217,7 +217,7 @@ def slow_settings(
         ),
         f"bf16 matmuls are {relation} fp32 matmuls ({h.bf16:.0f} and {h.fp32:.0f} GFLOP/s), so"
         " 16-bit weights are converted to fp32 at each use.": cpu and h.widened,
-        "LORAFOLD_TUNE=off disables huge pages and short waits in training: unset it.": (
+        "LORAFOLD_TUNE=off disables huge pages and bounded caches of matmul kernels: unset it.": (
             cpu and untuned
         ),
         "Huge pages are disabled in the kernel; with them, a step takes 12% less time: ask an"

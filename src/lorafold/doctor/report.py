@@ -63,8 +63,8 @@ class DoctorReport:
 
 
 def diagnose(model: str = "smollm2", **model_options: Any) -> DoctorReport:
-    """Runs all checks, which takes about ten seconds, mostly for imports. Only the chat template of
-    `model` is checked; `model_options` are fields of `Base`.
+    """Runs all checks, which takes about ten seconds, mostly for imports. Of `model`, only the chat
+    template is checked; `model_options` are fields of `Base`.
     """
     groups = []
     for key, title, module, name in GROUPS:

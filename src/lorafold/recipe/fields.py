@@ -66,7 +66,7 @@ class Fields(BaseModel):
         None, "The rank r of the update. Default: the method's; 16 for LoRA."
     )
     alpha: Positive | None = described(
-        None, "The update is scaled by alpha / r. Default for LoRA: 2r."
+        None, "The update is scaled by alpha / r (rslora: alpha / sqrt(r)). Default for LoRA: 2r."
     )
     dropout: Share | None = described(
         None, "Dropout on the input of the update. Default for LoRA: 0.05."
@@ -137,13 +137,13 @@ class Fields(BaseModel):
 
     lr: Positive | None = described(
         None,
-        "The peak learning rate. Default: the method's, or a twentieth of it for preferences;"
-        " 2e-4 for LoRA.",
+        "The peak learning rate. Default: the method's (2e-4 for LoRA), times the objective's"
+        " factor (0.05 for DPO, 0.25 for GRPO).",
     )
     lr_b: Positive | None = described(
         None,
-        "The peak learning rate of LoRA's B matrices (LoRA+). Default: the method's; 3e-3 for"
-        " LoRA, 4e-4 for LoRA with classes.",
+        "The peak learning rate of LoRA's B matrices (LoRA+). Default: the method's (3e-3 for"
+        " LoRA), times the same factor; 4e-4 for LoRA with classes.",
     )
     schedule: Literal["cosine", "linear", "constant"] = described(
         "cosine", "The learning rate schedule after the warm-up."
@@ -182,7 +182,7 @@ class Fields(BaseModel):
     streaming: bool = described(
         False,
         "Read rows while training without storing them, for data that is larger than the disk."
-        " Requires a number of steps, and separate held-out rows.",
+        " Requires a number of steps; held-out rows, if any, must be separate.",
     )
     shuffle_buffer: Count = described(
         10_000, "With streaming, the size of the buffer that rows are sampled from."
@@ -219,7 +219,7 @@ class Fields(BaseModel):
     )
     keep: Count = described(2, "How many checkpoints to keep besides the best.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = described(
-        0, "The seed for the initialization, the order of the rows and dropout."
+        0, "The seed, for example for the initialization, the order of the rows and dropout."
     )
     trackers: tuple[Name, ...] = described(
         (), "Experiment trackers, for example tensorboard or wandb."

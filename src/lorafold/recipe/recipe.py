@@ -74,8 +74,8 @@ RAW_ERRORS = "unworded"  # validation context in which pydantic's own error is r
 
 
 class Recipe(Fields):
-    """All settings of a training run: method, tokens, objective, base model, optimizer, steps and
-    evaluation. A recipe is frozen.
+    """All settings of a training run except its model, data and paths: method, tokens, objective,
+    quantization, optimizer, steps and evaluation. A recipe is frozen.
 
     Raises LorafoldError with every invalid field, the value found and the value expected.
     """

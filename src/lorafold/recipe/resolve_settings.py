@@ -1,7 +1,7 @@
 """Resolution of the settings that a recipe leaves open.
 
-In decreasing order of precedence, a setting comes from the recipe, the model's files, the adapter
-to start from, and the defaults.
+In decreasing order of precedence, a setting comes from the recipe, the model's files, the adapters
+of the run, and the defaults.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ def _find_base(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
                 return Base(source, **how), line(name, ", found by its fingerprint")
     if named:  # its weights differ, which is an error when the adapters are loaded
         return Base(str(named[0]), **how), line(str(named[0]))
-    paths = (own.adapter, _name(own), own.adapter.absolute().parent, hub_cache())
+    paths = (own.adapter, own.name or "(no name)", own.adapter.absolute().parent, hub_cache())
     adapter, name, directory, cache = (truncate_middle(str(p), LIMIT) for p in paths)
     missing = (
         f"{adapter}: its base {name} was found neither at its path, next to the adapter in"

@@ -87,9 +87,9 @@ class Lifeline:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def announce_failure(self, code: int, message: str) -> None:
-        """Announces an error. Rank 0 prints the message, unless it fails in the same way, and the
-        other processes wait for it to end, because a launcher that sees one process end may kill
-        the others first.
+        """Announces an error of this process. Rank 0 prints the message, unless it fails in the
+        same way. Another rank waits until rank 0 ends, because a launcher that sees one process end
+        may kill the others first.
         """
         self._ending.set()
         if self.rank == 0:

@@ -123,8 +123,7 @@ class Renderer:
             conversation = Conversation(list(messages), 0, tuple(tools))
             return prompt_of(conversation, self.tokenizer, variables)
         except LorafoldError as error:
-            message = str(error).removesuffix(f"; {HELP}").removesuffix(", so it would be lost")
-            message = message.replace("the row's tools", "the tools")
+            message = str(error).removesuffix(f"; {HELP}").removesuffix(", which would be lost")
             raise Refusal(400, "template_refuses", f"messages: {message}", "messages") from None
 
     def prompt_tokens(self, text: str) -> tuple[int, ...]:

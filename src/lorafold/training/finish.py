@@ -62,11 +62,11 @@ class Trained(ShownInNotebooks):
     directory or pattern. `data` contains problems in the rows, such as duplicates. `skipped` lists
     the steps without an update, because their loss or gradient was not finite. `pace` contains the
     tokens and seconds of sampling, rewards and training in reinforcement learning. `guessing`
-    contains the `loss`, the loss of a model that only guesses (`guessing`), and whether the first
-    is `better`.
+    contains the run's `loss`, the loss of guessing or of the untrained model (`guessing`), and
+    whether the first is `better`.
 
     If a finished run is resumed, the result comes from the adapter's record, without times (nan),
-    memory and parameter counts (None).
+    memory, parameter counts (None), `frozen`, `data` and `pace` (empty).
     """
 
     train_loss: float
@@ -103,9 +103,9 @@ class Trained(ShownInNotebooks):
 
 def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
     """Writes the last adapter to `request.out`, and the adapter of an earlier, better step to
-    `<out>.best`. If the run ended early, only the better adapter is written, to `request.out`.
-    Verifies the files and removes the checkpoints. Only rank 0 writes. `base` has the original
-    weights of a quantized model.
+    `<out>.best`. With early stopping or after an early end, only the better adapter is written, to
+    `request.out`. Verifies the files and removes the checkpoints. Only rank 0 writes. `base` has
+    the original weights of a quantized model.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
     if plan.layout.is_sharded:
@@ -225,7 +225,7 @@ def write_adapter(
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
-    """The mean loss of the last ten steps, in nats, without skipped steps."""
+    """The mean of the finite losses of the last ten steps, in nats."""
     tail = [loss for loss in losses[-NUM_LAST_STEPS:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
 
@@ -253,9 +253,9 @@ def check_learned(adapter: Adapter, optimizer: Optimizer) -> None:
     ]
     if zero_paths:
         raise LorafoldError(
-            f"nothing was written: the up factors of {len(zero_paths)} modules are still zero after"
-            f" training, although they had gradients ({listed(zero_paths, max_chars=80)}); try a"
-            " higher learning rate (lr, lr_b)"
+            f"nothing was written: {len(zero_paths)} modules have an up factor (LoRA's B) that is"
+            f" zero after training, although it had gradients: {listed(zero_paths, max_chars=80)};"
+            " try a higher learning rate (lr, lr_b)"
         )
 
 

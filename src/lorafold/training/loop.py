@@ -238,7 +238,7 @@ def compare_with_chance(plan: Plan, progress: Progress, first: Sequence[Any]) ->
 
     To be better, the mean of the last NUM_RECENT_STEPS losses must be lower than guessing by two
     standard errors. If guessing means the untrained model, both losses are of the rows of the first
-    step, and the difference must exceed a thousandth.
+    step, and must differ by more than a thousandth.
     """
     last = progress.best if is_over(plan, progress) and plan.recipe.stops else None
     tail = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : last][-NUM_RECENT_STEPS:]
@@ -269,9 +269,9 @@ def guessing_warning(guessing: Mapping[str, Any]) -> str:
     if guessing.get("better", True):
         return ""
     return (
-        f"the loss is {guessing['loss']:.4f}, no better than guessing ({guessing['guessing']:.4f})."
-        " Try more steps or lower learning rates (lr, lr_b), and check that labels or answers"
-        " follow from the texts"
+        f"the loss is {guessing['loss']:.4f}, no better than guessing or the untrained model"
+        f" ({guessing['guessing']:.4f}). Try more steps or lower learning rates (lr, lr_b), and"
+        " check that labels or answers follow from the texts"
     )
 
 
@@ -379,7 +379,7 @@ def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> l
         )
     raise LorafoldError(
         f"the adapter received no gradient in the first step; {cause} (adapted modules:"
-        f" {', '.join([*grads][:4])}, ...)"
+        f" {listed(grads)})"
     )
 
 

@@ -106,7 +106,7 @@ def _findings(
         rows, eval_rows = _first_rows(train), None if held_out is None else _first_rows(held_out)
         request = replace(request, rows=rows, eval_rows=eval_rows)
         if rows is not train or eval_rows is not held_out:
-            limit = f"only the first {len(rows):,} rows are checked; a run checks all rows"
+            limit = f"only the first rows are checked ({len(rows):,} to train on); a run checks all"
             print_lines(console, f"data: {limit}")
     *_, findings = tokenize_rows(request, tokenizer, objective, console)
     if not findings.lines:

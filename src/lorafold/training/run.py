@@ -156,9 +156,9 @@ def make_plan(
         remedy = "without early stopping, which needs held-out rows (--eval-fraction 0.1)"
         print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}")
     elif recipe.steps is None and feed.steps < FEW:
-        hint = "" if held_out else ", and --eval-fraction 0.1 turns on early stopping"
+        hint = "" if held_out else ", and with --eval-fraction 0.1 stops early (except policies)"
         too_few = f"steps: {feed.steps}, which may be too few"
-        print_lines(console, f"{too_few}: --epochs auto sets {STEPS}{hint}")
+        print_lines(console, f"{too_few}: --epochs auto sets at least {STEPS}{hint}")
     plan = Plan(
         recipe, setup.objective, adapter, loss, where, optimizer, feed, held_out,
         setup.objective.guessing(setup.findings.labels), RunDirectory(request.out), layout,
@@ -227,7 +227,7 @@ def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
             computed += loss.computed([examples[i] for i in indices])
     if computed > 0.99 * each:
         return None
-    return f"packing: {1 - computed / each:.0%} of the tokens are in shared prefixes, computed once"
+    return f"packing: {1 - computed / each:.0%} of the tokens repeat a prefix that is computed once"
 
 
 def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:

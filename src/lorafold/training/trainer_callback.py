@@ -64,11 +64,11 @@ class AdapterCallback(TrainerCallback):
         own_reference: the trainer (DPO, KTO, GRPO) has a correct reference that was not made by
             `lorafold.reference`.
 
-    Every method raises LorafoldError if the adapter is not on the trainer's model, if TRL's
-    reference lacks the adapters below this one, if other parameters are also trained (they would
-    not be saved), if the method needs more than a trainer's steps (a selection before the first
-    step, rank pruning, a penalty, training of the base), or if the checkpoint to resume has no
-    adapter, a damaged adapter or another one.
+    Before the first step, the callback raises LorafoldError if the adapter is not on the trainer's
+    model, if TRL's reference lacks the adapters below this one, if other parameters are also
+    trained (they would not be saved), if the method needs more than a trainer's steps (a selection
+    before the first step, rank pruning, a penalty, training of the base), or if the checkpoint to
+    resume has no adapter, a damaged adapter or another one.
     """
 
     def __init__(
@@ -208,8 +208,8 @@ class AdapterCallback(TrainerCallback):
         names = ("global_step", "epoch", "total_flos", "log_history")
         if saved_state is None or any(getattr(saved_state, n) != getattr(state, n) for n in names):
             raise LorafoldError(
-                f"AdapterCallback: the trainer resumed another checkpoint than {path}; pass that"
-                " checkpoint: AdapterCallback(adapter, resume_from=...)"
+                f"AdapterCallback: the trainer resumed another checkpoint than {path}; pass the"
+                " resumed one: AdapterCallback(adapter, resume_from=...)"
             )
         return path
 
@@ -239,7 +239,7 @@ class AdapterCallback(TrainerCallback):
         ]
         if problems:
             listing = join_problems(problems)
-            raise LorafoldError(f"{checkpoint / STATE}: not of this adapter: {listing}")
+            raise LorafoldError(f"{checkpoint / STATE}: not a state of this adapter: {listing}")
         self.adapter.load_state_dict(stored)
         logger.info(f"The adapter was restored from {checkpoint}.")
 
