@@ -103,8 +103,8 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Reads the headers of a model's weight files, and checks files that match `patterns` for
-    damage.
+    """Reads the headers of a model's weight files, and checks that files matching `patterns` are
+    undamaged.
     """
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
@@ -134,7 +134,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
             named = isinstance(settings, dict)
             method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
-                f"{checkpoint.path}: the weights are quantized ({method}); merge into the"
+                f"{checkpoint.path}: the weights are quantized ({method}); use the"
                 " unquantized model instead"
             )
         del config.quantization_config

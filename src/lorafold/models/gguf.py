@@ -71,7 +71,7 @@ def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: s
     if inside:
         raise LorafoldError(
             f"{what}: {type(model).__name__} has no weights for {len(inside)} tensors of the file's"
-            f" layers, and outputs would be wrong without them: {listed(inside)}"
+            f" layers ({listed(inside)}); use the model in Hugging Face's format"
         )
     warn_unread(what, unread)
 
@@ -267,8 +267,8 @@ def check_offsets(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
-    """A context that yields a file with all metadata and tensor names of a model, but not all
-    values.
+    """A context that yields a file with all metadata and tensor names of a model, perhaps without
+    the values.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]
