@@ -370,7 +370,7 @@ def test_dropout_stays_ours(moe: Moe, tmp_path: Path, caplog) -> None:
     other.save(tmp_path / "b", record=record)
     assert lf.load(moe("qwen3-moe"), tmp_path / "b").spec == other.spec
     configure(tmp_path / "a", "lorafold.json", dropout="much")
-    with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a number"):
+    with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a float"):
         lf.load(moe("qwen3-moe"), tmp_path / "a")
 
 

@@ -6,10 +6,10 @@
     lorafold.json                  the base's fingerprint, the base adapters, the recipe
     README.md, tokenizer.json ...  the model card; the tokenizer, if the adapter has its own
 
-Reading is strict: an error lists all unsupported fields and all missing and unknown tensors, and
-leaves the model unchanged. Directories written by PEFT have no lorafold.json. If the model is part
-of a multimodal model, files use the module paths of the multimodal model (`models.architecture`);
-files with the paths of the part can be read too.
+Reading is strict: unsupported fields, and missing or unknown tensors, are errors that leave the
+model unchanged. Directories written by PEFT have no lorafold.json. If the model is part of a
+multimodal model, files use the module paths of the multimodal model (`models.architecture`); files
+with the paths of the part can be read too.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class SavedAdapter:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LorafoldError(
-                f"{self.path / RECORD}: field {CLASSES}: found {names!r}, expected a list of text"
+                f"{self.path / RECORD}: field {CLASSES}: found {names!r}, expected a list of names"
             )
         return tuple(names)
 
@@ -343,7 +343,7 @@ def _weights(contents: Contents) -> InMemory:
         return multiply_tucker_cores(file) if has_cores else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
-        f"found {', '.join(pickles)}, which can run code when loaded; convert it to safetensors"
+        f"found {', '.join(pickles)}, which can run code when loaded; convert to safetensors"
         if pickles else "the file is missing"
     )
     raise LorafoldError(f"{WEIGHTS}: {reason}")
