@@ -55,8 +55,8 @@ def test_what_is_missing_is_named_by_every_reader(reader, shards):
     (shards / INDEX).unlink()
     with pytest.raises(LorafoldError, match=rf"nor {INDEX} \(only {first}, {second}"):
         read(shards)
-    for broken, said in (("{", "not readable as JSON"), ("{}", "no weight_map"),
-                         ('{"weight_map": {"a": 1}}', "no weight_map")):  # fmt: skip
+    for broken, said in (("{", "not readable as JSON"), ("{}", "no valid weight_map"),
+                         ('{"weight_map": {"a": 1}}', "no valid weight_map")):  # fmt: skip
         (shards / INDEX).write_text(broken)
         with pytest.raises(LorafoldError, match=f"{INDEX}: .*{said}"):
             read(shards)

@@ -123,7 +123,7 @@ def changed_shapes(module: Adapted, names: Sequence[str]) -> dict[str, TensorSha
     try:
         before = layer.dense_like()
     except NotMergeable as e:
-        raise NotMergeable(f"adapters of this module can't be merged ({e})") from None
+        raise NotMergeable(f"adapters on this module can't be merged ({e})") from None
     w, b = before
     for delta in deltas_of(module, names):
         w, b = on_meta(delta).fold(w, b)

@@ -123,7 +123,7 @@ def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     """The model of a checkpoint with memory-mapped weights. If weights are missing or misshapen,
-    the error lists them all.
+    the error lists them.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):

@@ -296,7 +296,7 @@ def write_adapter(
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
-    """Reads several adapter directories. The error lists the problems of all of them."""
+    """Reads several adapter directories. One error lists the problems of all of them."""
     problems: list[str] = []
     adapters = [_collect_problem(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:

@@ -147,7 +147,7 @@ def write_config(
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
-    """Parses adapter_config.json. The error lists every invalid or unsupported field."""
+    """Parses adapter_config.json. The error lists invalid and unsupported fields."""
     method = method_of(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = {"experts": not method.of_peft}
