@@ -238,8 +238,8 @@ def make_conversions(
             conversion = Conversion(model, converter, name, sources)
         except (RuntimeError, ValueError, LookupError, TypeError) as e:
             problems[name] = (
-                f"{name}: transformers can't convert the {len(sources)} tensors found for this"
-                f" weight, such as {sources[0].entry.name} ({one_line(e)})"
+                f"{name}: transformers can't convert the tensors found for this weight"
+                f" ({len(sources)}, such as {sources[0].entry.name}): {one_line(e)}"
             )
         else:
             converted |= dict.fromkeys(conversion.like, conversion)

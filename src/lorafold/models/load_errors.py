@@ -70,6 +70,6 @@ def warn_unread(what: str, names: Sequence[str]) -> None:
     """Logs names of tensors in files that have no place in the model."""
     if names:
         log.warning(
-            "%s: %d tensors in the files are ignored, because the model has no such weights: %s",
+            "%s: ignoring tensors in the files (%d), because the model has no such weights: %s",
             what, len(names), listed(names),
         )  # fmt: skip

@@ -193,7 +193,7 @@ class SavedAdapter:
         each = [key for key in self.weights.names if PER_EXPERT.search(key)]
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
-                f"found {len(each)} tensors of single experts, such as {min(each)}, the"
+                f"found tensors of single experts ({len(each)}, such as {min(each)}), the"
                 " format of transformers 4; load the adapter with PEFT, which converts"
                 " them to target_parameters, and save the adapter again"
             )
