@@ -160,7 +160,7 @@ def test_a_file_of_a_method_that_is_not_there(scaled, tiny_model, tmp_path, monk
     monkeypatch.delitem(METHODS, "scaled")
     with pytest.raises(LorafoldError, match=r"'LORAFOLD_SCALED' is not supported.*imported first"):
         lf.load(tiny_model("llama"), tmp_path / "a")
-    with pytest.raises(LorafoldError, match=r"not registered in lorafold\.methods\.METHODS"):
+    with pytest.raises(LorafoldError, match=r"register the method in lorafold\.methods\.METHODS"):
         moved(tiny_model("llama"), scaled.Scaled()).save(tmp_path / "b")
 
 
@@ -263,7 +263,7 @@ def test_an_option_named_as_a_shared_key_is_refused(tiny_model, tmp_path, monkey
             return Holder().build(layer)
 
     monkeypatch.setitem(METHODS, "biased", Biased)
-    with pytest.raises(LorafoldError, match="Biased: bias: the name is reserved"):
+    with pytest.raises(LorafoldError, match="Biased: found options bias, whose names are reserved"):
         moved(tiny_model("llama"), Biased()).save(tmp_path / "a")
 
 

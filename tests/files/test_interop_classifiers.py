@@ -138,7 +138,7 @@ def test_other_weights_of_the_body_may_not_be_missing(tmp_path: Path) -> None:
     base = written(tmp_path / "base", tf.BertConfig(**SMALL), tf.BertForMaskedLM)
     lost = "bert.encoder.layer.0.output.dense.weight"
     change(base, lambda tensors: tensors.pop(lost), "model.safetensors")
-    with pytest.raises(LorafoldError, match=r"1 weights are missing in the files: bert\.encoder"):
+    with pytest.raises(LorafoldError, match=r"weights missing in the files \(1\): bert\.encoder"):
         opened(base)
 
 

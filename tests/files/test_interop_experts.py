@@ -370,7 +370,7 @@ def test_dropout_stays_ours(moe: Moe, tmp_path: Path, caplog) -> None:
     other.save(tmp_path / "b", record=record)
     assert lf.load(moe("qwen3-moe"), tmp_path / "b").spec == other.spec
     configure(tmp_path / "a", "lorafold.json", dropout="much")
-    with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a number"):
+    with pytest.raises(lf.LorafoldError, match="field dropout: found 'much', expected a float"):
         lf.load(moe("qwen3-moe"), tmp_path / "a")
 
 
@@ -424,7 +424,7 @@ DEFECTS: dict[str, tuple[Asked, Asked, list[str]]] = {
     "modules of transformers 4": (
         {EACH: torch.zeros(3, 64)},
         {"target_modules": ["w1", "w2", "w3"], "target_parameters": None},
-        [f"found 1 tensors of single experts, such as {EACH}", "load the adapter with PEFT"],
+        [f"found tensors of single experts (1, such as {EACH})", "load the adapter with PEFT"],
     ),
 }  # fmt: skip
 
@@ -462,7 +462,7 @@ def test_files_of_transformers_4_come_through_peft(moe: Moe, tmp_path: Path) -> 
     save_file(tensors, old / WEIGHTS, metadata={"format": "pt"})
     asked = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
     (old / "adapter_config.json").write_text(json.dumps(asked))
-    with pytest.raises(lf.LorafoldError, match="found 48 tensors of single experts"):
+    with pytest.raises(lf.LorafoldError, match=r"found tensors of single experts \(48"):
         lf.load(moe("mixtral"), old)
     wrapped = in_peft(moe("mixtral"), old)
     wrapped.save_pretrained(tmp_path / "new")

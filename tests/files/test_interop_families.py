@@ -111,7 +111,7 @@ def test_peft_computes_the_same_from_the_parameter(tmp_path: Path, caplog) -> No
     model, adapter = adapted(lf.LoRA(rank=4, dropout=0.1))
     with caplog.at_level(logging.INFO, "lorafold"):
         adapter.save(tmp_path / "a")
-    assert "grouped linear layers, so its config has lora_dropout 0" in caplog.text
+    assert "grouped linear layers, so the config has lora_dropout 0" in caplog.text
     assert json_of(tmp_path / "a")["target_parameters"] == ["o_a_proj.weight"]
     expected = logits(model)
     assert gap(logits(load_theirs(ROW.model(), tmp_path / "a")), expected) < CLOSE

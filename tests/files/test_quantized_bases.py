@@ -353,7 +353,7 @@ FP8_VALUES = {
         ("fp8", lambda s: s.update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
          "transform_config: found"),
         ("int4", lambda s: s.update(quantization_status="frozen"),
-         "quantization_status: found frozen, expected only compressed weights"),
+         "quantization_status: found frozen, which lorafold does not support"),
         ("int4", lambda s: s["config_groups"].update(other=FP8_VALUES),
          "stored in 2 quantizations (fp8, int4)"),
         ("fp8", lambda s: s.update(ignore=[]), "includes lm_head, the head; expected only linear"),

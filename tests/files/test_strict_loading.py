@@ -165,7 +165,7 @@ def test_all_of_a_config_at_once(saved: Path, tiny_model: Model) -> None:
     configure(saved, use_qalora=True, init_lora_weights="olora", **fields)
     (saved / WEIGHTS).rename(saved / "adapter_model.bin")
     message = refusal(tiny_model("llama"), saved)
-    for text in ("r: found '8'", "; and 4 more", "adapter_model.bin", "convert it to"):
+    for text in ("r: found '8'", "; and 4 more", "adapter_model.bin", "convert to"):
         assert text in message, message
 
 

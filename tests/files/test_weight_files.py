@@ -55,8 +55,8 @@ def test_what_is_missing_is_named_by_every_reader(reader, shards):
     (shards / INDEX).unlink()
     with pytest.raises(LorafoldError, match=rf"nor {INDEX} \(only {first}, {second}"):
         read(shards)
-    for broken, said in (("{", "not readable as JSON"), ("{}", "no weight_map"),
-                         ('{"weight_map": {"a": 1}}', "no weight_map")):  # fmt: skip
+    for broken, said in (("{", "not readable as JSON"), ("{}", "no valid weight_map"),
+                         ('{"weight_map": {"a": 1}}', "no valid weight_map")):  # fmt: skip
         (shards / INDEX).write_text(broken)
         with pytest.raises(LorafoldError, match=f"{INDEX}: .*{said}"):
             read(shards)
@@ -73,7 +73,7 @@ def test_shards_that_no_index_names_are_told(shards, caplog):
         left = "model-00002-of-00009.safetensors"
         shutil.copy(shards / sorted(p.name for p in shards.glob("*.safetensors"))[0], shards / left)
         load_model(shards, torch.float32)
-    assert caplog.messages == [f"model {shards}: 1 other weight files are ignored: {left}"]
+    assert caplog.messages == [f"model {shards}: ignoring other weight files (1): {left}"]
 
 
 @pytest.mark.parametrize("content", ["null", '{"model_type": "llama", "rope_parameters": 3}'])
@@ -109,7 +109,7 @@ def test_tensors_that_a_model_has_no_place_for_are_told(tiny_model_dir, tmp_path
         load_model(tiny_model_dir("llama"), torch.float32)
         assert caplog.text == ""
         load_model(path, torch.float32)
-    assert "9 tensors in the files are ignored" in caplog.text
+    assert "ignoring tensors in the files (9)" in caplog.text
     assert "model.layers.2.4.weight and 4 more" in caplog.text
 
 

@@ -353,7 +353,7 @@ def test_rewards_of_others_and_what_is_wrong_with_several(one: Rewards) -> None:
     for make, told in [
         (lambda: Rewards([]), "rewards: found none"),
         (lambda: Rewards.of(len, len), "found the parameters obj"),
-        (lambda: Rewards([Lengths(), Lengths()]), "rewards: found lengths twice"),
+        (lambda: Rewards([Lengths(), Lengths()]), "rewards: found lengths more than once"),
         (lambda: Rewards([Lengths()], limit=0), "rewards: found a time limit of 0 s"),
         (lambda: Rewards([Lengths()], limit="3"), "rewards: found a time limit of '3', exp"),
         (lambda: reward_of("nan*regex:a"), "found weight nan, expected a finite number"),

@@ -164,8 +164,8 @@ def test_a_routed_mixture_can_t_be_composed(llama, pair, mixed, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
-        ("mixture_owner", lambda t: t + 2, "adapter indices from 0 and below 2"),
-        ("mixture_owner", lambda t: t.float(), "adapter indices from 0 and below 2"),
+        ("mixture_owner", lambda t: t + 2, "adapter indices of at least 0 and below 2"),
+        ("mixture_owner", lambda t: t.float(), "adapter indices of at least 0 and below 2"),
         ("mixture_owner", lambda t: t[1:], "in the other"),
         ("mixture_up", lambda t: t[1:], "expected a factor"),
         ("mixture_down", lambda t: t[:, 1:], "expected a factor"),

@@ -197,7 +197,7 @@ def test_a_part_of_the_targets_in_a_tower_is_told() -> None:
     ],
 )
 def test_models_that_need_more_than_text(config: Any, needs: str, tmp_path: Path) -> None:
-    line = f"a {config.model_type} model can't run on text alone ({needs}), but rows contain only"
+    line = f"a {config.model_type} model can't run on text alone ({needs}), but lorafold passes"
     with pytest.raises(lf.LorafoldError) as found:
         text_auto_class(config, "model x")
     assert str(found.value).startswith(f"model x: {line}")

@@ -162,12 +162,13 @@ def test_positions_of_parts_and_of_what_has_none() -> None:
 
 def test_a_length_is_fitted_refused_or_told() -> None:
     table, rotary = Positions("A", 512, None), Positions("B", None, 2048)
-    assert table.fitted(None, 1024) == (512, "max_length 512 instead of 1024: A has 512 positions")
+    limited = "max_length 512 instead of 1024: A allows rows of 512 positions"
+    assert table.fitted(None, 1024) == (512, limited)
     assert table.fitted(512, 1024) == (512, None)
-    with pytest.raises(LorafoldError, match="max_length 513: expected at most 512, the number"):
+    with pytest.raises(LorafoldError, match="max_length 513: expected at most 512, the positions"):
         table.fitted(513, 1024)
     assert table.after(20).fitted(None, 1024)[0] == 492
-    with pytest.raises(LorafoldError, match="512 positions, of which 511 come before each row"):
+    with pytest.raises(LorafoldError, match="512 positions, and virtual tokens take 511"):
         table.after(511)
     assert rotary.fitted(None, 1024) == (1024, None)
     assert rotary.fitted(None, 4096)[0] == 2048
@@ -196,7 +197,7 @@ LONG = [{"text": "fox " * 200, "label": "a"}, {"text": "rain", "label": "b"}] * 
 def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_path) -> None:
     """The default length is beyond its positions."""
     data = write_rows(tmp_path / "rows.jsonl", LONG)
-    told = "max_length 64 instead of 1024: BertForSequenceClassification has 64 positions"
+    told = "max_length 64 instead of 1024: BertForSequenceClassification allows rows of 64"
     on = f"--model {bert} --data {data}"
     train = f"train {on} --objective classify --steps 2 --batch 2 --storage fp32 --out {tmp_path}"
     said = done(f"{train}/a").stderr
@@ -204,7 +205,7 @@ def test_a_classifier_is_trained_and_measured_within_its_positions(bert, tmp_pat
     assert "2 rows were cut at 64 tokens" in said
     measure = f"eval {on} --adapter {tmp_path}/a"
     assert told in done(measure).stderr
-    beyond = "error: max_length 65: expected at most 64, the number of positions of BertForSequence"
+    beyond = "error: max_length 65: expected at most 64, the positions per row of BertForSequence"
     for command in (f"{train}/b", measure):
         assert refused(*command.split(), "--max-length", "65").startswith(beyond)
     assert not (tmp_path / "b").exists()

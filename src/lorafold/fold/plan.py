@@ -123,9 +123,7 @@ def changed_shapes(module: Adapted, names: Sequence[str]) -> dict[str, TensorSha
     try:
         before = layer.dense_like()
     except NotMergeable as e:
-        parts = (part for delta in deltas_of(module, names) for part in delta.parts())
-        kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-        raise NotMergeable(f"{kinds} can't be merged into the weight ({e})") from None
+        raise NotMergeable(f"adapters on this module can't be merged ({e})") from None
     w, b = before
     for delta in deltas_of(module, names):
         w, b = on_meta(delta).fold(w, b)
@@ -150,7 +148,7 @@ def switches_adding_biases(model: nn.Module, paths: Collection[str]) -> Switches
     if lacking:
         raise NotMergeable(
             f"{listed(sorted(lacking))}: the adapter adds a bias, but {type(model).__name__}"
-            " can't have one in this module; keep the adapter separate"
+            " can't have one there; keep the adapter separate"
         )
     return switches
 

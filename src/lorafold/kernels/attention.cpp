@@ -1,12 +1,12 @@
-// Attention inside documents, forward and backward; `lorafold.ops.attention` has its equation.
+// Attention within documents, forward and backward; `lorafold.ops.attention` has its equation.
 //
-// An item is the queries of one document that read one head of keys, or a part of them, so that
-// keys are copied once for their group. Its rows are the queries, those of one token beside each
-// other. ROWS of them at a time meet the keys that they see: their scores S^T (keys, ROWS) stay in
-// cache, a lane of a vector for each query, so that the softmax over the keys needs no sums across
-// lanes. The forward takes KEYS of them at a time and keeps a running softmax (Milakov and
-// Gimelshein 2018, arXiv 1805.02867). Inputs and outputs are float or bfloat16, all that lies
-// between is fp32, but for the factors of products by matrix units, which are bfloat16.
+// An item is the queries of one document that attend to one key head, or a part of these queries,
+// so that the keys are copied once for all query heads of their group. The rows of an item are its
+// queries, ordered by token. They are processed ROWS at a time: the scores S^T (keys, ROWS) stay in
+// cache, with one vector lane for each query, so that the softmax over the keys needs no sums
+// across lanes. The forward pass processes KEYS keys at a time with an online softmax (Milakov and
+// Gimelshein 2018, arXiv 1805.02867). Inputs and outputs are float or bfloat16, and intermediate
+// values are fp32, except the bfloat16 factors of AMX matmuls.
 
 #include <algorithm>
 #include <limits>
@@ -16,23 +16,24 @@
 
 namespace {
 
-constexpr long KEYS = 256;    // of which the scores exist at a time in the forward
-constexpr float LARGE = 3e38f;  // no score
+constexpr long KEYS = 256;    // keys whose scores are in memory at a time in the forward pass
+constexpr float LARGE = 3e38f;  // larger than any score
 
-// tokens of queries and of keys before the document, its first own key, its keys
+// the number of query tokens and of keys before the document, the index of its first own key, and
+// its number of keys
 struct document {
   int64_t at, key_at, start, length;
 };
 
-// rows [begin, end) of the queries of a document that read the keys of `head`
+// rows [begin, end) of the queries of a document that attend to key head `head`
 struct item {
   document doc;
   long head, begin, end;
 };
 
-// documents, heads of queries and of keys, their numbers and those of a value, the parts into which
-// the rows of a head of keys are divided, tokens with keys, and each key's token, if it isn't that
-// at its place
+// the number of documents, query heads and key heads, the sizes of a key and a value, the number
+// of parts into which the rows of a key head are divided, the number of tokens with keys, and the
+// token of each key (null if key i is token i)
 struct sizes {
   long many, heads, kv, d, dv, parts, tokens;
   const int64_t* token_of;
@@ -49,10 +50,10 @@ struct sizes {
   }
 };
 
-// 1 / x, and 0 for the sum of a query that is none
+// 1 / x, or 0 for the sum of a padding row
 inline vector reciprocal(vector x) { return x > 0.0f ? 1.0f / x : vector{}; }
 
-// the lanes whose queries, at these places, see the key
+// x in the lanes whose queries, at these positions, see the key; -infinity in the others
 inline vector hidden(vector x, float key, vector place, float window) {
   vector none = vector{} - std::numeric_limits<float>::infinity();
   return (place >= key) & (place - key < window) ? x : none;
@@ -64,8 +65,8 @@ inline vector capped(vector x, float cap) {
   return cap * (1.0f - 2.0f / (e + 1.0f));
 }
 
-// ROWS queries from row `first` of an item on, their places in the document, and the keys that they
-// see, from a multiple of `strip` on
+// ROWS queries of an item, starting at row `first`, their positions in the document, and the keys
+// that they see, starting at a multiple of `strip`
 struct tile {
   long first, rows, from, keys;
   float low, high;
@@ -83,15 +84,15 @@ struct tile {
   }
 };
 
-// what the softmax of ROWS queries has seen: the largest score, the sum of e^(score - largest), and
-// that sum weighted by the gradients of the probabilities
+// the state of an online softmax of ROWS queries: the largest score, the sum of
+// e^(score - largest), and this sum weighted by the gradients of the probabilities
 struct seen {
   lanes top = {vector{} - LARGE, vector{} - LARGE}, total = {}, along = {};
 };
 
-// products S^T (keys, ROWS) of keys `from`, ... become probabilities that are not divided by their
-// sums yet; g (keys, ROWS) are their gradients, if there are any. Returns what becomes of the
-// weight of the keys before, for queries that saw some.
+// turns the products S^T (keys, ROWS) of the keys starting at `from` into probabilities that are
+// not yet divided by their sums; g (keys, ROWS) are the gradients of the probabilities, or null.
+// Returns the factors by which the weights of earlier keys change.
 lanes softmax(float* s, const float* g, long keys, long from, const tile& t, const sizes& n,
               seen& so) {
   lanes top = so.top, total = {}, along = {};
@@ -120,7 +121,7 @@ lanes softmax(float* s, const float* g, long keys, long from, const tile& t, con
   return kept;
 }
 
-// rows of numbers in a tensor: `group` of them, `head` apart, for each token
+// rows of a tensor: `group` rows for each token, with stride `head`
 template <class T>
 struct rows_of {
   T* from;
@@ -130,13 +131,13 @@ struct rows_of {
   }
 };
 
-// those of a tile's queries, in a tensor (tokens, heads, d), whose strides are given
+// the rows of a tile's queries in a tensor (tokens, heads, d) with these strides
 template <class T>
 rows_of<T> queries(T* x, const item& own, const tile& t, const sizes& n, long token, long head) {
   return {x + own.doc.at * token + own.head * n.group() * head, token, head, n.group(), t.first};
 }
 
-// those of a document's keys or values
+// the rows of a document's keys or values
 template <class T>
 struct keys_of {
   T* from;
@@ -158,13 +159,13 @@ struct matrices {
   long q_token, q_head, k_token, k_head, v_token, v_head;
 };
 
-// memory of one thread; `s` and `gs` have a row of ROWS queries for each key
+// the memory of one thread; `s` and `gs` have a row of ROWS queries for each key
 template <class By>
 struct memory {
   typename By::operand k, v, q, g, p, gp;
   aligned s, gs, slope, sums, rows, gk, gv;
 
-  // the sums (d, ROWS), turned, times `factor`, of the rows of a tile
+  // writes `factor` times the sums (d, ROWS), transposed, to the rows of a tile
   template <class Row>
   void put(long d, long rows_there, lanes factor, Row row) {
     long wide = padded(d, ROWS);
@@ -213,7 +214,7 @@ void forward(const matrices<T>& m, const item& own, const sizes& n, T* out, memo
   }
 }
 
-// to_k and to_v are of this item alone, a row for each of its keys
+// to_k and to_v have a row for each key of this item, and are not shared with other items
 template <class By, class T>
 void backward(const matrices<T>& m, const T* g, const item& own, const sizes& n, T* to_q,
               float* to_k, float* to_v, memory<By>& x) {
@@ -280,7 +281,7 @@ void backward(const matrices<T>& m, const T* g, const item& own, const sizes& n,
   }
 }
 
-// the keys of each token, in turn: those of token i are keys[begin[i]], ... before begin[i + 1]
+// the keys grouped by token: token i has the keys[begin[i]], ..., keys[begin[i + 1] - 1]
 struct places {
   std::vector<long> begin, keys;
 
@@ -291,7 +292,7 @@ struct places {
   }
 };
 
-// the gradients of a token's keys, each (kv heads, parts, d), added up to (kv heads, d)
+// sums the gradients of a token's keys, each (kv heads, parts, d), to (kv heads, d)
 template <class T>
 void add_up(const float* of_keys, const places& of, long token, T* out, const sizes& n, long d,
             float* sums) {
@@ -317,7 +318,7 @@ void attend(const matrices<T>& m, T* out, const document* docs, const sizes& n, 
   }
 }
 
-// of_k and of_v (keys, kv heads, parts, ...) are memory for the gradients of each item
+// of_k and of_v (keys, kv heads, parts, ...) are buffers for the gradients of each item
 template <class By, class T>
 void attend_backward(const matrices<T>& m, const T* g, T* to_q, T* to_k, T* to_v, float* of_k,
                      float* of_v, const document* docs, const sizes& n, int threads) {
@@ -341,7 +342,7 @@ void attend_backward(const matrices<T>& m, const T* g, T* to_q, T* to_k, T* to_v
   }
 }
 
-// by matrix units, where there are some and the numbers are bf16
+// calls with AMX if it is available and T is bf16, otherwise with fp32 matmuls
 template <class T, class Call>
 void multiplied(Call call) {
 #ifdef MATRIX_UNITS

@@ -76,7 +76,7 @@ def supported(*tensors: Tensor, dense: bool = False) -> bool:
 
 
 def load_library(source: Path) -> ctypes.PyDLL:
-    """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, because they
+    """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, because most
     take microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
     """
     library = _compile_cached(source)

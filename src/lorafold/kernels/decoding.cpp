@@ -1,7 +1,7 @@
-// The operations of a pass of the engine; `ops/decoding.py` has their equations and shapes.
+// The operations of the engine's forward pass; `ops/decoding.py` has their equations and shapes.
 //
-// The numbers of a token follow from its row alone, in an order that depends on nothing else. Inputs
-// and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
+// They are batch-invariant: a token's results depend only on its own row, and so does the order of
+// summation. Inputs and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
 
 #include <limits>
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int GROUP = 4;  // query heads that are computed together
 
-// as floats, in the order of blocks
+// converts to float, in the order of `load_block`
 template <class T>
 void widen(const T* x, float* y, long n) {
   long i = 0;
@@ -20,7 +20,7 @@ void widen(const T* x, float* y, long n) {
   for (; i < n; i++) y[i] = load(x + i);
 }
 
-// out_gj = x_g . m_j for G widened vectors x and R rows of M, all of n numbers
+// out_gj = x_g . m_j for G widened vectors x and R rows of M, all of length n
 template <int G, int R, class T>
 inline void dots_of(const float* x, const T* m, float* out, long rows, long n) {
   pair sums[G][R] = {};
@@ -50,7 +50,7 @@ void dots(const float* x, const T* m, float* out, long rows, long n) {
   for (; j < rows; j++) dots_of<G, 1>(x, m + j * n, out + j, rows, n);
 }
 
-// out = sum_j a_j m_j over n numbers, M read once from first to last; y holds n of them
+// out = sum_j a_j m_j, of length n; M is read once and sequentially, and y is a buffer of length n
 template <class T>
 void combined(const float* a, const T* m, float* y, T* out, long rows, long n) {
   long blocks = n - n % BLOCK;
@@ -67,8 +67,8 @@ void combined(const float* a, const T* m, float* y, T* out, long rows, long n) {
   for (long i = blocks; i < n; i++) store(out + i, y[i]);
 }
 
-// out_g = scale_g sum_j a_gj m_j for G outputs of n numbers, which stay in registers and are
-// `step` apart
+// out_g = scale_g sum_j a_gj m_j for G outputs of length n, which are summed in registers and
+// written with stride `step`
 template <int G, class T>
 void averages(const float* a, const float* scale, const T* m, T* out, long rows, long n,
               long step) {
@@ -94,7 +94,7 @@ void averages(const float* a, const float* scale, const T* m, T* out, long rows,
     }
 }
 
-// one matrix of those that read the same x, as a row of a table of int64
+// the factors of one of the matrices that read the same x, as a row of an int64 table
 template <class T>
 struct part {
   const T *down, *up;
@@ -102,7 +102,7 @@ struct part {
   int64_t rank, width;
 };
 
-// the same for G rows of one slot
+// the low-rank updates of all matrices for G rows of one slot
 template <int G, class T>
 void low_rank_rows(const T* x, const part<T>* parts, long many, int64_t slot, long row, T* out,
                    long in, long width) {
@@ -126,7 +126,7 @@ void low_rank_rows(const T* x, const part<T>* parts, long many, int64_t slot, lo
 template <class T>
 void low_rank(const T* x, const part<T>* parts, long many, const int64_t* slots, T* out, long rows,
               long tokens, long in, long width, int threads) {
-  // as many rows at a time as have one slot, at most GROUP
+  // groups of up to GROUP consecutive rows of the same slot
   std::vector<long> starts;
   for (long b = 0; b < rows * tokens;) {
     starts.push_back(b);

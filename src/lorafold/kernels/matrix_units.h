@@ -1,6 +1,6 @@
-// The products of `products.h` by matrix units (AMX): tiles of 16 rows of 64 bytes, sums in fp32 of
-// products of bf16. Of the right matrix they read pairs of rows, the two numbers of a column beside
-// each other (Intel's programming reference, "TDPBF16PS").
+// The matmuls of `products.h` with AMX: tiles of 16 rows of 64 bytes, bf16 factors, sums in fp32.
+// The right matrix is read in pairs of rows, with the two values of a column next to each other
+// (Intel's programming reference, "TDPBF16PS").
 
 #pragma once
 
@@ -23,14 +23,14 @@ struct matrix_units {
   };
   using right = const float*;  // each is a pair of bf16
 
-  // Linux gives a process the tiles on request
+  // a Linux process must request the tiles
   static bool there() {
     constexpr long REQUEST = 0x1023, TILES = 18;
     static const bool given = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
     return given;
   }
 
-  // tiles as they are used here, for as long as this lives; then as they were
+  // configures the tiles during the lifetime of this object, and restores them afterwards
   class configured {
     alignas(64) char before[64];
 
@@ -47,7 +47,7 @@ struct matrix_units {
     ~configured() { _tile_loadconfig(before); }
   };
 
-  // bf16 rows X (many, wide); pairs of rows; and both turned, in units of 32 bits
+  // bf16 rows X (many, wide), pairs of rows, and both transposed in units of 32 bits
   class operand {
     aligned own, pairs, columns, pair_columns;
     long many = 0, wide = 0, apart = 0;
@@ -89,7 +89,7 @@ struct matrix_units {
           _mm512_store_si512(to + LANES, _mm512_permutex2var_epi16(x, second, y));
         }
     }
-    // a line of the cache between rows, since sixteen of them at a power of two are in its way
+    // rows are padded by a cache line, because 16 rows at a power-of-two stride conflict
     void turn_left() {
       pair();
       apart = many / 2 + LANES;

@@ -1,5 +1,5 @@
-// Numbers of the kernels: float or bfloat16 (raw 16 bits) in memory, fp32 in registers, in vectors
-// of the compiler, which it maps to whatever the processor has.
+// Values in the kernels: float or bfloat16 (raw 16 bits) in memory, and fp32 in registers, in the
+// compiler's vector types, which it maps to the processor's vector instructions.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-// as many numbers as a register has: gcc keeps vectors of several registers in memory
+// the floats of one register, because gcc keeps vectors of several registers in memory
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
@@ -29,7 +29,7 @@ inline To as(From x) {
   return y;
 }
 
-// BLOCK numbers in two vectors: of bfloat16 those at even places and those at odd ones
+// BLOCK values in two vectors; for bfloat16, the values at even and at odd indices
 struct pair {
   vector a, b;
 };
@@ -58,7 +58,7 @@ inline void store_block(bf16* to, pair x) {
   std::memcpy(to, &two, sizeof two);
 }
 
-// the processor's own prefetching ends with each page
+// the hardware prefetcher stops at each page boundary
 template <class T>
 inline void prefetch(const T* at) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD);
@@ -75,7 +75,7 @@ inline void store(bf16* to, float x) {
   to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
 }
 
-// op over all numbers of a vector, of its halves first
+// reduces a vector with op, first its two halves
 template <class Op>
 inline float over(vector x, Op op) {
   float y[LANES];
@@ -89,7 +89,7 @@ inline float sum(vector x) {
   return over(x, [](float a, float b) { return a + b; });
 }
 
-// e^x to 2e-7 relative, for x between -87 and 87; beyond them it is e^-87 or e^87
+// e^x to 2e-7 relative, for x between -87 and 87; other x are clamped
 template <class V, class W>
 inline V exponential_of(V x) {
   constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: a sum with it has an integer in its low bits
@@ -108,7 +108,7 @@ inline V exponential_of(V x) {
 inline float exponential(float x) { return exponential_of<float, uint32_t>(x); }
 inline vector exponential(vector x) { return exponential_of<vector, words>(x); }
 
-// the same, but 0 below -87
+// e^x, but 0 below -87
 inline vector weight_of(vector x) { return x < -87.0f ? vector{} : exponential(x); }
 
 inline vector larger(vector x, vector y) { return x > y ? x : y; }

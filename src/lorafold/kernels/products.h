@@ -1,7 +1,6 @@
-// Products of small matrices in cache, whose result C (m, n) is fp32. The left matrix (m, k) and
-// the right one (k, n) are views of an `operand`: rows that were gathered from a tensor, or scores,
-// read as they are or turned. `single` multiplies in fp32; `matrix_units.h` has the same by tiles
-// of bf16.
+// Matmuls of small matrices in cache, with an fp32 result C (m, n). The left matrix (m, k) and the
+// right matrix (k, n) are views of an `operand` (rows that were gathered from a tensor, or scores),
+// transposed or not. `single` multiplies in fp32, and `matrix_units.h` multiplies bf16 tiles.
 
 #pragma once
 
@@ -12,13 +11,13 @@
 #include "numbers.h"
 
 constexpr long ROWS = 2 * LANES;  // columns of C at a time
-constexpr int RUN = LANES / 2;    // rows whose sums are in registers: there are twice LANES
+constexpr int RUN = LANES / 2;    // rows whose sums are in registers, two vectors for each row
 
 struct lanes {
   vector a, b;
 };
 
-// numbers that begin at a whole vector, so that no load of one crosses two lines of the cache
+// vector-aligned floats, so that no load crosses a cache line
 struct aligned {
   std::vector<lanes> all;
   void resize(long n) { all.resize((n + ROWS - 1) / ROWS); }
@@ -51,8 +50,8 @@ inline vector mixed(vector x, vector y, std::index_sequence<I...>) {
   return vector{(I % 2 ? y : x)[AT + I / 2]...};
 }
 
-// LANES rows of LANES numbers become columns: each stage mixes the first half of the rows with the
-// second
+// transposes LANES rows of LANES values; each stage interleaves the first half of the rows with the
+// second half
 inline void transpose(vector (&x)[LANES]) {
   constexpr std::make_index_sequence<LANES> lanes;
 #pragma GCC unroll 4
@@ -67,7 +66,7 @@ inline void transpose(vector (&x)[LANES]) {
   }
 }
 
-// a matrix (m, n) of 32 bits, whose rows are `step` apart, as (n, m); both multiples of LANES
+// transposes an (m, n) matrix of 32-bit values, row stride `step`; m and n are multiples of LANES
 inline void turn(const float* from, long step, long m, long n, float* to, long to_step) {
   for (long i = 0; i < m; i += LANES)
     for (long j = 0; j < n; j += LANES) {
@@ -87,7 +86,7 @@ struct single {
   };
   using right = const float*;
 
-  struct configured {};  // what a thread needs to multiply
+  struct configured {};  // per-thread configuration, which fp32 does not need
 
   class operand {
     aligned own, columns;
@@ -95,7 +94,7 @@ struct single {
     long many = 0, wide = 0;
 
    public:
-    // d numbers at row(i) for each of n rows; rows and numbers are filled up with zeros
+    // copies d values from row(i) for each of n rows; rows and columns are padded with zeros
     template <class Row>
     void gather(long n, long d, Row row) {
       many = padded(n, ROWS), wide = padded(d, ROWS);
@@ -108,10 +107,10 @@ struct single {
       }
       std::fill(at + n * wide, at + many * wide, 0.0f);
     }
-    // scores (n, ROWS) in fp32, which stay where they are
+    // uses scores (n, ROWS) in fp32 without a copy
     void take(float* scores, long n) { at = scores, many = n, wide = ROWS; }
 
-    // what the views below need
+    // prepare the views below
     void pair() {}
     void turn_left() {}
     void turn_right() {
@@ -125,7 +124,7 @@ struct single {
     right turned() { return columns.data(); }
   };
 
-  // C = A B, or C + A B. RUN rows of ROWS numbers are summed at a time.
+  // C = A B, or C + A B if ADD; RUN rows of ROWS values are summed at a time
   template <bool ADD>
   static void multiply(left x, right b, float* c, long m, long k, long n) {
     for (long at = 0; at < n; at += ROWS)

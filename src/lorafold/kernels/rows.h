@@ -1,5 +1,5 @@
-// Passes over rows, of training and of the engine. The numbers of a row follow from that row alone,
-// in an order that depends neither on the number of rows nor on that of threads.
+// Operations on rows, for training and the engine. A row's results depend only on that row; the
+// order of summation depends neither on the number of rows nor on the number of threads.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 constexpr long FEW = 1 << 15;  // elements that are too few for a second thread
 
-// the block at `at` of n numbers; what is beyond them is `beyond`
+// the block at `at` of n values, padded with `beyond`
 template <class T>
 inline pair block(const T* x, long at, long n, float beyond = 0) {
   if (at + BLOCK <= n) return load_block(x + at);
@@ -28,7 +28,7 @@ inline void put(T* x, long at, long n, pair y) {
 // 1 / (1 + e^-x)
 inline vector sigmoid(vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// activations are x sigmoid(z(x)); here z and its derivative
+// z and its derivative, for activations x sigmoid(z(x))
 struct silu {
   static vector z(vector x) { return x; }
   static vector slope(vector x) { return x - x + 1.0f; }
@@ -45,7 +45,7 @@ inline vector activated(vector x, vector up) {
   return x * sigmoid(Act::z(x)) * up;
 }
 
-// rows of n numbers; those of the gates and of the ups begin so many numbers after one another
+// rows of length n; to_gate and to_up are the row strides of gate and up
 template <class Act, class T>
 void gated(const T* gate, const T* up, T* out, long rows, long n, long to_gate, long to_up,
            int threads) {
@@ -73,13 +73,13 @@ void rms_norm(const T* x, const G* gain, T* out, long rows, long n, float eps, i
   }
 }
 
-// how far rows, heads and tokens of a tensor (rows, heads, tokens, d) lie apart
+// the strides of rows, heads and tokens in a tensor (rows, heads, tokens, d)
 struct places {
   long row, head, token;
 };
 
-// cos and sin (rows, tokens, d), whose rows lie `turn` apart, 0 if they share one; `sign` -1
-// transposes
+// rotates x by cos and sin (rows, tokens, d) with row stride `turn`, 0 if all rows share them; with
+// `sign` -1, applies the transpose
 template <class T>
 void rotary(const T* x, const T* cos, const T* sin, T* out, long rows, long heads, long tokens,
             long d, places from, places to, long turn, float sign, int threads) {
@@ -91,7 +91,7 @@ void rotary(const T* x, const T* cos, const T* sin, T* out, long rows, long head
     for (long h = 0; h < heads; h++) {
       const T* in = x + b * from.row + h * from.head + t * from.token;
       T* y = out + b * to.row + h * to.head + t * to.token;
-      // the sines that a and e are multiplied with
+      // the sines by which a and e are multiplied
       const T *of_e = sign > 0 ? s : s + half, *of_a = sign > 0 ? s + half : s;
 #pragma omp simd
       for (long i = 0; i < half; i++) {

@@ -1,8 +1,8 @@
-// The passes over memory of a training step; `training.py` says which operation of `lorafold.ops`
-// each of them computes, and that has its equation and shapes.
+// Operators of training steps; the operations of `lorafold.ops` that `registry.py` lists for
+// `training.py` have their equations and shapes.
 //
-// Inputs and outputs are float or bfloat16, everything between them is fp32, rounded once. Rows are
-// divided among threads, so a result does not depend on their number.
+// Inputs and outputs are float or bfloat16; intermediate values are fp32, rounded once. Rows are
+// divided among threads, so results do not depend on the number of threads.
 
 #include <algorithm>
 #include <limits>
@@ -20,7 +20,7 @@ inline float largest(vector x) {
   return over(x, [](float a, float b) { return std::max(a, b); });
 }
 
-// x becomes the gradient of the gate, u that of up
+// x becomes the gradient of the gate, and u the gradient of up
 template <class Act>
 inline void gated_gradients(vector g, vector& x, vector& u) {
   vector s = sigmoid(Act::z(x)), y = g * x * s;
@@ -61,7 +61,7 @@ void rms_norm_backward(const T* g, const T* x, const float* gain, T* out, long r
   }
 }
 
-// y times the gains plus the offsets, rounded as by `core.rounding.dithered`
+// y times the gains plus the offsets, rounded like `core.rounding.dithered`
 void scale(const bf16* y, const float* g, const float* c, bf16* out, long rows, long n,
            int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
@@ -76,9 +76,9 @@ void scale(const bf16* y, const float* g, const float* c, bf16* out, long rows, 
   }
 }
 
-constexpr long ROWS = 64;  // whose sums are added up by one thread
+constexpr long ROWS = 64;  // rows that one thread sums
 
-// the gradients of y, of the gains and of the offsets from z, that of the output
+// the gradients of y, of the gains and of the offsets, from the gradient z of the output
 void scale_backward(const bf16* z, const bf16* y, const float* g, bf16* to_y, float* to_g,
                     float* to_c, long rows, long n, int threads) {
   long parts = (rows + ROWS - 1) / ROWS;
@@ -109,8 +109,8 @@ void scale_backward(const bf16* z, const bf16* y, const float* g, bf16* to_y, fl
   }
 }
 
-// scores (rows, n) times scale, plus one of the rows of the mask in turn, which are `step` apart,
-// become probabilities
+// turns scores (rows, n) into probabilities, after multiplying by scale and adding the rows of the
+// mask, which have stride `step` and are used in turn
 template <class T>
 void softmax(T* scores, const T* mask, long rows, long masks, long step, long n, float scale,
              int threads) {
@@ -146,7 +146,7 @@ void softmax(T* scores, const T* mask, long rows, long masks, long step, long n,
   }
 }
 
-// the gradient g of the probabilities becomes that of the products q k
+// turns the gradient g of the probabilities into the gradient of the products q k
 template <class T>
 void softmax_backward(T* g, const T* p, long rows, long n, float scale, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
@@ -166,7 +166,7 @@ void softmax_backward(T* g, const T* p, long rows, long n, float scale, int thre
   }
 }
 
-// logits z (rows, n) become the gradient of the losses, if that is wanted
+// writes the losses; with `gradient`, replaces the logits z (rows, n) by their gradient
 template <class T>
 void cross_entropy(T* z, const int64_t* targets, float* losses, long rows, long n, float scale,
                    float cap, bool gradient, int threads) {
@@ -203,16 +203,16 @@ void empty(T* x, const int32_t* places, long many) {
   for (long i = 0; i < many; i++) x[places[i]] = T{};
 }
 
-// Philox4x32-10 (Salmon et al. 2011): so many calls at a time, and the elements that they decide on
+// Philox4x32-10 (Salmon et al. 2011): the calls at a time, and the elements that they decide
 constexpr int CALLS = 4, ELEMENTS = 8 * CALLS;
 constexpr uint32_t FACTORS[] = {0xd2511f53u, 0xcd9e8d57u}, STEPS[] = {0x9e3779b9u, 0xbb67ae85u};
 
-// one bit for each element that calls from `call` on decide on, set where the element's 16 bits are
-// below `limit`, which is not 0
+// one bit for each element that the calls starting at `call` decide, set if the element's 16 random
+// bits are below `limit`, which is not 0
 #ifdef __AVX2__
 inline uint32_t decide(uint32_t call, uint64_t name, uint32_t site, uint64_t key, uint32_t limit) {
   auto all = [](uint32_t word) { return _mm256_set1_epi64x(word); };
-  // a call's word is the low half of a lane; what is above it does not count
+  // a call's word is the low half of a lane; the high half is ignored
   __m256i a = _mm256_add_epi64(all(call), _mm256_set_epi64x(3, 2, 1, 0)), b = all(name),
           c = all(name >> 32), d = all(site);
   uint32_t k = key, m = key >> 32;
@@ -256,10 +256,10 @@ inline uint32_t decide(uint32_t call, uint64_t name, uint32_t site, uint64_t key
 }
 #endif
 
-constexpr int SURE = 6;  // places that are written whether they are dropped or not, which is faster
+constexpr int SURE = 6;  // indices that are always written, because that is faster
 
-// the places that are dropped of a row of n numbers, which begins at `start`, and up to SURE others
-// after them; returns their number
+// writes the indices of the dropped elements of a row of length n that begins at `start`, and up to
+// SURE arbitrary indices after them; returns the number of dropped elements
 inline long places_of(int32_t* out, long start, long n, uint64_t name, uint32_t site, uint64_t key,
                       uint32_t limit) {
   constexpr uint64_t LAST = uint64_t{1} << 63;
@@ -277,11 +277,12 @@ inline long places_of(int32_t* out, long start, long n, uint64_t name, uint32_t 
   return many;
 }
 
-constexpr long STRETCH = 1 << 14;  // elements whose places are drawn together
+constexpr long STRETCH = 1 << 14;  // elements that a thread samples at a time
 
 }  // namespace
 
-// writes the places of rows of n numbers to `out`, which has room for all, and returns how many
+// writes the dropped indices of rows of length n to `out`, which has room for all elements; returns
+// their number
 extern "C" long dropped_places(int32_t* out, const uint64_t* names, long rows, long n,
                                uint32_t limit, uint64_t key, uint32_t site, int threads) {
   long step = std::max(1L, STRETCH / n), parts = (rows + step - 1) / step, many = 0;

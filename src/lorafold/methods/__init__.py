@@ -1,6 +1,6 @@
-"""The adapter methods, one per file, and the table of their names.
+"""The methods and the table of their names.
 
-To add a method, add its file and a row in `METHODS`. The package `lorafold` exports every spec
+To add a method, add its class and a row in `METHODS`. The package `lorafold` exports every spec
 class in the table (for example `lf.LoRA`); the imports below declare these names for type checkers.
 """
 
@@ -134,7 +134,7 @@ def make_spec(method: str, **options: Any) -> "Spec":
     try:
         return maker(**options)
     except TypeError as e:
-        raise LorafoldError(f"method {method}: {e}") from None
+        raise LorafoldError(f"method {method}: an option has the wrong type: {e}") from None
 
 
 def name_of(spec: "Spec") -> str:

@@ -5,13 +5,13 @@
     loss + orth_reg mean(|P^T P - I|, |Q Q^T - I|)      Frobenius norms, over all matrices of the
                                                         adapter
 
-Zhang et al. 2023, arXiv 2303.10512. After every step each triplet (a column of P, an entry of E, a
-row of Q) is scored by smoothed sensitivity times uncertainty (eq. 8 to 12). The b(t) triplets of
-the whole adapter with the highest scores keep their E; the E of all others are set to zero. b(t)
-decreases along a cubic, on average from init_rank to rank for each matrix (eq. 13). Triplets that
-the last allocation dropped are not saved. Use AdaLoRA if layers need different ranks. The running
-averages for the scores take twice the memory of the adapter, and the run must be long enough for
-three phases: tinit steps at full rank, the decrease, and tfinal steps at the end.
+Zhang et al. 2023, arXiv 2303.10512. Each triplet (a column of P, an entry of E, a row of Q) is
+scored by smoothed sensitivity times uncertainty (eq. 8 to 12). In every allocation, the b(t)
+triplets of the whole adapter with the highest scores keep their E; the E of all others are set to
+zero. b(t) decreases along a cubic, on average from init_rank to rank for each matrix (eq. 13).
+Triplets that the last allocation dropped are not saved. Use AdaLoRA if layers need different ranks.
+The running averages for the scores take twice the memory of the adapter, and the run must be long
+enough for three phases: tinit steps at full rank, the decrease, and tfinal steps at the end.
 
 As in the authors' code, the penalty averages the norms, whereas eq. 4 of the paper sums their
 squares.
@@ -94,8 +94,8 @@ class AdaLoRA(Spec):
         beta1: the decay of the running average of the sensitivity.
         beta2: the decay of the running average of the uncertainty.
         orth_reg: the weight of the orthogonality penalty.
-        rank_pattern: ranks by regular expression, for the modules whose path ends in it; the files
-            of a pruned adapter contain them.
+        rank_pattern: ranks by regular expression, for the modules whose path ends in a match; the
+            files of a pruned adapter contain them.
     """
 
     rank: int = 8
@@ -146,7 +146,7 @@ class AdaLoRA(Spec):
         if first >= total - final:
             raise LorafoldError(
                 f"AdaLoRA: tinit {first} and tfinal {final} leave none of the {total} steps to"
-                " reduce the ranks; lower them, or train for more steps"
+                " reduce the ranks; lower tinit or tfinal, or train for more steps"
             )
         return first, total - final
 

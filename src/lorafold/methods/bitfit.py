@@ -2,11 +2,10 @@
 
     y = layer(x) + c                c (out,), zero at start
 
-Zaken et al. 2021, arXiv 2106.10199. BitFit has the fewest parameters of all methods that can be
-merged, and suits small data sets. It trains every bias of the model, including those of norms. If
-the blocks of a model have no biases, their linear layers get them; merging then enables biases in
-the model's config (Llama: attention_bias, mlp_bias), and fails if the architecture has no such
-setting.
+Zaken et al. 2021, arXiv 2106.10199. BitFit has very few parameters and suits small data sets. It
+trains every bias of the language model, also in norms, except those of routers. If the blocks of a
+model have no biases, their linear layers get them; merging then enables biases in the model's
+config (Llama: attention_bias, mlp_bias), and fails if the architecture has no such setting.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
                                     treated as a constant
 
 Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11 (the norm detached, sec. 4.3). In the paper, dW is
-LoRA's update; here it can also be LoHa's, LoKr's, PiSSA's or VeRA's. Use DoRA if LoRA at a small
-rank falls short of full fine-tuning; like LoRA, it costs nothing once merged.
+LoRA's update; here it can be the update of any additive method. Use DoRA if LoRA at a small rank
+falls short of full fine-tuning; like LoRA, it costs nothing once merged.
 
-The norms are computed from the factors as |w|^2 + 2 b.(A w) + b (A A^T) b, with |w|^2 cached, so a
-step needs one thin matmul for them and V is never built. The base layer runs once, because
+For a low-rank dW, the norms are |w|^2 + 2 b.(A w) + b (A A^T) b for each row, with |w|^2 cached, so
+a step needs one thin matmul with W for them and does not build V. The base layer runs once, because
 y = g (z - b) + b for z = V x + b; this holds with dropout too.
 """
 
@@ -68,8 +68,7 @@ class CachedValue:
 
 
 class DoRADelta(Delta):
-    """The magnitude m (*matrices, out), fp32, on top of `inner`, an additive delta that starts at
-    zero.
+    """The magnitude m (*matrices, out), fp32, on top of `inner`, an additive delta.
     """
 
     vector_names = ("magnitude",)
@@ -132,7 +131,8 @@ class DoRA(Spec):
     `make_spec("dora", over="loha", rank=8)`.
 
     Args:
-        over: the spec of the additive change below the magnitude (LoRA, LoHa, LoKr, PiSSA, VeRA).
+        over: the spec of the additive change below the magnitude (to save the adapter: LoRA,
+            AdaLoRA, LoHa, LoKr, OLoRA, PiSSA or VeRA).
     """
 
     over: Spec = field(default_factory=LoRA)

@@ -2,8 +2,9 @@
 
     dW_i = l_i P_i v / sqrt(d)          v (d,) zero at start, shared by all matrices; l_i () one at
                                         start, for each matrix
-    P_i v = H G_i Q H B v               B random signs, Q a random permutation, G_i Gaussian
-                                        values, H Walsh-Hadamard, v padded to length 2^k
+    P_i v = H G_i Q H B v / sqrt(n_i)   B random signs, Q a random permutation, G_i n_i blocks of
+                                        Gaussian values, H orthonormal Walsh-Hadamard, v padded
+                                        to length 2^k
 
 The smallest d that reaches 90% of full training's performance is the task's intrinsic dimension (Li
 et al. 2018, arXiv 1804.08838). The projection is Fastfood (Le et al. 2013), with a learned scale
@@ -125,7 +126,7 @@ class Fastfood(Spec):
 
     def __post_init__(self) -> None:
         rate = isinstance(self.head_lr, float) and self.head_lr > 0
-        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a number above 0"]
+        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a float above 0"]
         check(self, *wrong, whole=("dimension",))
 
     @property

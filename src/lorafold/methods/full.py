@@ -63,6 +63,7 @@ class Full(Spec):
             reason = f"quantized parameters: {', '.join(fixed)}" if fixed else "no parameters"
             raise LorafoldError(
                 f"Full trains floating-point weights in place; {type(module).__name__} has {reason}"
+                "; choose other targets, or an unquantized base"
             )
         return FullDelta(module)
 

@@ -90,7 +90,7 @@ class IA3(Spec):
             inputs = "ids" if layer.takes_ids else "signals or groups of vectors"
             raise LorafoldError(
                 f"IA3: found a feedforward module whose inputs are {inputs}, expected vectors,"
-                " which IA3 scales; leave this module out of feedforward"
+                " which IA3 scales; set feedforward without this module"
             )
         shape = (*layer.matrices, inn if self.feedforward else out)
         return IA3Delta(shape, bool(self.feedforward), layer.device)

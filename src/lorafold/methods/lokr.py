@@ -5,9 +5,10 @@
     dW x = D X C^T                  for x reshaped to X (i2, i1)
 
 Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, sec. 3; Edalati et al. 2022 (KronA), arXiv 2212.10650.
-LoKr is a full-rank update with very few parameters. dW is not built, because the second form needs
-only 7% as many multiplications as the layer itself (at 1536 x 576). D is itself a product D1 D2 of
-rank r if r is less than half its larger side; with `decompose_both`, the same holds for C.
+LoKr is a high-rank update with very few parameters. In linear layers, dW is not built, because the
+second form needs only 7% as many multiplications as the layer itself (at 1536 x 576). D is itself a
+product D1 D2 of rank r if r is less than half its larger side; with `decompose_both`, the same
+holds for C.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class LoKr(Spec):
     Args:
         rank: the rank r.
         alpha: the numerator of the scale alpha / r (None: r), which applies at full rank too.
-        decompose_factor: the smaller of the two factors of a matrix dimension (-1: the factor
-            closest to the square root).
+        decompose_factor: the first factor of each matrix dimension, or the largest smaller one that
+            divides it and is at most the square root (-1: limited by the square root only).
         decompose_both: let C be a product of rank r too.
     """
 

@@ -11,7 +11,7 @@ has a larger learning rate than A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 With LoftQ's init (Li et al. 2023, arXiv 2310.08659, eq. 6), s B A starts instead as the best
 approximation of rank r of the quantization error, original minus quantized weights. LoftQ then
 quantizes W - s B A and repeats, which gives each adapter its own base; lorafold stops after the
-first round, so that adapters share the base.
+first round, so that adapters can share a base.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class LoRA(Spec):
         dropout: the dropout probability on the branch.
         rslora: divide alpha by sqrt(r) instead of r.
         init: kaiming (uniform, as in PEFT) or gaussian for A; or loftq for both factors, which
-            corrects the rounding of a quantized base, so merge into the dequantized base.
-        rank_pattern: ranks by regular expression, for the modules whose path ends in it; the first
-            matching expression applies.
+            corrects the rounding of a quantized base, so merge it into the dequantized base.
+        rank_pattern: ranks by regular expression, for the modules whose path ends in a match; the
+            first matching expression applies.
         alpha_pattern: alphas, in the form of `rank_pattern`.
     """
 

@@ -6,8 +6,8 @@
 Li & Liang 2021, arXiv 2101.00190, without the reparameterization. The prefix has the positions 0 to
 n - 1 and every token attends to it; the positions of the tokens start at n. A prefix can't be
 merged, and every initialization changes the base's outputs, since the n additional keys take a
-share of each attention. As in sec. 7.4 of the paper, the prefix starts with the activations of real
-tokens. Use prefix tuning to steer a frozen base whose weights must stay as they are.
+share of each attention. By default the prefix starts with the activations of real tokens (sec. 7.4
+of the paper). Use prefix tuning to steer a frozen base whose weights must stay as they are.
 """
 
 from __future__ import annotations

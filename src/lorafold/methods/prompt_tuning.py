@@ -3,10 +3,10 @@
     model([E, embed(ids)])          E (n, d)
 
 Lester et al. 2021, arXiv 2104.08691. In a causal decoder the activations of E do not depend on the
-tokens that follow, so E runs through the decoder once per batch, and every attention prepends its
-keys and values (`lorafold.methods.common.virtual_tokens`). If there is a KV cache, these keys and
-values are stored with it, so that decoding computes them once. A prompt can't be merged, and every
-initialization changes the base's outputs. Use prompt tuning if an adapter must be tiny (n d
+tokens that follow, so E runs through the decoder once per batch, and every attention prepends the
+keys and values of E (`lorafold.methods.common.virtual_tokens`). If there is a KV cache, these keys
+and values are stored with it, so that decoding computes them once. A prompt can't be merged, and
+every initialization changes the base's outputs. Use prompt tuning if an adapter must be tiny (n d
 parameters) and the base is large, because it matches full fine-tuning only for large models (figure
 1 of the paper).
 """

@@ -7,9 +7,10 @@ LT-SFT (Ansell et al. 2022, arXiv 2110.07560, sec. 3) trains all entries for a n
 chooses the k entries of the whole model that changed most, and restarts from W. FISH mask (Sung et
 al. 2021, arXiv 2111.09839, eq. 6) chooses the k entries with the largest mean squared gradient over
 n losses. Both choose in `prepare`, which needs memory for a dense fp32 update and its gradient
-(LT-SFT: also two moments). After that, values, optimizer state and files have size k. Without
-`prepare`, the entries are random. Use sparse fine-tuning if you want to add up the updates of
-several tasks, because they rarely change the same entry.
+(LT-SFT: also two moments; FISH mask: also the scores). After that, the sizes of values, optimizer
+state and files are proportional to k. Without `prepare`, the entries are random. Use sparse
+fine-tuning if you want to add up the updates of several tasks, because they rarely change the same
+entry.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lorafold.methods.common.options_and_init import check, zeros
 class SparseDelta(Dense):
     """The positions `at` (k,), int64, ascending, and their `values` (k,), fp32.
 
-    During `prepare`, `at` is None and `values` contains all entries of all matrices.
+    During `prepare`, `at` is None and `values` contains all entries of the layer's matrices.
     """
 
     entry_names = ("values",)

@@ -4,9 +4,9 @@ each matrix.
     y = W x + diag(b) B[:out] diag(d) A[:, :in] drop(x)     A (r, in), B (out, r) frozen; b (out,)
                                                             zero, d (r,) 0.1 at start
 
-Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. VeRA has hundreds of parameters per matrix instead of
-LoRA's thousands, so it suits serving very many adapters on one base. The large rank (256) costs
-time but no storage. A and B have the size of the largest matrix. They are sampled from a
+Kopiczko et al. 2024, arXiv 2310.11454, eq. 2. VeRA has r + out parameters per matrix instead of
+LoRA's r (out + in), so it suits serving very many adapters on one base. The large rank (256) costs
+time. A and B fit the largest input and output of the adapted matrices. They are sampled from a
 kaiming-uniform distribution with a CPU generator seeded by `projection_prng_key`, A first, which
 gives PEFT's values bit for bit.
 """
@@ -29,8 +29,8 @@ class Projections(nn.Module):
     """The frozen projections A (r, in) and B (out, r), fp32. Adapter files contain them if `saved`
     is true.
 
-    All deltas of an adapter have the same Projections module, so that `.to`, deepcopy and pickle
-    keep it shared.
+    All deltas of an adapter on one device have the same Projections module, so that `.to`, deepcopy
+    and pickle keep it shared.
     """
 
     setting_names = ("key",)  # the seed of A and B

@@ -92,8 +92,8 @@ def text_auto_class(config: PreTrainedConfig, what: str) -> Any:
     cls = auto._model_mapping.get(type(config), None)
     if auto.__name__ != CAUSAL and cls and (needed := _other_required_inputs(config, cls)):
         raise LorafoldError(
-            f"{what}: a {config.model_type} model can't run on text alone ({needed}), but rows"
-            " contain only text; expected a causal language model, or a multimodal model whose"
+            f"{what}: a {config.model_type} model can't run on text alone ({needed}), but lorafold"
+            " passes only text; expected a causal language model, or a multimodal model whose"
             " language model runs without images or audio"
         )
     return auto

@@ -103,8 +103,8 @@ class MappedModel:
 
 
 def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) -> Checkpoint:
-    """Reads the headers of a model's weight files, and checks files that match `patterns` for
-    damage.
+    """Reads the headers of a model's weight files, and checks that files matching `patterns` are
+    undamaged.
     """
     path = source.intact(*patterns)
     files = {file.name: read_container(file) for file in model_files(path)}
@@ -123,7 +123,7 @@ def build_on_meta(config: Any, trust_remote_code: bool) -> PreTrainedModel:
 
 def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     """The model of a checkpoint with memory-mapped weights. If weights are missing or misshapen,
-    the error lists them all.
+    the error lists them.
     """
     what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
@@ -134,7 +134,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
             named = isinstance(settings, dict)
             method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
-                f"{checkpoint.path}: the weights are quantized ({method}); merge into the"
+                f"{checkpoint.path}: the weights are quantized ({method}); use the"
                 " unquantized model instead"
             )
         del config.quantization_config
@@ -238,8 +238,8 @@ def make_conversions(
             conversion = Conversion(model, converter, name, sources)
         except (RuntimeError, ValueError, LookupError, TypeError) as e:
             problems[name] = (
-                f"{name}: transformers can't convert the {len(sources)} tensors found for this"
-                f" weight, such as {sources[0].entry.name} ({one_line(e)})"
+                f"{name}: transformers can't convert the tensors found for this weight"
+                f" ({len(sources)}, such as {sources[0].entry.name}): {one_line(e)}"
             )
         else:
             converted |= dict.fromkeys(conversion.like, conversion)

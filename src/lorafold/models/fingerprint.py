@@ -91,8 +91,8 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
     stored = {name: found for name in expected if (found := weights.find(name)) is not None}
     if expected and not stored:
         return [
-            f"none of the {len(expected)} fingerprinted weights was found:"
-            f" {', '.join(list(expected)[:3])}, ..."
+            f"none of the {len(expected)} fingerprinted weights was found, for"
+            f" example {', '.join(list(expected)[:3])}"
         ]
     lines = (_difference(expected[name], weights, found) for name, found in stored.items())
     if not (wrong := [line for line in lines if line]):

@@ -70,8 +70,8 @@ def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: s
     inside = [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]
     if inside:
         raise LorafoldError(
-            f"{what}: {type(model).__name__} has no weights for {len(inside)} tensors of the file's"
-            f" layers, and outputs would be wrong without them: {listed(inside)}"
+            f"{what}: {type(model).__name__} has no weights for tensors of the file's layers"
+            f" ({listed(inside)}); use the model in Hugging Face's format"
         )
     warn_unread(what, unread)
 
@@ -126,7 +126,7 @@ def renew_copy(gguf: Gguf, copy: Path) -> Path:
 def _unpack(gguf: Gguf, copy: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    log.info("unpacking %s to %s (once)", gguf.files[0].name, gguf.copy)
+    log.info("converting %s to %s (once)", gguf.files[0].name, gguf.copy)
     what, readers = f"model {gguf}", read_gguf(gguf.files)
     dtype, in_file = _dtypes(_types(readers), gguf.fp32)
     with loading(what), write_errors(gguf.copy):
@@ -267,8 +267,8 @@ def check_offsets(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
-    """A context that yields a file with all metadata and tensor names of a model, but not all
-    values.
+    """A context that yields a file with all metadata and tensor names of a model, perhaps without
+    the values.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]

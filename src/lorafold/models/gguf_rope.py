@@ -50,8 +50,8 @@ def set_rope_scaling(config: Any, readers: Sequence[GGUFReader], what: str) -> N
     odd = [key for key in UNSUPPORTED if metadata.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
         raise LorafoldError(
-            f"{what}: found RoPE scaling {listed(wrong)} ({prefix}scaling),"
-            " expected linear or yarn; use the model in Hugging Face's format"
+            f"{what}: unsupported RoPE scaling {listed(wrong)} ({prefix}scaling.*);"
+            " use the model in Hugging Face's format"
         )
     if kind != "none" and factor is not None:
         own = {name: metadata[key] for key, name in YARN.items() if key in metadata}

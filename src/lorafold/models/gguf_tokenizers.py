@@ -151,7 +151,7 @@ def _pre_tokenizer(
     learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     guessed = not any(len(token) > 1 and re.search("[0-9]", token) for token in learned)
     log.warning(
-        "%s: the file names no pre-tokenizer (tokenizer.ggml.pre), so text is split as in GPT-2%s",
+        "%s: found no pre-tokenizer (tokenizer.ggml.pre), so text is split as in GPT-2%s",
         what, ", with single digits as in the vocabulary" if guessed else "",
     )  # fmt: skip
     return each_digit if guessed else as_gpt2

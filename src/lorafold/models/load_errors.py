@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """A context that silences transformers' logging and turns its errors into a LorafoldError that
-    begins with `what`.
+    """A context that silences transformers' logging and turns errors of transformers into a
+    LorafoldError that begins with `what`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -62,7 +62,7 @@ def check_complete(
         raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
     if missing:
         raise LorafoldError(
-            f"{what}: {len(missing)} weights are missing in the files: {listed(missing)}"
+            f"{what}: weights missing in the files ({len(missing)}): {listed(missing)}"
         )
 
 
@@ -70,6 +70,6 @@ def warn_unread(what: str, names: Sequence[str]) -> None:
     """Logs names of tensors in files that have no place in the model."""
     if names:
         log.warning(
-            "%s: %d tensors in the files are ignored, because the model has no such weights: %s",
+            "%s: ignoring tensors in the files (%d), because the model has no such weights: %s",
             what, len(names), listed(names),
         )  # fmt: skip

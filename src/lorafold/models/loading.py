@@ -107,7 +107,7 @@ def read_weights(
     # left over from another save, or beside a file with the whole model
     if left_out := sorted(file.name for file in source.path.glob(SHARDS) if file not in files):
         log.warning(
-            "model %s: %d other weight files are ignored: %s",
+            "model %s: ignoring other weight files (%d): %s",
             source.name, len(left_out), listed(left_out),
         )  # fmt: skip
     wanted = storage if isinstance(storage, Storage) else Storage(storage)

@@ -50,24 +50,24 @@ class Positions:
             return self
         if self.table - before < MIN_ROW_TOKENS:
             raise LorafoldError(
-                f"{self.owner} has {self.table} positions, of which {before} come before each row;"
-                f" expected at least {MIN_ROW_TOKENS} for the row"
+                f"{self.owner} has {self.table} positions, and virtual tokens take {before} of each"
+                f" row; expected at least {MIN_ROW_TOKENS} for the row itself"
             )
         return replace(self, table=self.table - before)
 
     def fitted(self, length: int | None, usual: int) -> tuple[int, str | None]:
         """The length to truncate rows to, for a requested `length` or (if None) the `usual` length,
-        and a message if the model limits it.
+        and a message if it is less than usual or more than in training.
         """
         table, trained = self.table, self.trained
         if length is None:
             most = min(n for n in (usual, table, trained) if n is not None)
-            has = "has" if most == table else "was trained on"
+            has = "allows rows of" if most == table else "was trained on"
             line = f"max_length {most} instead of {usual}: {self.owner} {has} {most} positions"
             return most, line if most < usual else None
         if table is not None and length > table:
             raise LorafoldError(
-                f"max_length {length}: expected at most {table}, the number of positions of"
+                f"max_length {length}: expected at most {table}, the positions per row of"
                 f" {self.owner}"
             )
         if trained is None or length <= trained:

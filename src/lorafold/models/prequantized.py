@@ -7,8 +7,8 @@ MXFP4.
     mxfp4    experts.gate_up_proj_blocks (E, out, in / 32, 16), two codes a byte, and
              experts.gate_up_proj_scales (E, out, in / 32), powers of two    0.27
 
-The package compressed-tensors is used only to parse configurations. Codes stay unchanged in memory,
-and results do not depend on the kernels of other packages.
+The package compressed-tensors is used only to parse configurations and match module names. Codes
+stay unchanged in memory, and results do not depend on the kernels of other packages.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def storage_in_files(settings: Mapping[str, Any], what: str) -> str:
     if len(names) != 1:
         raise LorafoldError(
             f"{what}: the weights are stored in {len(names)} quantizations ({', '.join(names)}),"
-            f" expected only one of {', '.join(COMPRESSED_NAMES)}"
+            f" expected exactly one of {', '.join(COMPRESSED_NAMES)}"
         )
     return names[0]
 
@@ -249,7 +249,7 @@ def _formats(settings: Mapping[str, Any], what: str) -> list[tuple[QuantizationF
     ):
         if value not in (None, {}, "dense", "compressed"):
             raise LorafoldError(
-                f"{what}: {field}: found {str(value)[:60]}, expected only compressed weights"
+                f"{what}: {field}: found {str(value)[:60]}, which lorafold does not support"
             )
     return [
         (_format_of_group(group, config.format, what), list(group.targets))

@@ -2,7 +2,7 @@
 already quantized.
 
 Linear layers of the blocks and matrices of experts are quantized; embeddings, norms, routers and
-heads stay in 16 bits. Files are not memory-mapped, so peak memory is the quantized model plus one
+heads are not. Files are not memory-mapped, so peak memory is the quantized model plus one
 tensor.
 """
 
@@ -76,7 +76,7 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
     absent = importlib.util.find_spec(package) is None
     raise LorafoldError(
         f"{what}: the weights are quantized with {method} (package {package}"
-        f"{', not installed' * absent}), which lorafold can't train on; {advice}"
+        f"{', not installed' * absent}), which lorafold does not support; {advice}"
     )
 
 

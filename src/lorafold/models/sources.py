@@ -120,7 +120,7 @@ def resolve_model(
 def read_configuration(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedConfig":
-    """The configuration of a model. As little as possible is downloaded from the Hub."""
+    """The configuration of a model. From the Hub, nothing else is downloaded, except GGUF files."""
     from transformers import AutoConfig
 
     def of_gguf(files: Sequence[Path]) -> "PreTrainedConfig":

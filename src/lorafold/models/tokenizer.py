@@ -138,7 +138,7 @@ def load_tokenizer(
 
     Args:
         source: The model, or its name.
-        revision: A branch, tag or commit of a hub model.
+        revision: A branch, tag or commit of a Hub model.
         trust_remote_code: Run the code in the model's directory.
     """
     return read_tokenizer(resolve_model(source, revision, trust_remote_code))

@@ -200,7 +200,7 @@ def model_files(directory: Path) -> list[Path]:
     if (index := directory / INDEX).is_file():
         named = read_object(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
-            raise LorafoldError(f"{index}: found no weight_map, expected a file for each tensor")
+            raise LorafoldError(f"{index}: found no valid weight_map of tensors to files")
         files = [directory / name for name in sorted(set(named.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise LorafoldError(

@@ -6,10 +6,10 @@
     lorafold.json                  the base's fingerprint, the base adapters, the recipe
     README.md, tokenizer.json ...  the model card; the tokenizer, if the adapter has its own
 
-Reading is strict: an error lists all unsupported fields and all missing and unknown tensors, and
-leaves the model unchanged. Directories written by PEFT have no lorafold.json. If the model is part
-of a multimodal model, files use the module paths of the multimodal model (`models.architecture`);
-files with the paths of the part can be read too.
+Reading is strict: unsupported fields, and missing or unknown tensors, are errors that leave the
+model unchanged. Directories written by PEFT have no lorafold.json. If the model is part of a
+multimodal model, files use the module paths of the multimodal model (`models.architecture`); files
+with the paths of the part can be read too.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class SavedAdapter:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LorafoldError(
-                f"{self.path / RECORD}: field {CLASSES}: found {names!r}, expected a list of text"
+                f"{self.path / RECORD}: field {CLASSES}: found {names!r}, expected a list of names"
             )
         return tuple(names)
 
@@ -193,7 +193,7 @@ class SavedAdapter:
         each = [key for key in self.weights.names if PER_EXPERT.search(key)]
         if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
             raise LorafoldError(
-                f"found {len(each)} tensors of single experts, such as {min(each)}, the"
+                f"found tensors of single experts ({len(each)}, such as {min(each)}), the"
                 " format of transformers 4; load the adapter with PEFT, which converts"
                 " them to target_parameters, and save the adapter again"
             )
@@ -296,7 +296,7 @@ def write_adapter(
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[SavedAdapter, ...]:
-    """Reads several adapter directories. The error lists the problems of all of them."""
+    """Reads several adapter directories. One error lists the problems of all of them."""
     problems: list[str] = []
     adapters = [_collect_problem(problems, partial(SavedAdapter.open, path)) for path in paths]
     if problems:
@@ -343,7 +343,7 @@ def _weights(contents: Contents) -> InMemory:
         return multiply_tucker_cores(file) if has_cores else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
-        f"found {', '.join(pickles)}, which can run code when loaded; convert it to safetensors"
+        f"found {', '.join(pickles)}, which can run code when loaded; convert to safetensors"
         if pickles else "the file is missing"
     )
     raise LorafoldError(f"{WEIGHTS}: {reason}")

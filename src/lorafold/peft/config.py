@@ -113,8 +113,8 @@ def write_config(
     method = form.method
     if taken := sorted({f.key for f in method.fields} & RESERVED_FIELDS):
         raise LorafoldError(
-            f"{method.spec.__name__}: {', '.join(taken)}: the name is reserved in adapter"
-            " configs; rename the option"
+            f"{method.spec.__name__}: found options {', '.join(taken)}, whose names are reserved in"
+            " adapter configs; rename them"
         )
     task, heads = task_of(model)
     names = selection.modules_to_save
@@ -147,7 +147,7 @@ def write_config(
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
-    """Parses adapter_config.json. The error lists every invalid or unsupported field."""
+    """Parses adapter_config.json. The error lists invalid and unsupported fields."""
     method = method_of(config)
     spec, problems = method.read(config)
     shared: dict[str, Any] = {"experts": not method.of_peft}

@@ -7,7 +7,7 @@ prod(window)).
     all other tensors of LoHa, LoKr and AdaLoRA have the shapes of the delta
 
 With `use_effective_conv2d`, LoHa and LoKr have a Tucker core for a window larger than 1. When a
-file is read, the core is multiplied into one of its factors, which leaves the update unchanged:
+file is read, the core is multiplied into one of the factors, which leaves the update unchanged:
 
     t (r, r, *window), a (r, out), b (r, in):   dW[o, c, k] = sum_ij a[i, o] t[i, j, k] b[j, c]
     a' = a^T (out, r),   b' (r, in * prod(window)) = sum_j t[i, j, k] b[j, c]
@@ -79,8 +79,8 @@ def w2_problem(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> st
     """
     other = len(site.window) == 1 and w2.dim() == 3
     hint = (
-        "; a full lokr_w2 of a Conv1d is not supported: PEFT's order differs from LyCORIS's; a"
-        " rank below half the larger side of w2 gives lokr_w2_a and lokr_w2_b" * other
+        "; a full lokr_w2 of a Conv1d is not supported: PEFT's order differs from LyCORIS's; train"
+        " with a rank below half the larger side of w2, which splits it into two factors" * other
     )
     return _shape_problem(w2, full_w2(site.delta.w2, site).shape, hint)  # type: ignore[arg-type]
 

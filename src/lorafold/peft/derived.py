@@ -133,7 +133,7 @@ def owner_problem(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor])
     n: Any = site.delta.n
     if owner.dim() == 1 and owner.dtype == torch.int64 and bool(((owner >= 0) & (owner < n)).all()):
         return None
-    return f"expected int64 adapter indices from 0 and below {n}"
+    return f"expected int64 adapter indices of at least 0 and below {n}"
 
 
 def factor_problem(dim: int) -> Check:

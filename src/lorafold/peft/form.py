@@ -103,8 +103,8 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
     method = method or next((m for m in unlisted_methods() if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(
-            f"{type(spec).__name__} is not registered in lorafold.methods.METHODS, so a saved"
-            " adapter could not be loaded; register the method there"
+            f"{type(spec).__name__}: a saved adapter of this spec could not be loaded; register the"
+            " method in lorafold.methods.METHODS, or choose another method as `over` of DoRA"
         )
     experts = Anatomy.of(model).experts
     renamed = bool(experts) and method.peft_type == "LORA" and renames_targets(model)
@@ -131,7 +131,7 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
 
 
 def warn_limits(form: AdapterFormat, path: object) -> None:
-    """Logs whether and how PEFT can load the adapter."""
+    """Logs the limits of PEFT for the adapter, if any."""
     if form.own_format:
         log.warning(
             f"{path}: PEFT can't load this adapter (peft_type {form.method.peft_type}), because it"
@@ -152,7 +152,7 @@ def warn_limits(form: AdapterFormat, path: object) -> None:
         )
     if form.dropout:
         log.info(
-            f"{path}: PEFT supports no dropout for experts and grouped linear layers, so its config"
+            f"{path}: PEFT supports no dropout for experts and grouped linear layers, so the config"
             f" has lora_dropout 0; lorafold reads {form.dropout:g} from lorafold.json"
         )
 
@@ -162,7 +162,7 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
     if DROPOUT not in record:
         return spec
     if type(value := record[DROPOUT]) is not float:
-        raise LorafoldError(f"field {DROPOUT}: found {value!r}, expected a number")
+        raise LorafoldError(f"field {DROPOUT}: found {value!r}, expected a float")
     return replace(spec, dropout=value)  # type: ignore[type-var]
 
 

@@ -4,10 +4,10 @@
     "base": {...}, "base_identity": ...           in lorafold.json: its fingerprint and identity
     "over": [{"adapter": "out/sft", "sha256": "5d1c..."}, ...]      its base adapters, lowest first
 
-Directories written by PEFT contain only the base's name. An adapter that was trained on top of base
-adapters can only be loaded on top of the same adapters. An adapter is identified by a digest of its
-config and weights, which does not depend on the model card, the record or the tokenizer, and exists
-for PEFT's directories too.
+Directories written by PEFT contain only the base's name and revision. An adapter that was trained
+on top of base adapters is only loaded on top of the same adapters, unless --allow-other-base is
+set. An adapter is identified by a digest of its config and weights, which does not depend on the
+model card, the record or the tokenizer, and exists for PEFT's directories too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrainingStorage:
             storage = current_names(record.get("recipe") or {}).get("storage")
             return None if storage is None else cls(str(storage))
         if not isinstance(names, dict) or {*map(type, names.values())} - {str}:
-            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected two strings")
+            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected strings by name")
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:
@@ -131,7 +131,7 @@ class RecordedBase:
             return []
         message = OTHER_BASE_MESSAGE
         if self.name not in ("", called):
-            names = (self.name, called or "nameless")
+            names = (self.name, called or "a model without a name")
             recorded, found = (truncate_middle(name, MAX_NAME) for name in names)
             message += f": {recorded}, not {found}"
             differences = [differences[0].partition(":")[0]]
@@ -153,7 +153,7 @@ class RecordedBase:
         """A hint for error messages that the adapter names another base; otherwise empty."""
         if self.fingerprint or self.name in ("", called):
             return ""
-        recorded, found = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "nameless"))
+        recorded, found = (truncate_middle(n, MAX_NAME) for n in (self.name, called or "unnamed"))
         return f"; the base in {self.named_in} is {recorded}, but this base is {found}"
 
     def other_base_warning(self, base: Weights) -> str:
@@ -219,7 +219,7 @@ def loading_advice(path: Path, needed: Sequence[Origin]) -> str:
     options = " ".join(f"--adapter {p}" for p in (*(o.path for o in needed), path))
     first = ", ".join(f'lf.load(model, "{o.path}", "{Path(o.path).name}")' for o in needed)
     return (
-        f"load the adapters in this order: {options} ({first} first), or override this with"
+        f"load the adapters in this order: {options} ({first} first), or skip this check with"
         " --allow-other-base (allow_other_base=True)"
     )
 

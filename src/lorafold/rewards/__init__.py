@@ -1,8 +1,8 @@
-"""Rewards of completions: functions, patterns, schemas and verifiers, each in its own process.
+"""Rewards of completions: functions, patterns, schemas, verifiers and reward models.
 
 A user's function may loop forever, exit or take all memory, and a pattern may backtrack for
-minutes. Because each reward runs in a separate process, such a failure becomes an error message
-with the reward, the row and the completion.
+minutes. Because rewards given by name run in separate processes, such a failure becomes an error
+message with the reward, the row and the completion.
 """
 
 from lorafold.rewards.reward import Judged, Reward, RewardName, Rewards, reward_of

@@ -1,5 +1,5 @@
-"""Rewards and their weighted sums. Rewards given by name run in separate processes; rewards given
-as functions run in this process.
+"""Rewards and their weighted sums. Rewards given by name, except reward models, run in separate
+processes; rewards given as functions run in this process.
 
     FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
     regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
@@ -283,11 +283,11 @@ class Rewards(AbstractContextManager["Rewards"]):
         names = [reward.name for reward in rewards]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise LorafoldError(f"rewards: found {', '.join(repeated)} twice, expected each once")
+            raise LorafoldError(f"rewards: found {', '.join(repeated)} more than once")
         if not names:
             raise LorafoldError("rewards: found none, expected at least one")
         if not isinstance(limit, int | float) or isinstance(limit, bool):
-            raise LorafoldError(f"rewards: found a time limit of {limit!r}, expected seconds")
+            raise LorafoldError(f"rewards: found a time limit of {limit!r}, expected a number")
         if not 0 < limit < math.inf:
             raise LorafoldError(
                 f"rewards: found a time limit of {limit} s, expected a finite number above 0"

@@ -59,14 +59,14 @@ def add_token_rows(
     others = [path for path in deltas if path not in rows] if carry else []
     over = [path for path in others if id(module_at(model, path)) in carry]
     problems = [
-        f"{path} has token rows of another adapter, which change its shape; merge it first"
+        f"{path} has token rows of another adapter, which may add rows; merge that adapter first"
         for path in over
     ]
     for path, delta in rows.items():
         if any(not isinstance(other, BiasDelta) for other in deltas.get(path, ())):
             problems.append(
-                f"tokens: {path} is also a target or in modules_to_save; train either its token"
-                " rows or the whole module"
+                f"tokens: {path} is also a target or in modules_to_save; leave it out there, or"
+                " leave out the tokens"
             )
         deltas.setdefault(path, []).append(delta)
     if problems:
@@ -104,8 +104,8 @@ def param_paths(module: nn.Module, path: str) -> list[str]:
 
 
 class ReplaceDelta(Delta):
-    """fp32 copies of a module's parameters. They are converted to the module's dtype to compute its
-    output.
+    """fp32 copies of a module's parameters. They are converted to the dtype in which the module
+    computes.
     """
 
     whole = True
@@ -114,12 +114,12 @@ class ReplaceDelta(Delta):
         super().__init__()
         if isinstance(module, Adapted):
             raise LorafoldError(
-                f"{path} has another adapter attached, so it can't be in modules_to_save; merge or"
+                f"{path} has another adapter attached, so it can't be trained in full; merge or"
                 " detach that adapter first"
             )
         if others := [n for n in module._parameters if n not in ("weight", "bias")]:
             raise LorafoldError(
-                f"{path} can't be in modules_to_save: found parameters {', '.join(others)},"
+                f"{path} can't be trained in full: found parameters {', '.join(others)},"
                 " expected only weight and bias"
             )
         self.copy = copy.deepcopy(module, {id(p): p for p in module.parameters()})

@@ -8,8 +8,8 @@
 
 Token rows are for tokens added to a tokenizer, and for existing tokens whose meaning should change.
 The base is never resized, because the m rows that it lacks belong to the delta. If head and
-embedding are tied, the rows are parameters of the embedding's delta only, which is the `twin` of
-the head's delta.
+embedding are tied and have the same ids, the rows are parameters of the embedding's delta only,
+which is the `twin` of the head's delta.
 
 A new row starts as the mean of all rows, so that a new token's probability is at most the average
 for any text (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). New
@@ -170,7 +170,7 @@ class TrainableTokens:
             w = layer.dense()[0].detach()
             w = w.t() if layer.takes_ids else w  # (V, d)
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
-                problems.append(f"{path}: tokens: found {list(ids)}, expected distinct ids from 0")
+                problems.append(f"{path}: tokens: found {list(ids)}, expected distinct ids >= 0")
             elif wrong := gap_message(ids, len(w)):
                 problems.append(f"{path}: {wrong}")
             else:
