@@ -437,8 +437,8 @@ class BaseOptions(StackOptions, total=False):
     storage: Annotated[
         str,
         _storage(
-            "the adapter's own, or else bf16 or fp32, whichever is faster on the"
-            " device"
+            "the quantization in the model's files, or else the adapters' in training, or else bf16"
+            " or fp32, whichever is faster on the device"
         ),
     ]
 
@@ -446,7 +446,7 @@ class BaseOptions(StackOptions, total=False):
 class TrainedBaseOptions(StackOptions, total=False):
     """Options for merging or exporting adapters; `storage` is the base model's during training."""
 
-    storage: Annotated[str, _storage("the adapters' records", " during training")]
+    storage: Annotated[str, _storage("the one in the adapters' records", " during training")]
 
 
 class DirectoryBaseOptions(StackOptions, total=False):

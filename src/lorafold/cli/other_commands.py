@@ -87,8 +87,8 @@ def after_training(
 
     if recipe.steps is None and not recipe.stops and result.steps < FEW:
         yield (
-            f"{result.steps} steps may be too few; if the answers are poor, run the same command"
-            " with --epochs auto"
+            f"steps: {result.steps}, which may be too few; if the results are poor, run the same"
+            " command with --epochs auto --overwrite"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
@@ -238,4 +238,4 @@ def new_key(
     fields |= {"base": False} if no_base else {}
     fields |= {"expires": parse_expiry(expires)} if expires is not None else {}
     key = make(keys, tenant, adapters or ["*"], **fields)
-    return key, f"{tenant}: added to {keys}, which stores only the hash; save the key"
+    return key, f"{tenant}: key added to {keys}, which stores only its hash; save the key"
