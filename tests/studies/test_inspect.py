@@ -177,7 +177,7 @@ def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
 def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     base, source = tiny_model_dir("llama"), Base(tiny_model_dir("llama"))
     make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
-    with pytest.raises(LorafoldError, match="no spectrum"):
+    with pytest.raises(LorafoldError, match="has no singular values"):
         inspect(source, open_all([tmp_path / "prefix"]))
     with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
         inspect(source, open_all([tmp_path]))

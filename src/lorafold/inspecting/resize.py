@@ -115,8 +115,8 @@ def resize(
     for site in modules_of(adapter, base_adapters):
         if site.changes_bias:
             raise LorafoldError(
-                f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
-                " with its weight, so the adapter can't be converted to LoRA"
+                f"{saved}: the adapter changes the bias of {site.path} together with its weight, so"
+                " it can't be converted to LoRA"
             )
         parts = []
         for name, svd in site.parts():

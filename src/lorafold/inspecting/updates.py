@@ -139,8 +139,8 @@ def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedM
             _ = layer.shape
         except NotMergeable as e:
             raise LorafoldError(
-                f"{path}: {type(delta).__name__} does not change a matrix ({e}), so there is no"
-                " spectrum to inspect"
+                f"{path}: the adapter does not change a matrix ({e}), so its update has no singular"
+                " values"
             ) from None
         yield AdaptedModule(path, delta, layer)
 
