@@ -194,7 +194,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     assert inspect(other, open_all([tmp_path / "a"])).sites
     given = words("resize", tmp_path / "a", model=base, out=tmp_path / "o")
     assert "found neither, expected exactly one" in refused(*given)
-    assert "above 0, at most 1" in refused(*given, "--energy", "1.5")
+    assert "above 0 and at most 1" in refused(*given, "--energy", "1.5")
 
 
 def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):

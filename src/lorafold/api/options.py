@@ -450,4 +450,4 @@ class TrainedBaseOptions(StackOptions, total=False):
 
 
 class DirectoryBaseOptions(StackOptions, total=False):
-    storage: Annotated[str, _storage("what most adapters in the directory were trained with")]
+    storage: Annotated[str, _storage("the one that most adapters were trained with")]

@@ -91,7 +91,7 @@ def check_rank_or_energy(rank: int | None, energy: float | None) -> None:
         problem = "neither" if rank is None else "both"
         raise LorafoldError(f"--rank, --energy: found {problem}, expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
-        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0 and at most 1")
 
 
 def resize(

@@ -101,7 +101,7 @@ class AdaptedModule:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) by name, quantized as in training, with the adapters below merged."""
+        """W0 (out, in) by name, quantized as in training, with the base adapters merged."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
