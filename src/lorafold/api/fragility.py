@@ -246,4 +246,4 @@ def argument_problems(
     else:
         unused_with_tuned = {"out": out is not None, "against-adapter": against}
         if unused := [f"--{name}" for name, is_given in unused_with_tuned.items() if is_given]:
-            yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; pass only --tuned"
+            yield f"{', '.join(unused)}: not used with --tuned, which trains nothing; leave it out"
