@@ -303,7 +303,8 @@ TrainingRows = Annotated[
     Option(
         rows(
             "{messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
-            " (Alpaca), {text} or {text, label}",
+            " (Alpaca), {text} or {text, label}; for preferences, {prompt, chosen, rejected} or"
+            " {prompt, completion, label}; for policies, {prompt}",
             weighted=True,
         ),
         kind=list[str],

@@ -43,7 +43,8 @@ def quickstart(
 
     A request such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON.
     The model is evaluated on held-out rows before and after training. The adapter (in PEFT format),
-    a merged plain model and the adapter for llama.cpp (GGUF, tested there) are written to OUT.
+    a merged plain model and the adapter for llama.cpp (GGUF, tested there if it is installed) are
+    written to OUT.
 
     Args:
         overwrite: Replace the results of an earlier run in OUT.
