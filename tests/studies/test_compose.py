@@ -273,7 +273,7 @@ def test_the_record_says_what_was_done(llama: Path, made: Any, tmp_path: Path) -
         ({"spec": lf.IA3()}, "model.layers.0."),
         ({"spec": lf.LoRA(rank=2), "targets": Q, "modules_to_save": ["lm_head"]}, "lm_head"),
         ({"spec": lf.LoRA(rank=2), "targets": Q, "tokens": [5]}, "embed_tokens"),
-        ({"spec": lf.Prompt(tokens=2)}, "the model"),
+        ({"spec": lf.Prompt(tokens=2)}, "update of model"),
     ],
     ids=["dora", "ia3", "module", "tokens", "prompt"],
 )
@@ -283,7 +283,7 @@ def test_what_is_not_additive_is_refused_by_name(
     strange = make_adapter(llama, tmp_path / "strange", **given)
     with pytest.raises(LorafoldError) as refused:
         run(llama, [*made("a"), strange], tmp_path / "out")
-    problem = str(refused.value).partition(" is not added to its weight")[0]
+    problem = str(refused.value).partition(" is not added to a weight, so")[0]
     assert problem.startswith(f"{strange}: the update of ")
     assert place in problem
     assert not (tmp_path / "out").exists()

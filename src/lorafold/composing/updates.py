@@ -115,8 +115,8 @@ def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
         parts = attached[-1].parts()
         if other := [at or "the model" for at, part in parts if not isinstance(part, Additive)]:
             problems.append(
-                f"{saved}: the update of {other[0]} is not added to its weight, as in LoRA, so this"
-                " adapter can't be composed with others"
+                f"{saved}: the update of {other[0]} is not added to a weight, so this adapter can't"
+                " be composed with others"
             )
     if problems:
         raise LorafoldError(join_problems(problems))
