@@ -68,8 +68,8 @@ class PreferenceFigures:
     def __str__(self) -> str:
         clauses = render_text("evaluation/preferences.jinja", figures=self).splitlines()
         warning = (
-            "\nthe chosen completions are less likely than under the reference; to avoid this,"
-            " raise beta or, with dpo, add a supervised term (--objective-options sft_weight=1)"
+            "\nthe chosen completions are less likely than under the reference; to avoid this, add"
+            " a supervised term (dpo, simpo: --objective-options sft_weight=1) or raise beta"
         )
         return ", ".join(clauses) + warning * self.falling
 
