@@ -101,7 +101,7 @@ def test_as_lora_says_what_it_loses_and_which_rank_is_enough(
 ):
     base, saved = tiny_model_dir("llama"), adapter("dora")
     few = {"prompts": prompts, "device": "cpu"}
-    with pytest.raises(LorafoldError, match=r"DoRADelta is not a product .* --as-lora \d+ writes"):
+    with pytest.raises(LorafoldError, match=r"DoRA is not a product .* --as-lora \d+ writes"):
         lf.export(base, saved, tmp_path / "none", to="gguf", **few)
     assert not (tmp_path / "none").exists()
     done = lf.export(base, saved, tmp_path / "out", to="gguf", as_lora=2, **few)

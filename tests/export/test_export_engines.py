@@ -227,7 +227,7 @@ TWO, TIED, SITE = lf.LoRA(rank=2), {"targets": ["embed_tokens"]}, {"targets": ["
 REFUSED = {
     "mlx, names": ("mlx", "gpt2", TWO, {}, "mlx-lm has no such module"),
     "mlx, tied": ("mlx", "gemma", TWO, TIED, "a tied embedding and head"),
-    "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRADelta is not"),
+    "mlx, no product": ("mlx", "llama", lf.DoRA(over=lf.LoHa()), SITE, "DoRA is not"),
     "vllm, head": ("vllm", "gemma", TWO, TIED, "no LoRA on the embedding"),
     "vllm, norms": ("vllm", "llama", TWO, {"modules_to_save": ["norm"]}, "can't represent"),
     "vllm, none": ("vllm", "gpt2", TWO, {}, "vLLM supports no LoRA for models of type gpt2"),

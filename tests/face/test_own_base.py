@@ -251,7 +251,7 @@ def test_a_server_takes_that_of_its_directory(place: Path) -> None:
     assert base_for(None, recorded_bases(folder)).source.path == place / "base"
     assert RecordedBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
     shutil.rmtree(folder / "a")
-    with pytest.raises(LorafoldError, match="none of its adapters has a base model"):
+    with pytest.raises(LorafoldError, match="the base model is unknown"):
         recorded_bases(folder)
 
 

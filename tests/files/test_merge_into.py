@@ -177,7 +177,7 @@ def test_an_adapter_that_was_attached_by_hand_is_merged_into_what_it_was_trained
     else:
         assert merged.from_original is None
     assert f"trained on {base} in {kind}" in merged.summary()
-    assert "the model you trained -> this file: KL" in merged.summary()
+    assert "the model you trained -> the merged model: KL" in merged.summary()
 
 
 def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_path, capsys):

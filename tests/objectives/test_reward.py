@@ -540,7 +540,7 @@ def test_what_can_t_be_used_is_one_line(trained: tuple[Path, Path], tmp_path: Pa
         (r"--init-adapter .*lm: the adapter has no score, which the obj",
          lambda: fit(directory, none, init_adapter=lm)),
         ("score", lambda: lf.load(two, out)),
-        ("SequenceClassification: found 2 outputs, expected a",
+        ("SequenceClassification with num_labels 2: not a",
          lambda: score_rows(two, load_tokenizer(directory), ROWS, 64)),
         (r"rows of \{prompt, completion\}, which are for", lambda: fit(directory, none, [JUDGED])),
         (r"row 2: .*chosen and rejected: found the same text",

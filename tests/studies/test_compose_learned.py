@@ -347,7 +347,7 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(llama, pair, tasks, tmp_
     ("arguments", "part"),
     [
         (["--how", "nonsense"], "--how: found nonsense, expected one of"),
-        (["--how", "ties", "--how", "ties"], "--how ties: given twice"),
+        (["--how", "ties", "--how", "ties"], "--how ties: given several times"),
         (["--weight", "1"], "--weight: found 1"),
         (["--data", "missing.jsonl"], "error: missing.jsonl: there is no such file"),
         (["--set", "step=3"], "did you mean steps"),

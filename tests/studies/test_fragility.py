@@ -575,7 +575,7 @@ def test_a_base_without_adapters_is_compared_with_zero(model_dir, tmp_path: Path
     assert stack.without is None
     assert one.overlap is None
     assert found.stacks.keys() == {"base"}
-    with pytest.raises(lf.LorafoldError, match="--defence projected: needs an adapter"):
+    with pytest.raises(lf.LorafoldError, match="--defence projected: needs --adapter"):
         sweep(tmp_path / "p", model_dir, (), ["projected"], mix=None)
 
 

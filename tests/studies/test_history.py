@@ -217,13 +217,13 @@ INTERVAL = {"step": [0, 1], "reward": [1, 2], "reward_interval": [[1, 2], 3]}
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"steps": {"reward": [1.0]}}, r"lorafold train: steps\.reward: 1 for 2 steps"),
+        ({"steps": {"reward": [1.0]}}, r"lorafold train: steps\.reward: 1, not 2 values"),
         ({"losses": [1e200, 0]}, r"losses\.0: found 1e\+200, expected a value from -1e\+150 to"),
         ({"losses": [float("nan"), 0]}, r"losses\.0: Input should be a finite number"),
         ({"held_out": {"step": [0, None], "reward": [1, 2]}}, r"held_out\.step: expected int"),
         ({"held_out": {"step": [0, 1], "reward": [[1, 2], 3]}}, r"held_out\.reward: expected num"),
         ({"held_out": INTERVAL}, r"held_out\.reward_interval: expected pairs"),
-        ({"held_out": {"reward": [1, 2]}}, r"held_out\.reward: 2 for 0 steps"),
+        ({"held_out": {"reward": [1, 2]}}, r"held_out\.reward: 2, not 0 values"),
         ({"recipe": {"objective_options": "x"}}, r"recipe\.objective_options: expected an object"),
         ({"steps": {"reward": ["x"]}}, r"steps\.reward\.0.*valid number"),
         ({"held_out": {"step": [1], "reward": [0.5], "reward_interval": ["x"]}},

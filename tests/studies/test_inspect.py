@@ -177,7 +177,7 @@ def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
 def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     base, source = tiny_model_dir("llama"), Base(tiny_model_dir("llama"))
     make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
-    with pytest.raises(LorafoldError, match="no spectrum"):
+    with pytest.raises(LorafoldError, match="has no singular values"):
         inspect(source, open_all([tmp_path / "prefix"]))
     with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
         inspect(source, open_all([tmp_path]))
@@ -194,7 +194,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     assert inspect(other, open_all([tmp_path / "a"])).sites
     given = words("resize", tmp_path / "a", model=base, out=tmp_path / "o")
     assert "found neither, expected exactly one" in refused(*given)
-    assert "above 0, at most 1" in refused(*given, "--energy", "1.5")
+    assert "above 0 and at most 1" in refused(*given, "--energy", "1.5")
 
 
 def test_resize_and_extract_as_commands(tiny_model_dir, tmp_path):

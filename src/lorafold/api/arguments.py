@@ -51,7 +51,7 @@ def as_rows(
         numbered = rename_columns(numbered, columns) if columns else numbered
         rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
-        raise LorafoldError(f"{label}: only training rows may have a weight; remove it")
+        raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
     messages = [*(_dropped_columns(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if entry is not None:
@@ -104,7 +104,7 @@ def with_rewards(
     if reward_list and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
-            f"rewards: not used by the objective {recipe.objective}; choose one of {sampling}"
+            f"rewards: not used by the objective {recipe.objective}; choose objective {sampling}"
         )
     if names := [one for one in reward_list if isinstance(one, str)]:
         options = recipe.objective_options

@@ -44,7 +44,7 @@ def chat(
         /both: the base model answers too, next to the adapter; repeat it to stop that.
         /system TEXT: set the system message; none removes it; no text: show it.
         /reset: forget the conversation (or /new); adapter and system message stay.
-        /save FILE: append the conversation to FILE.jsonl, as a row that lorafold train reads.
+        /save FILE: append the conversation to FILE (.jsonl), as a row that lorafold train reads.
         /help: this list.
         /quit: exit, as Ctrl-D does.
     """

@@ -38,24 +38,24 @@ def compare(
     """Train every method on the same data with the same budget, and compare the results.
 
     The table shows the held-out loss and its difference from the base model's (the first line),
-    forgetting on unrelated text, peak memory, time and trainable parameters. --wide, --json and the
-    page add adapter size, tokens/s, exact match, latency (attached and merged, relative to the base
-    model), whether the method can be merged, and whether it adds modules. A best method is named
-    only if paired tests over the rows and at least three seeds separate it from all others. Each
-    method uses its own default learning rate, unless the recipe sets one. For labelled texts, use
-    --objective classify.
+    exact match, forgetting on unrelated text, peak memory, time and trainable parameters. --wide,
+    --json and the page add adapter size, tokens/s, latency (attached and merged, relative to the
+    base model), whether the method can be merged, and whether it adds modules. A best method is
+    named only if paired tests over the rows and at least three seeds separate it from all others.
+    Each method uses its own default learning rate, unless the recipe sets one. For labelled texts,
+    use --objective classify.
 
-    `vary` sweeps a grid of settings, for example --vary rank=8,32. One half of the held-out rows
-    selects the best setting, the other half measures its loss.
+    `vary` sweeps a grid of settings, for example --vary rank=8,32. With 20 or more held-out rows,
+    one half of them selects the best setting, and the other half measures its loss.
 
     Policies (--objective grpo, with `rewards`) sample the same number of completions each, and are
     compared by their reward on held-out prompts.
 
-    In Python, too, rewards are names and not functions, because each method runs in its own process
-    and results are cached under the digest of the reward's file.
-
     Args:
-        methods: The methods, for example lora,dora. Default: all that support the objective.
+        rewards: As for `lf.train`, but only names and no functions, because each method runs in its
+            own process and results are cached under the digest of the reward's file.
+        methods: The methods, for example lora,dora. Default: all that support the
+            objective, except fastfood.
         vary: A recipe field and the values to try, for example rank=8,32 or
             options.init=kaiming,gaussian. Values are YAML, so targets=all-linear,[q_proj,v_proj]
             works too. In Python, a mapping such as {"rank": [8, 16]}.

@@ -79,7 +79,7 @@ def compose(
         weights: The weight of an adapter; repeat it for each adapter, in order. Default: the
             composing method's.
         rank: Truncate the update of each module to this rank.
-        density: The share of entries that ties, dare and magnitude keep.
+        density: The share of entries that ties, dare, dare-ties and magnitude keep.
         learning: Options for learning weights and gates.
         data: Rows of a task to evaluate on; repeat it for each task.
 
@@ -100,9 +100,9 @@ def compose(
         search for weights on examples, without gradients. mixture: keep the adapters and train
         gates for them.
 
-        Every method but mixture writes one LoRA adapter. linear and task-arithmetic concatenate the
-        factors, so the ranks add up unless `rank` truncates the result. The others factorize dense
-        updates by SVD and report how much was lost.
+        Every method but mixture writes one LoRA adapter. linear, task-arithmetic and lorahub
+        concatenate the factors, so the ranks add up unless `rank` truncates the result. The others
+        truncate the updates by SVD and report how much was lost.
     """
     from functools import partial
 

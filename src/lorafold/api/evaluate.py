@@ -63,9 +63,9 @@ def evaluate(
     Args:
         max_length: Truncate rows to this many tokens for the loss. Default: 1,024, or the model's
             maximum if it is smaller. With rewards, the limit is for prompt and completion, and
-            longer prompts are rejected.
-        max_new_tokens: The maximum number of tokens per completion. Default: the length of the
-            longest reference, or 256 with rewards.
+            prompts that leave no room for `max_new_tokens` are rejected.
+        max_new_tokens: The maximum number of tokens per completion. Default: 8 more than the
+            longest reference has, or 256 with rewards.
         group: Completions per prompt (num_generations). Default: 1.
         temperature: 0 takes the most likely tokens; above 0 they are sampled. Default: 1, as in
             training.

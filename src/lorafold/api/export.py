@@ -30,17 +30,18 @@ def export(
 ) -> "Exported":
     """Write adapters, or a whole model, for another engine, and verify them there.
 
-    The engine completes 32 prompts, and its probabilities of all tokens are compared with
-    lorafold's. This detects an engine that loads the files but ignores or misreads them.
-    OUT/export.json contains the figures. The directory appears only when it is complete.
+    If the engine is installed, it completes 32 prompts, and its probabilities of all tokens are
+    compared with lorafold's. This detects an engine that loads the files but ignores or misreads
+    them. OUT/export.json contains the figures. The directory appears only when it is complete.
 
     Args:
         to: The engine or format: peft, gguf or llama.cpp (the adapter), gguf-model or ollama (the
             whole model), vllm, sglang or mlx.
-        tensors: The tensor type, for formats that have several. Default: the format's first.
+        tensors: The tensor type in a GGUF file. Default: F32 for an adapter, F16 for a model.
         as_lora: Write the best LoRA of this rank instead of the adapters' own changes, and report
             the loss.
-        prove: Run the engine and compare its results with lorafold's in fp32.
+        prove: Run the engine (llama.cpp for ollama, none for sglang) and compare its results with
+            lorafold's in fp32.
         prompts: Rows whose prompts to compare on. Default: 32 built-in prompts.
         engine_python: The Python of another environment in which the engine is installed.
         engine_url: The URL of a vLLM server on this machine to compare with.

@@ -303,7 +303,8 @@ TrainingRows = Annotated[
     Option(
         rows(
             "{messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
-            " (Alpaca), {text} or {text, label}",
+            " (Alpaca), {text} or {text, label}; for preferences, {prompt, chosen, rejected} or"
+            " {prompt, completion, label}; for policies, {prompt}",
             weighted=True,
         ),
         kind=list[str],
@@ -437,8 +438,8 @@ class BaseOptions(StackOptions, total=False):
     storage: Annotated[
         str,
         _storage(
-            "the adapter's own, or else bf16 or fp32, whichever is faster on the"
-            " device"
+            "the quantization in the model's files, or else the adapters' in training, or else bf16"
+            " or fp32, whichever is faster on the device"
         ),
     ]
 
@@ -446,8 +447,8 @@ class BaseOptions(StackOptions, total=False):
 class TrainedBaseOptions(StackOptions, total=False):
     """Options for merging or exporting adapters; `storage` is the base model's during training."""
 
-    storage: Annotated[str, _storage("the adapters' records", " during training")]
+    storage: Annotated[str, _storage("the one in the adapters' records", " during training")]
 
 
 class DirectoryBaseOptions(StackOptions, total=False):
-    storage: Annotated[str, _storage("what most adapters in the directory were trained with")]
+    storage: Annotated[str, _storage("the one that most adapters were trained with")]

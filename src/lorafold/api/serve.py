@@ -45,7 +45,7 @@ def serve(
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
-        host: The address to listen on [127.0.0.1]; any other address requires keys.
+        host: The address to listen on [127.0.0.1]. One that other machines can reach requires keys.
         port: The port [8000]; 0 takes a free one.
         keys: A file of tenants' keys, written by lorafold serve new-key.
         admin_key_file: A file with the key for administration. Without it, admin routes are off.
@@ -124,8 +124,8 @@ def recorded_bases(
             bases.append(RecordedBase.read(directory.locate(name)))
     if directory.names() and not bases:
         raise LorafoldError(
-            f"--adapters {adapters}: none of its adapters has a base model that can be served; pass"
-            " --model PATH (model)"
+            f"--adapters {adapters}: the base model is unknown, because no adapter_config.json in"
+            " this directory can be read; pass --model"
         )
     groups = list[list[RecordedBase]]()
     for base in sorted((one for one in bases if one.known), key=lambda one: not one.fingerprint):

@@ -61,8 +61,8 @@ class Session:
             self.notify(PROMPT_REMARK)
         if turn.dropped:
             self.notify(
-                f"the conversation is longer than the model's context of {self.chat.context}"
-                f" tokens: the model no longer sees its oldest"
+                f"the conversation leaves too little of the model's context ({self.chat.context}"
+                f" tokens) for an answer: the model no longer sees the oldest"
                 f" {f'{turn.dropped} turns' if turn.dropped > 1 else 'turn'}"
             )
         for names in speakers:

@@ -43,7 +43,8 @@ def quickstart(
 
     A request such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON.
     The model is evaluated on held-out rows before and after training. The adapter (in PEFT format),
-    a merged plain model and the adapter for llama.cpp (GGUF, tested there) are written to OUT.
+    a merged plain model and the adapter for llama.cpp (GGUF, tested there if it is installed) are
+    written to OUT.
 
     Args:
         overwrite: Replace the results of an earlier run in OUT.
@@ -87,8 +88,8 @@ def after_training(
 
     if recipe.steps is None and not recipe.stops and result.steps < FEW:
         yield (
-            f"{result.steps} steps may be too few; if the answers are poor, run the same command"
-            " with --epochs auto"
+            f"steps: {result.steps}, which may be too few; if the results are poor, run the same"
+            " command with --epochs auto --overwrite"
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
@@ -238,4 +239,4 @@ def new_key(
     fields |= {"base": False} if no_base else {}
     fields |= {"expires": parse_expiry(expires)} if expires is not None else {}
     key = make(keys, tenant, adapters or ["*"], **fields)
-    return key, f"{tenant}: added to {keys}, which stores only the hash; save the key"
+    return key, f"{tenant}: key added to {keys}, which stores only its hash; save the key"

@@ -58,8 +58,8 @@ def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
     rates = {"lr": recipe.lr, "lr_b": recipe.lr_b}
     if too_high := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
         raise LorafoldError(
-            f"recipe: {'; '.join(too_high)}, expected at most 1: a step of AdamW changes each"
-            " parameter by about as much"
+            f"recipe: {'; '.join(too_high)}, expected at most 1, because a step of AdamW changes"
+            " each parameter by about the learning rate"
         )
     return recipe
 

@@ -28,13 +28,14 @@ COMMANDS = {
 }
 # option that a command has -> hints for other tools' options without an equivalent
 HINTS = {
-    "--adapters": {
-        **dict.fromkeys(
-            ("max_model_len", "context_length", "ctx_size"),
-            "use length (max_model_len) in the file of --config",
-        )
-    },
-    "--into": dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),
+    "--adapters": dict.fromkeys(
+        ("max_model_len", "context_length", "ctx_size"),
+        "use length (max_model_len) in the file of --config",
+    ),
+    "--into": dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        "merged weights keep the dtype of the files; for GGUF, use export --tensors",
+    ),
 }
 
 

@@ -88,7 +88,7 @@ def check(request: ComposeRequest) -> None:
         if way not in COMPOSITIONS
     ]
     problems += [
-        f"--how {way}: given twice, expected once"
+        f"--how {way}: given several times, expected once"
         for way in dict.fromkeys(request.ways)
         if request.ways.count(way) > 1
     ]
@@ -104,7 +104,7 @@ def check(request: ComposeRequest) -> None:
         problems.append(f"--weight: learned by --how {' and '.join(learned)}; remove this option")
     if request.density is not None and not 0 < request.density <= 1:
         problems.append(
-            f"--density: found {request.density:g}, expected a share above 0, at most 1"
+            f"--density: found {request.density:g}, expected a share above 0 and at most 1"
         )
     recipe = request.recipe
     fields = recipe.model_fields_set - {"max_length"}  # the model may limit it

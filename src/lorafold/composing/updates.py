@@ -113,13 +113,10 @@ def read_updates(base: Base, adapters: Sequence[SavedAdapter]) -> Updates:
             problems.append(str(e))
             continue
         parts = attached[-1].parts()
-        other = {type(part).__name__: at for at, part in parts if not isinstance(part, Additive)}
-        if other:
-            named = (f"{kind} (at {at or 'the whole model'})" for kind, at in other.items())
-            found = ", ".join(named)
+        if other := [at or "the model" for at, part in parts if not isinstance(part, Additive)]:
             problems.append(
-                f"{saved}: found {found}, expected updates that are added to a weight; this adapter"
-                " can't be composed with others"
+                f"{saved}: the update of {other[0]} is not added to a weight, so this adapter can't"
+                " be composed with others"
             )
     if problems:
         raise LorafoldError(join_problems(problems))
@@ -240,8 +237,7 @@ class ComposeWay:
 def rank_of(update: Additive, path: str) -> int:
     if (factors := update.factors()) is None:
         raise LorafoldError(
-            f"{path}: found {type(update).__name__}, which is not a product of two factors and so"
-            " has no rank; pass --rank"
+            f"{path}: the update is not a product of two factors, so it has no rank; pass --rank"
         )
     return factors[1].shape[-2]
 

@@ -180,8 +180,8 @@ def _reward_funcs(value: Any, settings: ToolSettings) -> Outcome:
         return unmapped(f"pass a reward function as --reward {FUNCTION}", f"--reward {FUNCTION}")
     if models := [name for name in functions if "/" in name]:
         raise LorafoldError(
-            f"found {models[0]!r}, a reward model, but lorafold supports functions, patterns,"
-            " schemas and verifiers as rewards"
+            f"found {models[0]!r}, a reward model, but lorafold's reward models are adapters,"
+            " trained with --objective reward and passed as --reward adapter:DIR"
         )
     weights = given if isinstance(given, list | tuple) else [given]
     weights = [1.0] * len(functions) if given is None else weights

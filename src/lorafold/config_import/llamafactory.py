@@ -141,7 +141,7 @@ def _stage(value: Any, settings: ToolSettings) -> Outcome:
     if value == "ppo":
         raise LorafoldError(
             "found 'ppo', which needs a reward model and a value model, but lorafold's ppo uses"
-            " reward functions and groups of completions"
+            " --reward and groups of completions"
         )
     ours = {"pt": "sft", "rm": "reward"}
     return changed(remarks.get(value, ""), objective=ours.get(value, value))

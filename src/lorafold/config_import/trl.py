@@ -250,7 +250,8 @@ SAMPLING_KEYS: Table = {
         "TRL truncated longer prompts, lorafold rejects them; max_length includes both parts"
     ),
     "reward_model_name_or_path": reject(
-        "lorafold supports functions, patterns, schemas and verifiers as rewards"
+        "lorafold's reward models are adapters, trained with --objective reward and passed as"
+        " --reward adapter:DIR"
     ),
 }
 REVERSE_KL = "lorafold supports only the reverse KL"

@@ -92,7 +92,7 @@ class Evaluation(ShownInNotebooks):
     Attributes:
         loss: The mean loss in nats per labelled token; for a classifier, per text.
         loss_interval: The 95% interval of the loss; None for a single row.
-        exact_match: The share of answers that equal their reference; None without references.
+        exact_match: The share of answers that equal their reference; None without completions.
         rows: The model's answer to each row.
         preference: Preference accuracy, margins and KL; None for other data.
         losses: (summed loss, number of labelled tokens) of each row.

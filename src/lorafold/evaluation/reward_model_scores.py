@@ -254,8 +254,8 @@ def score_rows(
     """Scores rows with a reward model and its active adapters."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
-            f"{type(model).__name__}: found {model.config.num_labels} outputs, expected a reward"
-            " model (a sequence classifier with num_labels 1)"
+            f"{type(model).__name__} with num_labels {model.config.num_labels}: not a reward model,"
+            " which is a sequence classifier with num_labels 1"
         )
     pad_id = pad_id_of(model)
     rows = to_rows(rows, PAIRS)

@@ -264,7 +264,7 @@ def write_content(
     except OSError as error:
         raise LorafoldError(f"{out}: can't be written: {error.strerror or error}") from error
     if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        return [*content.notes, f"{len(odd)} matrices are F16: their rows are not whole blocks"]
+        return [*content.notes, f"{len(odd)} matrices are F16: their rows are no multiple of 32"]
     return content.notes
 
 
@@ -290,8 +290,8 @@ def gguf_content(subject: Subject, tensors: str) -> GgufContent:
     # llama.cpp ignores output.weight in these and uses the embedding
     if arch.name in ("gemma", "gemma2") and OUTPUT in shapes:
         raise LorafoldError(
-            "the adapters change only lm_head, but llama.cpp uses the embedding as the head in"
-            f" {arch.name}; expected adapters without lm_head"
+            "with these adapters, lm_head and the embedding differ, but llama.cpp uses the"
+            f" embedding as the head in {arch.name}; expected adapters that change neither"
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)

@@ -306,7 +306,7 @@ def _check_proof(proof: Proof, target: Target, tensors: str | None) -> None:
     allowed = target.tolerance.get(tensors or "", MAX_LOST)
     start = f"{proof.engine} {proof.version} does not reproduce lorafold's outputs"
     if proof.unused:
-        raise LorafoldError(f"{start}: the engine ignored {join_problems(proof.unused)}")
+        raise LorafoldError(f"{start}: it did not load as written: {join_problems(proof.unused)}")
     if proof.distance and proof.changed == 0:
         raise LorafoldError(f"{start}: the adapter has no effect in the engine")
     if not proof.distance and allowed == MAX_LOST and proof.kl > MAX_BASE_KL:

@@ -57,7 +57,7 @@ class Update:
     """The update of one or more adapters, by module path.
 
     factors: The factors of low-rank updates.
-    dense: The classes of deltas that are not low-rank.
+    dense: The methods of updates that are not low-rank.
     other: Descriptions of changes that are not matrices, such as biases and rows of tokens.
     lost: By matrix, the squared norms of the truncated part and of the whole update.
     """
@@ -104,7 +104,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
             factors[path] = pair
         else:
             parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
-            dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
+            dense[path] = ", ".join(sorted({type(p).__name__.removesuffix("Delta") for p in parts}))
     return Update(factors, dense, other, lost)
 
 

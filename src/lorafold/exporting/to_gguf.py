@@ -147,7 +147,7 @@ def write_file(subject: Subject, directory: Path, progress: Progress) -> Sequenc
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         last = truncate_middle(lines[-1], 160)
-        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {last}")
+        raise LorafoldError(f"{QUANTIZER}: exited with code {done.returncode}: {last}")
     return notes
 
 

@@ -166,8 +166,8 @@ class ToMlx(Target):
         if write_legacy_base(source, directory / BASE):
             model = path = f"{{out}}/{BASE}"
             notes.append(
-                "base/ is a copy of the base with older config keys such as rope_theta, because"
-                " mlx-lm ignores rope_parameters and would compute wrong positions"
+                "base/ is a copy of the base with the older config keys that mlx-lm reads, such as"
+                " rope_theta instead of rope_parameters"
             )
         elif base.revision:
             notes.append(

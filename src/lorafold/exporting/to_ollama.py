@@ -105,9 +105,9 @@ def lost_feature_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         )
     spaced = f" {U} "
     if spaced not in render(_chat("u", [spaced]), tokenizer, for_generation=True):
-        notes.append("the model's chat template strips messages, which Ollama's can't do")
+        notes.append("the model's chat template strips whitespace around messages; Ollama's can't")
     if re.search(r"strftime_now\s*\(", template):
-        notes.append("the model's chat template has the current date; Ollama's keeps today's")
+        notes.append("the model's chat template has the current date; Ollama's keeps the export's")
     return notes
 
 
@@ -124,8 +124,8 @@ def _split_around(text: str, contents: Sequence[str]) -> list[str]:
         before, mark, text = text.partition(content)
         if not mark or content in text:
             raise LorafoldError(
-                f"the model's chat template does not render the message {content!r} of a plain chat"
-                " exactly once and in order"
+                "the model's chat template does not render each message of a plain chat exactly"
+                " once and in order; use --to gguf-model, whose file has the original template"
             )
         parts.append(before)
     return [*parts, text]
@@ -175,7 +175,8 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
         if QUOTES in text or odd:
             shown = QUOTES if QUOTES in text else repr(odd[0])
             raise LorafoldError(
-                f"the model's chat template has {shown}, which a Modelfile can't contain"
+                f"the model's chat template has {shown}, which a Modelfile can't contain; use --to"
+                " gguf-model, whose file has the original template"
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
@@ -185,7 +186,7 @@ def convert_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]
     ensure_chat_template(tokenizer)
     turns, notes = detect_turns(tokenizer), lost_feature_notes(tokenizer)
     if turns.system is None:
-        notes.append("the model's chat template has no system message, so Ollama's ignores it")
+        notes.append("the model's chat template, and so Ollama's, ignores system messages")
     bos = str(tokenizer.bos_token or "")
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # the engine adds it
         system = turns.system and (turns.system[0].removeprefix(bos), turns.system[1])

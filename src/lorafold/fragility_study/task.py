@@ -209,7 +209,7 @@ def check(task: FragilityTask) -> None:
     if (changing := [n for n in known if DEFENCES[n].transform_update]) and not all(
         stack.adapters for stack in task.stacks
     ):
-        problems.append(f"--defence {changing[0]}: needs an adapter: the last one is the alignment")
+        problems.append(f"--defence {changing[0]}: needs --adapter; the last one is the alignment")
     if (mixed := [n for n in known if DEFENCES[n].mixed]) and task.mix is None:
         problems.append(f"--defence {mixed[0]}: needs --mix, rows with refusals")
     if reserved := [name for name in FIELDS_OF_RUNS if name in task.recipe.model_fields_set]:

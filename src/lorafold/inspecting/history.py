@@ -164,7 +164,7 @@ class RunRecord(BaseModel):
         num_evaluations = len(self.held_out.get("step", ()))
         for name, figures in self.steps.items():
             if len(figures) != len(self.losses):
-                raise ValueError(f"steps.{name}: {len(figures)} for {len(self.losses)} steps")
+                raise ValueError(f"steps.{name}: {len(figures)}, not {len(self.losses)} values")
         for name, measured in self.held_out.items():
             expected_type: Any = int | float | None
             expected = "numbers"
@@ -175,7 +175,7 @@ class RunRecord(BaseModel):
             if not all(isinstance(value, expected_type) for value in measured):
                 raise ValueError(f"held_out.{name}: expected {expected}")
             if len(measured) != num_evaluations:
-                raise ValueError(f"held_out.{name}: {len(measured)} for {num_evaluations} steps")
+                raise ValueError(f"held_out.{name}: {len(measured)}, not {num_evaluations} values")
         return self
 
 

@@ -68,8 +68,8 @@ def inspect(
     full: bool = False,
     progress: Progress = no_progress,
 ) -> Inspection:
-    """Analyses the last adapter of a stack, with the adapters below it merged into the base. `full`
-    also computes the SVD of every base weight.
+    """Analyses the last adapter of a stack, with its base adapters merged. `full` also computes the
+    SVD of every base weight.
     """
     check_language_model(base, [*stack, *([against] if against is not None else [])])
     *over, saved = stack

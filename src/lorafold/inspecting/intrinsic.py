@@ -60,7 +60,7 @@ class Intrinsic(ShownInNotebooks):
 
     def __str__(self) -> str:
         bound = f"more than {self.points[-1].dimension}"
-        dimension = bound if self.dimension is None else f"{self.dimension}, within a factor of 2"
+        dimension = bound if self.dimension is None else f"at most {self.dimension} (a power of 2)"
         return (
             f"held-out loss: {self.base_loss:.4f} before, {self.full_loss:.4f} after full"
             f" training\nintrinsic dimension: {dimension}"

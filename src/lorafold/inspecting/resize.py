@@ -91,7 +91,7 @@ def check_rank_or_energy(rank: int | None, energy: float | None) -> None:
         problem = "neither" if rank is None else "both"
         raise LorafoldError(f"--rank, --energy: found {problem}, expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
-        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0 and at most 1")
 
 
 def resize(
@@ -115,8 +115,8 @@ def resize(
     for site in modules_of(adapter, base_adapters):
         if site.changes_bias:
             raise LorafoldError(
-                f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
-                " with its weight, so the adapter can't be converted to LoRA"
+                f"{saved}: the adapter changes the bias of {site.path} together with its weight, so"
+                " it can't be converted to LoRA"
             )
         parts = []
         for name, svd in site.parts():

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafold.files.html_page import ShownInNotebooks
 
-LossPoint = tuple[float, float]  # t, loss in nats a labelled token
+LossPoint = tuple[float, float]  # t, loss in nats per labelled token
 Grid = list[list[float]]
 FLATTENED = ("base", "positions", "pooled")
 
@@ -183,7 +183,7 @@ class Inspection(ShownInNotebooks):
         chance_cosine: The mean cosine of random directions to their nearest token, as a baseline.
         tokens_left_out: The reason why there are no nearest tokens.
         advice: Conclusions, as sentences.
-        over: The adapters below this one; None if there are none.
+        over: The base adapters; None if there are none.
         against: The overlap with a second adapter; None if none was given.
         paths: Losses along lines in weight space; None if no rows were given.
         experts: The overlap of the top directions of experts, by module.

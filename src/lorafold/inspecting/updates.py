@@ -101,7 +101,7 @@ class AdaptedModule:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) by name, quantized as in training, with the adapters below merged."""
+        """W0 (out, in) by name, quantized as in training, with the base adapters merged."""
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
     @cached_property
@@ -139,8 +139,8 @@ def modules_of(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[AdaptedM
             _ = layer.shape
         except NotMergeable as e:
             raise LorafoldError(
-                f"{path}: {type(delta).__name__} does not change a matrix ({e}), so there is no"
-                " spectrum to inspect"
+                f"{path}: the adapter does not change a matrix ({e}), so its update has no singular"
+                " values"
             ) from None
         yield AdaptedModule(path, delta, layer)
 
