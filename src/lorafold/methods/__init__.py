@@ -125,7 +125,8 @@ def make_spec(method: str, **options: Any) -> "Spec":
     maker: Any = METHODS[method]
     if "over" in known and not isinstance(over, Spec):
         lower = make_spec(over) if over else maker().over
-        given = {option: options.pop(option) for option in lower.options() if option in options}
+        taken = options.keys() & {*lower.options()} - {"over"}
+        given = {option: options.pop(option) for option in taken}
         options["over"] = make_spec(over, **given) if over else type(lower)(**given)
     if not options.keys() <= {*known}:
         from lorafold.foreign_options import unknown_names

@@ -125,8 +125,8 @@ class Fastfood(Spec):
     diagnostic = True
 
     def __post_init__(self) -> None:
-        rate = isinstance(self.head_lr, float) and self.head_lr > 0
-        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a float above 0"]
+        rate = isinstance(self.head_lr, float | int) and self.head_lr > 0
+        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a number above 0"]
         check(self, *wrong, whole=("dimension",))
 
     @property
