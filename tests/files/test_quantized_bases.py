@@ -264,7 +264,10 @@ MISTAKES = {
         "weight_scale: missing in the weight files, expected F32 or F16 or BF16 [1]",
     ),
     "no codes": ("int4", drop("weight_packed"), "weight_packed: missing in the weight files"),
-    "no zero points": ("int4-asymmetric", drop("weight_zero_point"), "weight_zero_point: found in"),
+    "no zero points": (
+        "int4-asymmetric", drop("weight_zero_point"),
+        "weight_zero_point: missing in the weight files",
+    ),
     "scale's shape": (
         "int4", replaced("weight_scale", lambda t: t[:, :1]),
         "weight_scale: found BF16 [64, 1], expected F32 or F16 or BF16 [64, 2]",

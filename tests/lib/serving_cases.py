@@ -18,7 +18,7 @@ import pytest
 
 from engine_cases import save_adapters
 from fresh_models import fresh_model
-from lorafold.api.loaded_model import load_with_adapters
+from lorafold.api.model_arguments import load_with_adapters
 from lorafold.engine import Engine
 from lorafold.resolve import Base
 from lorafold.serving.directory import Directory

@@ -19,7 +19,7 @@ from command_cases import error_of, rows_file, words
 from conftest import lorafold, unestimating
 from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
-from lorafold.api.loaded_model import load_with_adapters
+from lorafold.api.model_arguments import load_with_adapters
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import PromptRow, prompts_of
 from lorafold.data.row_store import Rows

@@ -49,7 +49,7 @@ def chat(
         /quit: exit, as Ctrl-D does.
     """
     from lorafold.api.arguments import as_paths
-    from lorafold.api.loaded_model import load_with_adapters, resolve_base
+    from lorafold.api.model_arguments import load_with_adapters, resolve_base
     from lorafold.conversation import Chat, unique_names
     from lorafold.data.control_tokens import allow_tokens
     from lorafold.engine import Sampling

@@ -107,7 +107,7 @@ def compose(
     from functools import partial
 
     from lorafold.api.arguments import as_path, as_recipe, console_or_quiet
-    from lorafold.api.loaded_model import load_with_adapters, resolve_base
+    from lorafold.api.model_arguments import load_with_adapters, resolve_base
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
     from lorafold.composing.request import ComposeRequest

@@ -106,7 +106,7 @@ def evaluate(
             f" {PROMPT_ONLY} with or without a completion"
         )
     from lorafold import evaluation
-    from lorafold.api.loaded_model import load_with_adapters, resolve_model, truncation_length
+    from lorafold.api.model_arguments import load_with_adapters, resolve_model, truncation_length
 
     base, saved = resolve_model(model, adapters, console, **base_options)
     labels = rows.provides(LABELS) and not rewards

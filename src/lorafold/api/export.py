@@ -57,7 +57,7 @@ def export(
         lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama
     """
     from lorafold.api.arguments import as_path, console_or_quiet, missing_argument
-    from lorafold.api.loaded_model import resolve_base
+    from lorafold.api.model_arguments import resolve_base
     from lorafold.exporting import run
 
     if out is None:

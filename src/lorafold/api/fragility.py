@@ -148,7 +148,7 @@ def fragility(
         console_or_quiet,
         source_label,
     )
-    from lorafold.api.loaded_model import load_with_adapters
+    from lorafold.api.model_arguments import load_with_adapters
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
     from lorafold.files.terminal import print_lines, progress_bar

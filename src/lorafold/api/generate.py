@@ -96,7 +96,7 @@ def prepare_prompts(
     """Loads the model and renders the prompts for the arguments of `generate`."""
     import copy
 
-    from lorafold.api.loaded_model import load_with_adapters, resolve_model
+    from lorafold.api.model_arguments import load_with_adapters, resolve_model
     from lorafold.data.control_tokens import allow_tokens
 
     base, saved = resolve_model(model, adapters, console, **base_options)

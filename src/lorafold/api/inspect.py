@@ -62,7 +62,7 @@ def inspect(
         rises above the straight line between their losses, in nats.
     """
     from lorafold.api.arguments import as_html_path, as_path, as_paths, as_rows, console_or_quiet
-    from lorafold.api.loaded_model import load_with_adapters, truncation_length
+    from lorafold.api.model_arguments import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
     from lorafold.inspecting.loss_paths import measure_paths

@@ -51,7 +51,7 @@ def merge(
         lorafold merge demo/adapter --out small --into nf4
     """
     from lorafold.api.arguments import as_path, as_paths, missing_argument
-    from lorafold.api.loaded_model import resolve_base
+    from lorafold.api.model_arguments import resolve_base
     from lorafold.merging import run
 
     if out is None:

@@ -292,8 +292,7 @@ _OUT = Option(
 Out = Annotated[str | Path, _OUT]
 OutLast = Annotated[str | Path | None, _OUT]  # after an optional parameter
 StudyOut = Annotated[
-    str | Path,
-    Option("The directory for the results. To resume, run the same command again."),
+    str | Path, Option("The directory for the results. To resume, run the same command again.")
 ]
 Overwrite = Annotated[
     bool, Option("Replace an earlier result in OUT once the new one is complete.", rare=True)

@@ -47,7 +47,7 @@ def resize(
     from dataclasses import replace
 
     from lorafold.api.arguments import as_path, as_paths, as_rows
-    from lorafold.api.loaded_model import load_with_adapters, truncation_length
+    from lorafold.api.model_arguments import load_with_adapters, truncation_length
     from lorafold.inspecting import resize as resizing
     from lorafold.inspecting.loss_paths import compare_losses
     from lorafold.peft.adapter_directory import SavedAdapter, open_all

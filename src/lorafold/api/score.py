@@ -52,7 +52,7 @@ def score(
         hint = "; pass --overwrite to replace it" * out_path.is_file()
         raise LorafoldError(f"{out_path} {problem}{hint}")
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.loaded_model import load_with_adapters, resolve_model, truncation_length
+    from lorafold.api.model_arguments import load_with_adapters, resolve_model, truncation_length
     from lorafold.evaluation.reward_model_scores import score_rows
 
     base, saved = resolve_model(model, adapters, console, **base_options)

@@ -70,7 +70,7 @@ def serve(
     from functools import partial
 
     from lorafold.api.arguments import as_path, console_or_quiet
-    from lorafold.api.loaded_model import load_with_adapters
+    from lorafold.api.model_arguments import load_with_adapters
     from lorafold.resolve import base_for
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lorafold.cli.command_classes import Command, CommandGroup, CommandWithSubcommands
 from lorafold.cli.command_line import split_words
 from lorafold.cli.help import OTHER_OPTIONS, HelpAll, write_examples, write_lists
-from lorafold.cli.parser import Command, CommandGroup, CommandWithSubcommands
 from lorafold.cli.suggestions import unknown_options
 from lorafold.errors import WINDOWS, Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_frozen, restart_tuned

@@ -147,9 +147,7 @@ def gguf_tensors(
                 of = partial(_add_offset, arch.norm_offset)
             name = names.get_name(f"{part}.{leaf}", try_suffixes=SUFFIXES)
             if name is None:
-                raise LorafoldError(
-                    f"llama.cpp has no tensor for the parameter {part}.{leaf}"
-                )
+                raise LorafoldError(f"llama.cpp has no tensor for the parameter {part}.{leaf}")
             shape = parameter.shape
             if count > 1:
                 shape = (shape[0], shape[1] // count, shape[2])

@@ -125,8 +125,8 @@ def make_spec(method: str, **options: Any) -> "Spec":
     maker: Any = METHODS[method]
     if "over" in known and not isinstance(over, Spec):
         lower = make_spec(over) if over else maker().over
-        taken = options.keys() & {*lower.options()} - {"over"}
-        given = {option: options.pop(option) for option in taken}
+        inner = options.keys() & {*lower.options()} - {"over"}
+        given = {option: options.pop(option) for option in inner}
         options["over"] = make_spec(over, **given) if over else type(lower)(**given)
     if not options.keys() <= {*known}:
         from lorafold.foreign_options import unknown_names

@@ -122,7 +122,7 @@ def operation_routes(app: FastAPI, server: Server) -> None:
         """Returns metrics in Prometheus format. If the server has API keys or a metrics key, it
         requires the metrics key or the administrator's key, because labels name tenants.
         """
-        server.keys.check_metrics(request.headers.get("authorization"))
+        server.keys.check_metrics(authorization(request.headers))
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

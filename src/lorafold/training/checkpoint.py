@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,6 +43,22 @@ GRADIENT = "gradient norm"  # the metric of a step, before clipping
 RATE = "learning rate"  # the metric of a step, for the first parameter group
 HOLDER = "process "  # start of the lock file's text
 FILES = "files"  # in a run's identity: the files that it reads, each by `name` and `sha256`
+
+
+RNG = "rng."  # start of the names of the states of random generators
+
+
+def rng_states() -> dict[str, Tensor]:
+    """The states of torch's random generators, each (bytes,)."""
+    states = enumerate(torch.cuda.get_rng_state_all())
+    return {f"{RNG}cpu": torch.get_rng_state()} | {f"{RNG}cuda.{i}": t for i, t in states}
+
+
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states[f"{RNG}cpu"])
+    for i in range(torch.cuda.device_count()):
+        if (state := states.get(f"{RNG}cuda.{i}")) is not None:
+            torch.cuda.set_rng_state(state, i)
 
 
 @dataclass

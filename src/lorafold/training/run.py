@@ -25,7 +25,7 @@ from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
 from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
-from lorafold.training.checkpoint import FILES, Progress, RunDirectory
+from lorafold.training.checkpoint import FILES, RNG, Progress, RunDirectory, restore_rng
 from lorafold.training.finish import Trained, finish, finished_result
 from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity
 from lorafold.training.loop import Plan, fit
@@ -39,7 +39,6 @@ from lorafold.training_step.optim import (
     parameters,
     rates,
     restore_optimizer,
-    restore_rng,
     sum_in_fp32,
 )
 from lorafold.training_step.sharded_data_parallel import Sharded
@@ -147,7 +146,7 @@ def make_plan(
     optimizer = make_optimizer(choice.name, groups, recipe)
     if state:
         with layout.uncoordinated():
-            tensors = {k: v for k, v in state.items() if not k.startswith("rng.")}
+            tensors = {k: v for k, v in state.items() if not k.startswith(RNG)}
             restore_optimizer(optimizer, tensors, layout.updates)
         restore_rng(state)
     if state is not None:

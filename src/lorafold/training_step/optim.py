@@ -148,11 +148,3 @@ def restore_optimizer(
 
 def parameters(groups: list[dict]) -> list[nn.Parameter]:
     return [p for group in groups for p in group["params"]]
-
-
-def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Restores the states of torch's random generators, each (bytes,), from a checkpoint."""
-    torch.set_rng_state(tensors["rng.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"rng.cuda.{i}")) is not None:
-            torch.cuda.set_rng_state(state, i)

@@ -57,6 +57,8 @@ def tokens(app: FastAPI, server: Server) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise invalid("prompt", "expected exactly one of prompt and messages")
 
+        loop = asyncio.get_running_loop()
+
         def tokens() -> bytes:
             renderer = renderer_of(caller, body.model)
             if body.prompt is not None:
@@ -66,7 +68,7 @@ def tokens(app: FastAPI, server: Server) -> None:
                 limits = server.settings.limits
                 text = renderer.chat(chat.conversation(limits), chat.offered_tools(limits)[0], {})
                 ids = renderer.prompt_tokens(text)
-            server.usage.add(caller.tenant, len(ids))
+            loop.call_soon_threadsafe(server.usage.add, caller.tenant, len(ids))
             content = {
                 "count": len(ids), "max_model_len": server.host.backend.length, "tokens": ids,
             }  # fmt: skip
