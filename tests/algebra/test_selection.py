@@ -127,7 +127,7 @@ def test_a_replay_whose_adapters_are_not_known_is_refused() -> None:
         again = way(model, X).square().sum()
     with (
         lf.only(model, "two"),
-        pytest.raises(LorafoldError, match=r"blocks with \['two'\], but their forward .*\['one'\]"),
+        pytest.raises(LorafoldError, match=r"adapters \['two'\], but modules also .*\['one'\]"),
     ):
         again.backward()
     with lf.only(model, "two"):  # what comes after it is not refused

@@ -227,7 +227,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
          "row 1: field x: found a value nested in more than 100 lists and objects, expected fewer"),
         ("a.jsonl", json.dumps(CHAT | {"tools": f'[{{"name": "f", "x": {LONG}}}]'}),
          "row 1: field tools: found unusable JSON: field [0].x: found an integer"),
-        ("a.jsonl", json.dumps(CHAT | {"tools": DEEP}), "row 1: field tools: found JSON that"),
+        ("a.jsonl", json.dumps(CHAT | {"tools": DEEP}), "unusable JSON: found a value nested"),
         ("a.jsonl", LINE + '{"prompt": "a", "completion": null}',
          "row 2: field completion: found null, expected a value, which rows of {prompt, comple"),
         ("a.json", '{"data": [1,\n 2]}', "row 1: keys found: 'data'; expected one of"),

@@ -295,7 +295,7 @@ def test_a_completion_ends_with_the_table(name: str, virtual: int, caplog) -> No
     [whole] = complete(model, tokenizer, [prompt], 2 * N)
     [told] = caplog.messages
     assert told.startswith(f"max_new_tokens {2 * N}: the longest prompt has {len(ids)} tokens and")
-    assert f" {left} positions" in told
+    assert f" {left} free positions" in told
     caplog.clear()
     assert complete(model, tokenizer, [prompt], left - len(ids)) == [whole]
     assert caplog.messages == []

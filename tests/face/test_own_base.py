@@ -192,14 +192,14 @@ def test_what_is_not_found_says_where_it_was_looked_for(place: Path, hub: Path) 
     shutil.rmtree(place / "base")
     said = refused("inspect", str(place / "adapter"))
     assert "was found neither at its path, next to the adapter in " in said
-    assert said.endswith("; pass --model PATH (model)\n")
+    assert said.endswith("; pass --model PATH (in Python: model)\n")
     named(place / "adapter", "acme/tiny")
     said = refused("inspect", str(place / "adapter"))
     assert "its base acme/tiny was found neither at its path" in said
     assert "HF_HUB_OFFLINE is set" in said
     for record in (True, False):
         named(place / "adapter", None, record)
-        with pytest.raises(LorafoldError, match=r"pass --model PATH \(model\)"):
+        with pytest.raises(LorafoldError, match=r"pass --model PATH \(in Python: model\)"):
             found(place / "adapter")
 
 

@@ -157,7 +157,7 @@ def test_a_router_weighs_the_adapters_token_by_token(llama, pair, mixed) -> None
 
 
 def test_a_routed_mixture_can_t_be_composed(llama, pair, mixed, tmp_path) -> None:
-    with pytest.raises(LorafoldError, match="RoutedDelta"):
+    with pytest.raises(LorafoldError, match="is not added to a weight"):
         run(llama, [pair[0], mixed("token")], tmp_path / "out")
 
 

@@ -196,7 +196,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     one, ours = made("adamw")
     step(one, ours, 0)
     other, _ = made("adamw8bit")
-    told = r"another optimizer: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected none"
+    told = r"not fit this run: 0.absmax1: expected \(20,\), found none; .*0.exp_avg: expected none"
     with pytest.raises(LorafoldError, match=told):
         restore_optimizer(other, optimizer_tensors(one))
 

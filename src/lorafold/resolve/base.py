@@ -322,7 +322,7 @@ def _find_base(own: RecordedBase, how: dict[str, Any]) -> tuple[Base, str]:
     adapter, name, directory, cache = (truncate_middle(str(p), LIMIT) for p in paths)
     missing = (
         f"{adapter}: its base {name} was found neither at its path, next to the adapter in"
-        f" {directory}, nor in {cache}; pass --model PATH (model)"
+        f" {directory}, nor in {cache}; pass --model PATH (in Python: model)"
     )
     if of_hub is None:
         raise LorafoldError(missing)

@@ -48,13 +48,8 @@ FILES = "files"  # in a run's identity: the files that it reads, each by `name` 
 RNG = "rng."  # start of the names of the states of random generators
 
 
-def rng_states() -> dict[str, Tensor]:
-    """The states of torch's random generators, each (bytes,)."""
-    states = enumerate(torch.cuda.get_rng_state_all())
-    return {f"{RNG}cpu": torch.get_rng_state()} | {f"{RNG}cuda.{i}": t for i, t in states}
-
-
 def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """Restores the states of torch's random generators, each (bytes,)."""
     torch.set_rng_state(states[f"{RNG}cpu"])
     for i in range(torch.cuda.device_count()):
         if (state := states.get(f"{RNG}cuda.{i}")) is not None:

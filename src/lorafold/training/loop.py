@@ -32,7 +32,7 @@ from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.processor import sleep_if_busy
-from lorafold.training.checkpoint import GRADIENT, RATE, Progress, RunDirectory, rng_states
+from lorafold.training.checkpoint import GRADIENT, RATE, RNG, Progress, RunDirectory
 from lorafold.training.progress_display import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
@@ -385,7 +385,8 @@ def check_gradients(adapter: Adapter, nonzero: Mapping[nn.Parameter, bool]) -> l
 
 def save(plan: Plan, progress: Progress) -> None:
     """Writes a checkpoint in rank 0; the other processes send it the tensors that they own."""
-    state = optimizer_tensors(plan.optimizer) | rng_states()
+    state = optimizer_tensors(plan.optimizer) | {f"{RNG}cpu": torch.get_rng_state()}
+    state |= {f"{RNG}cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
     adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
     progress.counts = dict(plan.loss.counts)
     if plan.layout.processes.first:
