@@ -328,7 +328,7 @@ StudyRows = Annotated[
 HeldOut = Annotated[
     Data | None,
     Option(
-        "Held-out rows. Default: `eval_fraction` of the training rows, or a tenth of them.",
+        "Held-out rows. Default: a share of the training rows, `eval_fraction` or a tenth.",
         kind=str,
     ),
 ]

@@ -111,7 +111,7 @@ def _argument(declaration: DeclaredOption) -> Argument:
     if option.python_only:
         return Argument(declaration, [], lambda _: None)
     if option.saved:
-        by_name = Option("A saved adapter, the same as ADAPTER.", kind=list[Path], flag="--adapter")
+        by_name = Option("A saved adapter; the same as ADAPTER.", kind=list[Path], flag="--adapter")
         by_position = Option(
             declaration.help, kind=list[Path], flag="positional", metavar="[ADAPTER]..."
         )

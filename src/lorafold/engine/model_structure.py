@@ -128,8 +128,8 @@ def probe(model: Any) -> Structure:
 
 
 def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
-    """Returns the logits (B, V) after each prompt's last token. Prompts run in chunks, then token
-    by token.
+    """Returns the logits (B, V) after each prompt's last token. Each forward
+    pass is over a chunk of every prompt, or a token if no prompt has a whole chunk left.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
     view = SlotView(SlotCache(rows, max(PROBE_LENGTHS), PROBE_CHUNK, Operations()))

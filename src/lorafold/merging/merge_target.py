@@ -124,9 +124,9 @@ def choose_merge_target(
         )
     if target == "trained" and storage not in (*UNQUANTIZED, *ON_LOAD, "float16"):
         raise LorafoldError(
-            f"into {requested}: the adapter was trained on {storage} weights, which these files"
-            " do not have and lorafold can't make; merge into original, or pass as --model a model"
-            f" whose files are stored as {storage}"
+            f"into {requested}: the adapter was trained on {storage} weights, but the model's files"
+            " do not have them, and lorafold can't quantize to them; merge into original, or pass"
+            f" as --model a model whose files are stored as {storage}"
         )
     records = [one.own_base.trained_on for one in adapters]
     recorded = sorted({one.storage for one in records if one} - {"auto", storage})

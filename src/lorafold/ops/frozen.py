@@ -67,8 +67,9 @@ frozen_linear: Callable[[Tensor, Tensor | None, Read], Tensor] = _FrozenLinear.a
 def low_rank_parts(
     x: Tensor, down: Tensor, up: Tensor, drop: Dropped | None, k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]:
-    """Returns x (T, in), down (..., r, in) and scaled up (..., out, r) in the dtype of their
-    matmuls, drop(x), the places of the dropped elements or None, and the scale.
+    """Returns x (T, in), `down` (..., r, in) and scale * `up` (..., out, r) in the dtype of their
+    matmuls; x with dropped elements set to 0; their positions, or None; and the scale, which is k
+    times the scale of the dropout.
     """
     dtype, xd, where, scale = matmul_dtype(x), x, None, k
     if drop is not None:

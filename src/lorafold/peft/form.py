@@ -103,8 +103,8 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
     method = method or next((m for m in unlisted_methods() if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(
-            f"{type(spec).__name__}: a saved adapter of this spec could not be loaded; register the"
-            " method in lorafold.methods.METHODS, or choose another method as `over` of DoRA"
+            f"{type(spec).__name__}: there is no file format for this spec; register its method in"
+            " lorafold.methods.METHODS, or, for DoRA, choose another method as `over`"
         )
     experts = Anatomy.of(model).experts
     renamed = bool(experts) and method.peft_type == "LORA" and renames_targets(model)

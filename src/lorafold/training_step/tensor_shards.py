@@ -149,8 +149,8 @@ class OwnedParameter:
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Frees the storage, unless this process is the owner, which already has all writes,
-        because all processes make them.
+        """Frees the storage in every process except the owner, whose copy is up to date because all
+        processes make the same writes.
         """
         if not self.is_owner:
             self.storage.resize_(0)
