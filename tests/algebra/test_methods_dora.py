@@ -293,10 +293,13 @@ def test_by_its_word_options_reach_what_lies_beneath() -> None:
     assert make_spec("dora") == lf.DoRA()
     assert make_spec("dora", rank=8, dropout=0.0) == lf.DoRA(lf.LoRA(rank=8, dropout=0.0))
     assert make_spec("dora", over="loha", rank=4) == lf.DoRA(lf.LoHa(rank=4))
+    assert make_spec("dora", over="dora", rank=4) == lf.DoRA(lf.DoRA(lf.LoRA(rank=4)))
     with pytest.raises(lf.LorafoldError, match="no option ranks"):
         make_spec("dora", ranks=8)
     with pytest.raises(lf.LorafoldError, match="expected an additive method"):
         lf.attach(layer(), lf.DoRA(lf.IA3()), ["0"])
+    with pytest.raises(lf.LorafoldError, match="expected an additive method"):
+        lf.attach(layer(), lf.DoRA(lf.DoRA()), ["0"])
 
 
 def test_the_up_factor_inside_learns_at_its_own_rate() -> None:

@@ -35,6 +35,13 @@ def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:
     return root, moved(adapter)
 
 
+def test_the_rate_of_a_head_is_any_number_above_0() -> None:
+    assert make_spec("fastfood", head_lr=1).head_lr == 1
+    for wrong in (0, -1.0, "1", None):
+        with pytest.raises(LorafoldError, match="head_lr: found .*, expected a number above 0"):
+            make_spec("fastfood", head_lr=wrong)
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("dimension", [5, 64, 1000])
 def test_each_update_is_the_projection_of_one_vector(dimension: int) -> None:

@@ -139,7 +139,8 @@ def test_what_would_be_declared_twice_is_found() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> None:
     entries = Docs.of(function_of(name)).args
-    told = {one.name for _, one in declarations(name) if one.group is None and one.help}
+    declared = [one for _, one in declarations(name) if one.help]
+    told = {one.group[0] if one.group else one.name for one in declared}
     assert told & {n for n in inspect.signature(function_of(name)).parameters} <= entries.keys()
 
 

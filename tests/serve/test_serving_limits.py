@@ -53,6 +53,7 @@ def complete(server: Running, key: str, model: str = "a", n: int = 3) -> Any:
 def test_one_key_scrapes_and_another_administers(server: Running) -> None:
     assert server.ask("/metrics", key=SCRAPE).status == 200
     assert server.ask("/metrics", key=ADMIN).status == 200
+    assert server.ask("/metrics", headers={"x-api-key": SCRAPE}).status == 200
     for key in (None, server.keys["acme"], SCRAPE[1:]):
         assert server.ask("/metrics", key=key).code == "invalid_api_key"
     for path, body in (
@@ -153,13 +154,14 @@ def test_counts_survive_a_restart(llama: Path, tmp_path: Path) -> None:
     key = new_key(file, "day", ["*"], limits=limits)
     with running(model, folder, {"acme": ["*"]}) as server:
         stream = {"model": "a", "prompt": "The", "max_tokens": 20, "stream": True}
+        assert server.ask("/tokenize", {"model": "a", "prompt": "The"}, key).status == 200
         answer = server.ask("/v1/completions", stream | {"ignore_eos": True}, key)
         assert answer.status == 200
         before = complete(server, key)
         true(kept.exists)  # while it runs, too
         assert complete(server, server.keys["acme"]).status == 200
     found = json.loads(kept.read_text())["tenants"]
-    assert found["day"]["day"]["tokens"] == len(make_tokenizer()("The").input_ids) + 20
+    assert found["day"]["day"]["tokens"] == 2 * len(make_tokenizer()("The").input_ids) + 20
     assert "acme" in found
     with running(model, folder, {"acme": ["*"]}) as server:
         after = complete(server, key)

@@ -112,7 +112,7 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     config = settings["optimizer_config"] or {}
     given = config.get(name) or {} if isinstance(config, dict) else None
     if not isinstance(given, dict):
-        raise LorafoldError(f"found optimizer_config: {config!r}, expected an object of objects")
+        raise LorafoldError(f"found optimizer_config: {config!r}, expected {name} to be an object")
     decay = number(given.get("weight_decay", 0.01)) if name == "adamw" else 0.0
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):

@@ -72,7 +72,7 @@ def tensor_spans(
     size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
     if not 0 < size <= end - 8:
         raise LorafoldError(
-            f"the file is damaged: it has {end:,} bytes, and its header should have {size:,}"
+            f"the header of {size:,} bytes is empty or does not fit into the file of {end:,} bytes"
         )
     try:
         header = read(bytes(content[8 : 8 + size]))
