@@ -38,7 +38,7 @@ def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:
 def test_the_rate_of_a_head_is_any_number_above_0() -> None:
     assert make_spec("fastfood", head_lr=1).head_lr == 1
     for wrong in (0, -1.0, "1", None):
-        with pytest.raises(LorafoldError, match="head_lr: found .*, expected a number above 0"):
+        with pytest.raises(LorafoldError, match=r"head_lr: found .*, expected a number above 0"):
             make_spec("fastfood", head_lr=wrong)
 
 

@@ -242,6 +242,13 @@ def test_full_fine_tuning_writes_nothing_not_finite(lr, steps, told, llama, tmp_
         assert all(t.isfinite().all() for t in load_file(file).values())
 
 
+@pytest.mark.parametrize("over", ["fish", "lt-sft"])
+def test_a_method_without_a_file_format_is_refused_before_training(over, llama, tmp_path) -> None:
+    with pytest.raises(LorafoldError, match=r"DoRA\(over=.*there is no file format for this spec"):
+        trained(llama, tmp_path / "a", method="dora", options={"over": over})
+    assert [*tmp_path.rglob("*")] == []
+
+
 def test_a_model_that_is_not_what_was_trained_is_no_success(llama, tmp_path, monkeypatch) -> None:
     save = PreTrainedModel.save_pretrained
 

@@ -37,7 +37,7 @@ from lorafold.core.expert_matrices import (
 )
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, listed, truncate
 from lorafold.layers import is_linear, layer_class
 from lorafold.layers.dense import Conv1D
 from lorafold.layers.grouped import GroupedLinear
@@ -103,8 +103,8 @@ def format_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Adapter
     method = method or next((m for m in unlisted_methods() if m.holds(spec)), None)
     if method is None:
         raise LorafoldError(
-            f"{type(spec).__name__}: there is no file format for this spec; register its method in"
-            " lorafold.methods.METHODS, or, for DoRA, choose another method as `over`"
+            f"{truncate(repr(spec), 60)}: there is no file format for this spec; register the"
+            " method in lorafold.methods.METHODS, or choose another one (for DoRA, another `over`)"
         )
     experts = Anatomy.of(model).experts
     renamed = bool(experts) and method.peft_type == "LORA" and renames_targets(model)

@@ -54,9 +54,7 @@ class TrainingStorage:
             storage = current_names(record.get("recipe") or {}).get("storage")
             return None if storage is None else cls(str(storage))
         if not isinstance(names, dict) or {*map(type, names.values())} - {str}:
-            raise LorafoldError(
-                f"field {TRAINED_ON}: found {names!r}, expected an object of strings"
-            )
+            raise LorafoldError(f"field {TRAINED_ON}: found {names!r}, expected an object of texts")
         return cls(names.get("storage", "auto"), names.get("dtype"))
 
     def as_json(self) -> dict[str, str]:

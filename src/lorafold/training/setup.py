@@ -38,6 +38,7 @@ from lorafold.models.tokenizer import AddedTokens
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
+from lorafold.peft.form import format_of
 from lorafold.peft.provenance import mismatch_message, same_adapters
 from lorafold.recipe.fields import ADAPTER_FIELDS
 from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
@@ -260,6 +261,8 @@ def load_adapted_model(
     if init_adapter is None:
         options = extra_attach_options(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **options)
+        if not adapter.spec.trains_base:  # raises before training if there is no file format
+            format_of(model, adapter.spec, adapter.matches.paths)
     elif missing := [
         path
         for path in objective.modules_to_save(model, adapter.spec, recipe.targets)
