@@ -149,7 +149,7 @@ def short_value(value: Any) -> str:
 
 
 # tokens prefilled, tokens decoded, rounds; many short alternating timings are robust to noise
-PREFILLED, DECODED, NUM_ROUNDS = 128, 8, 11
+PREFILLED, DECODED, NUM_ROUNDS = 128, 8, 7
 
 
 class Latency(NamedTuple):
