@@ -205,8 +205,10 @@ def test_python_refuses_what_the_command_refuses(call: Any, message: str, tmp_pa
 
 def test_what_a_run_will_see_is_shown_in_python_too(model: str, tmp_path: Path) -> None:
     said, page = io.StringIO(), tmp_path / "rows.html"
-    found = lf.preview(RECIPE, data=ROWS, model=model, html=page, console=Console(file=said))
+    recipe = RECIPE.model_copy(update={"method": "ia3", "rank": 4})
+    found = lf.preview(recipe, data=ROWS, model=model, html=page, console=Console(file=said))
     assert found.rows == len(ROWS)
+    assert "rank ignored: ia3 has no such option\n" in said.getvalue()
     assert "Book a table for 0" in said.getvalue()
     assert "Book a table for 0" in page.read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.html"]

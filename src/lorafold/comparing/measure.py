@@ -169,10 +169,8 @@ def latencies(
 
     def over_base(i: int) -> Latency:
         prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
-        if not new:
-            return Latency(prefill, None)
         decode: Any = [(times[i].decode, times[0].decode) for times in rounds]
-        return Latency(prefill, statistics.median(own / base for own, base in decode))
+        return Latency(prefill, statistics.median(a / b for a, b in decode) if new else None)
 
     return over_base(1), over_base(2) if merged is not None else None
 

@@ -223,9 +223,9 @@ def model_kind(base: Base, adapters: Sequence[SavedAdapter]) -> str:
     """The kind of model, for messages: language model, reward model, or classifier with classes."""
     if classes := known_classes(base, adapters):
         return f"a classifier of {listed(classes, max_chars=60)}"
-    if any(one.is_reward_model for one in adapters):
-        return REWARD_MODEL
-    return REWARD_MODEL if len(classifier_outputs(base.source) or ()) == 1 else LANGUAGE_MODEL
+    rewards = any(one.is_reward_model for one in adapters)
+    rewards = rewards or len(classifier_outputs(base.source) or ()) == 1
+    return REWARD_MODEL if rewards else LANGUAGE_MODEL
 
 
 def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: str = "") -> None:
@@ -250,13 +250,15 @@ def base_for(
     **how: Any,
 ) -> Base:
     """The base model `model`, or else the adapters' base model, or else the embedded model."""
-    if model is not None:
-        return Base(model, **how)
     own = [one.own_base if isinstance(one, SavedAdapter) else one for one in adapters]
-    if not own:
-        return Base(**how)
-    base, line = _find_base(_common_base(own), how)
-    if console is not None:
+    if model is None and own:
+        base, line = _find_base(_common_base(own), how)
+    else:
+        base, line = Base(**how) if model is None else Base(model, **how), ""
+        for one in own:
+            if not one.fingerprint and one.name not in ("", base.name):
+                line = f"{base.name}; {one.named_in} names {one.name} (no fingerprint to compare)"
+    if line and console is not None:
         console.print(f"base: {line}", highlight=False, markup=False, soft_wrap=True)
     return base
 

@@ -116,8 +116,7 @@ class Keys:
         self.refresh()
         keys = [key for key in self._keys if hmac.compare_digest(key.sha256, sent)]
         if not keys:
-            message = "found no valid API key; send it as Authorization: Bearer KEY"
-            raise Refusal(401, "invalid_api_key", message)
+            raise _invalid("API key")
         now = datetime.now(UTC)
         for key in keys:
             if key.expires is None or now < key.expires:
@@ -129,8 +128,7 @@ class Keys:
             message = "administration is off: the server was started without --admin-key-file"
             raise Refusal(403, "admin_closed", message)
         if not _hashes_equal(self._admin, _sent_hash(authorization)):
-            message = "found no valid administrator key; send it as Authorization: Bearer KEY"
-            raise Refusal(401, "invalid_api_key", message)
+            raise _invalid("administrator key")
         return Caller(ADMIN)
 
     def check_metrics(self, authorization: str | None) -> None:
@@ -140,14 +138,12 @@ class Keys:
         if self.file is None and not self._metrics:
             return
         sent = _sent_hash(authorization)
-        if _hashes_equal(self._metrics, sent):
+        if _hashes_equal(self._metrics, sent) or _hashes_equal(self._admin, sent):
             return
         if not (self._admin or self._metrics):
             message = "metrics are off: the server was started without --metrics-key-file"
             raise Refusal(403, "admin_closed", message)
-        if not _hashes_equal(self._admin, sent):
-            message = "found no valid key for metrics; send it as Authorization: Bearer KEY"
-            raise Refusal(401, "invalid_api_key", message)
+        raise _invalid("key for metrics")
 
     def refresh(self) -> bool:
         """Reads the file again. If this fails, keeps the old keys and returns True."""
@@ -198,6 +194,13 @@ def parse_expiry(text: str) -> datetime:
             " the last valid day (2026-12-31)"
         )
     return end
+
+
+def _invalid(key: str) -> Refusal:
+    return Refusal(
+        401, "invalid_api_key", f"found no valid {key}; send it as Authorization: Bearer KEY"
+        " or as x-api-key: KEY",
+    )
 
 
 def _hash(key: str) -> str:

@@ -25,6 +25,7 @@ from lorafold.files.html_page import html_table, notes, section, write_page
 from lorafold.files.terminal import print_lines
 from lorafold.objectives.objective import examples_of
 from lorafold.peft.adapter_directory import open_all
+from lorafold.recipe.resolve_settings import ignored_note
 from lorafold.training.inputs import (
     RunRequest,
     objective_of,
@@ -63,6 +64,8 @@ def show(
     """Prints the first rows with the trained tokens marked, and returns the findings about the
     data.
     """
+    if note := ignored_note(request.recipe):
+        print_lines(console, note)
     saved = open_all(request.adapters)
     request = with_max_length(request, saved, console)
     objective = objective_of(request, saved)

@@ -41,7 +41,7 @@ from lorafold.peft.adapter_directory import SavedAdapter, open_all
 from lorafold.peft.form import format_of
 from lorafold.peft.provenance import mismatch_message, same_adapters
 from lorafold.recipe.fields import ADAPTER_FIELDS
-from lorafold.recipe.resolve_settings import ignored_fields, ignored_note, resolve_storage, spec_of
+from lorafold.recipe.resolve_settings import ignored_note, resolve_storage, spec_of
 from lorafold.resolve.base import check_language_model
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
@@ -108,8 +108,8 @@ def check_request(request: RunRequest, console: Console, processes: Processes) -
     if request.recipe.optimizer not in ("auto", "adamw"):
         bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
-    if ignored_fields(request.recipe):
-        print_lines(console, ignored_note(request.recipe))
+    if note := ignored_note(request.recipe):
+        print_lines(console, note)
     fixed = sorted(ADAPTER_FIELDS & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
