@@ -101,21 +101,20 @@ AXOLOTL = {
     " dataset_keep_in_memory shuffle_merged_datasets skip_prepare_dataset group_by_length"
     " curriculum_sampling min_sample_len eot_tokens": ROWS,
     "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size"
-    " sample_packing_bin_size sample_packing_sequentially batch_flattening"
-    " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len"
-    " dpo_padding_free": BEST_FIT,
+    " sample_packing_bin_size sample_packing_sequentially batch_flattening multipack_real_batches"
+    " sample_packing_eff_est eval_sequence_len max_packed_sequence_len dpo_padding_free": BEST_FIT,
     "cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup lr_groups embedding_lr"
     " embedding_lr_scale loraplus_lr_embedding optim_target_modules torchdistx_path": DECAY,
     "noisy_embedding_alpha peft_layers_to_transform peft_layers_pattern peft_layer_replication"
     " peft_trainable_token_indices use_eaft eaft_alpha eaft_k lisa_layers_attribute"
-    " lisa_n_layers lisa_step_interval lora_exclude_modules trainer_cls": ABSENT,
+    " lisa_n_layers lisa_step_interval lora_exclude_modules trainer_cls"
+    " loss_watchdog_threshold loss_watchdog_patience": ABSENT,
     "activation_offloading layer_offloading low_cpu_mem_usage lora_on_cpu gc_steps"
     " gpu_memory_limit selective_checkpointing embeddings_skip_upcast"
     " peft_autocast_adapter_dtype": MEMORY,
-    "eval_batch_size loss_watchdog_threshold loss_watchdog_patience strict debug"
-    " early_stopping_patience save_first_step save_safetensors eval_table_size"
-    " eval_max_new_tokens do_causal_lm_eval do_bench_eval include_tokens_per_second"
-    " include_tkps": LOGGING,
+    "eval_batch_size strict debug early_stopping_patience save_first_step save_safetensors"
+    " eval_table_size eval_max_new_tokens do_causal_lm_eval do_bench_eval"
+    " include_tokens_per_second include_tkps": LOGGING,
     "hub_revision hf_use_auth_token push_dataset_to_hub": HUB,
 }
 LLAMAFACTORY = {
@@ -139,9 +138,10 @@ LLAMAFACTORY = {
     "ray_run_name ray_storage_path ray_num_workers ray_init_kwargs resources_per_worker"
     " placement_strategy use_ray device_map quantization_device_map": PROCESSES,
     "max_samples": "pass only that many rows as --data",
+    "mix_strategy interleave_probs": "pass a share of each file: --data rows.jsonl:0.5",
     "media_dir overwrite_cache preprocessing_num_workers preprocessing_batch_size buffer_size"
-    " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
-    " disable_shuffling tool_format preserve_thinking eval_on_each_dataset": ROWS,
+    " tokenized_path data_shared_file_system group_by_length disable_shuffling tool_format"
+    " preserve_thinking eval_on_each_dataset": ROWS,
     "loraplus_lr_embedding": DECAY,
     "use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha mixture_of_depths"
     " use_llama_pro use_adam_mini use_muon": ABSENT,
