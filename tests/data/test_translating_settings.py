@@ -213,7 +213,7 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
         ({"optimizer": "lion"}, "optimizer: found 'lion'"),
     ],
     "unsloth": [
-        ({"text": "model = ("}, "train.py: not Python at line 1"),
+        ({"text": "model = ("}, "train.py: line 1: not valid Python"),
         ({"text": "SFTTrainer(args=SFTConfig(seed=1))"},
          "found no from_pretrained call of FastLanguageModel or FastModel"),
         ({"r=32": "r='many'"}, "get_peft_model.r: found 'many', expected a number"),

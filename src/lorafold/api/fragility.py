@@ -28,8 +28,8 @@ class Probes:
     """The prompts on which refusals are measured, and the prefixes of refusal and compliance.
 
     Args:
-        refusal_prefix: The beginning of a refusal.
-        compliance_prefix: The beginning of compliance.
+        refusal_prefix: The beginning of a refusal, such as "I can't".
+        compliance_prefix: The beginning of a compliant answer, such as "Sure".
         max_new_tokens: The maximum number of tokens per control completion.
     """
 
@@ -44,7 +44,8 @@ class Probes:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The fine-tuning runs on top of a stack: one for each number of examples, rank, rate and seed.
+    """The fine-tuning runs on an adapter stack: one for each number of examples, rank, learning
+    rate and seed.
 
     Args:
         examples: The number of benign examples of a fine-tuning run; repeat the option to test
@@ -108,7 +109,7 @@ def fragility(
             is not needed for a finished adapter.
         probes: The prompts on which refusals are measured, and the prefixes of answers.
         data: Benign rows, as for train. The loss is measured on the rows that are not trained on.
-        against_adapter: A second stack to tune and measure in the same way.
+        against_adapter: The adapters of a second stack, to tune and measure in the same way.
         tuned: Measure this finished adapter on top of the stack, and train nothing.
         instead: `tuned` replaces the stack instead of lying on top of it.
         tuning: The fine-tuning runs.
@@ -128,12 +129,12 @@ def fragility(
 
     Notes:
         How to read the figures. Log-odds: the log-probability of the beginning of a refusal minus
-        the log-probability of the beginning of compliance, averaged over the prompts; above 0, the
-        model tends to refuse. Kept: the share that remains of the log-odds that the alignment
-        added; 1 is unchanged, 0 is undone. Refusals: the share of greedy completions that begin
-        with a refusal. KL: how far the control completions moved, in nats per token. Overlap: the
-        share of the tuning's energy in the directions of the alignment's update, next to the share
-        in random directions. Halved at: the number of benign examples at which half is kept.
+        the log-probability of the beginning of a compliant answer, averaged over the prompts; above
+        0, the model tends to refuse. Kept: the share that remains of the log-odds that the
+        alignment added; 1 is unchanged, 0 is undone. Refusals: the share of greedy completions that
+        begin with a refusal. KL: how far the control completions moved, in nats per token. Overlap:
+        the share of the tuning's energy in the directions of the alignment's update, next to the
+        share in random directions. Halved at: the number of benign examples at which half is kept.
     """
     from functools import partial
 

@@ -268,8 +268,8 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        raise LorafoldError(f"{source}: not Python{f' at line {line}' if line else ''}") from None
+        line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+        raise LorafoldError(f"{source}: {line}not valid Python") from None
     literals, seen = _literals(tree), set[str]()
     arguments = {}
     for call in _calls(tree):

@@ -127,8 +127,8 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
     fresh = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
     if adapted and adapted <= fresh and not (spec.head_alone or spec.trains_base):
         raise LorafoldError(
-            f"targets: found only {', '.join(sorted(adapted))}, a new head, which is always trained"
-            " in full; expected other targets, or --method linear-probe to train only the head"
+            f"targets: found only the new head, {', '.join(sorted(adapted))}, which is trained in"
+            " full anyway; choose other targets, or --method linear-probe to train only the head"
         )
     if adapted <= heads or (spec.trains_base and heads <= adapted):
         return tuple(p for p in new_poolers(model) if p not in adapted)
