@@ -111,9 +111,9 @@ def open_engine(
     length: int,
     passes: int,
 ) -> Iterator[tuple[Engine, str | None]]:
-    """Yields an engine, and the name of the model's active adapters in it, or None without
-    adapters. Uses the fast path if about `passes` forward passes justify its setup, and if memory
-    suffices to copy the weight matrices.
+    """Yields an engine, and the name under which it registered the model's active adapters, or None
+    without adapters. Uses the fast path if about `passes` forward passes justify its setup, and if
+    memory suffices to copy the weight matrices.
     """
     active = selection_of(model).names
     nbytes = sum(p.nbytes for p in model.parameters())

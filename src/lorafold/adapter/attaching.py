@@ -80,9 +80,9 @@ def attach(
         modules_to_save: modules to train in full, such as a new head, by names or matches; they are
             excluded from the targets.
         tokens: token ids whose embedding and head rows are trained, or ids by module name. Ids
-            beyond the vocabulary are new tokens: the logits get a column for each while the
-            adapter is active. `config.vocab_size` does not change, so compute the loss with
-            lorafold.
+            beyond the vocabulary are new tokens: the logits get a column for each while the adapter
+            is active. `config.vocab_size` does not change, so the loss that transformers computes
+            from `labels` does not fit; compute the loss with lorafold.
         base: the base's original weights, if the model does not have them (see `load`); loftq needs
             them.
     """

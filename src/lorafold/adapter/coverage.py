@@ -42,8 +42,8 @@ class Unreached:
     of_model: int
 
     def as_json(self) -> dict[str, dict[str, float]]:
-        """The shares of parameters without a delta: `blocks` of the blocks' parameters, and
-        `beside` of all parameters.
+        """The shares of parameters without a delta: under `blocks` relative to the blocks'
+        parameters, and under `beside` relative to all parameters.
         """
         return {
             "blocks": {kind: n / self.of_blocks for kind, n in self.blocks.items()},

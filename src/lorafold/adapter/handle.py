@@ -71,7 +71,7 @@ class Adapter:
         return {path: m.deltas[self.name] for path, m in self.sites.items()}  # type: ignore[misc]
 
     def parts(self) -> Iterator[tuple[str, Delta]]:
-        """Yields the module path and the delta of every part of every delta."""
+        """Yields (module path, part) for every part of every delta."""
         return ((path, part) for path, delta in self.deltas.items() for part in delta.parts())
 
     @property

@@ -73,7 +73,8 @@ def train_and_test(
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
     """Returns training rows, held-out rows and a description of their source. If `data` is None,
-    they come from the quickstart task. `rewarded` also accepts objectives that sample completions.
+    they come from the quickstart task. With `rewarded`, objectives that sample completions are
+    accepted too.
     """
     from lorafold.data.batches import split
     from lorafold.quickstart.task import rows as quickstart_rows
@@ -187,8 +188,8 @@ def source_label(data: Data) -> str:
 
 
 def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
-    """Returns the recipe, or `default` if it is None. `trains` also checks that its trackers are
-    installed.
+    """Returns the recipe, or `default` if it is None. With `trains`, also checks that its trackers
+    are installed.
     """
     if recipe is not None and not isinstance(recipe, type(default)):
         raise LorafoldError(

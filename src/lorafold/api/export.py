@@ -42,7 +42,7 @@ def export(
             the loss.
         prove: Run the engine (llama.cpp for ollama, none for sglang) and compare its results with
             lorafold's in fp32.
-        prompts: Rows whose prompts to compare on. Default: 32 built-in prompts.
+        prompts: Rows whose prompts are used for the comparison. Default: 32 built-in prompts.
         engine_python: The Python of another environment in which the engine is installed.
         engine_url: The URL of a vLLM server on this machine to compare with.
         into: For a whole model, the weights to merge into: trained (the weights that the adapters

@@ -71,8 +71,8 @@ def load(
         name: The adapter's name on this model.
         allow_other_base: Accept a base model with another fingerprint, and other base adapters, and
             log a warning.
-        trainable: Make the adapter's parameters trainable. The adapters that are active on the
-            model become its base adapters if it has none.
+        trainable: Make the adapter's parameters trainable. If the adapter has no base adapters, the
+            adapters that are active on the model become its base adapters.
         base: The base model's original weights, for a model that does not have them because it is
             quantized or on the meta device.
     """

@@ -79,8 +79,8 @@ def load_with_adapters(
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode and its tokenizer, and attaches the saved adapters as
-    adapter1, adapter2, ... By default, the tokenizer comes from the last adapter that has one.
-    `classify` requires a sequence classifier, `reward` a reward model.
+    adapter1, adapter2, ... By default, the tokenizer comes from the last adapter that has one. With
+    `classify`, the model must be a sequence classifier; with `reward`, a reward model.
     """
     console = console_or_quiet(console)
     if isinstance(model, LoadedModel):

@@ -444,7 +444,9 @@ class BaseOptions(StackOptions, total=False):
 
 
 class TrainedBaseOptions(StackOptions, total=False):
-    """Options for merging or exporting adapters; `storage` is the base model's during training."""
+    """Options for merging or exporting adapters; `storage` is the quantization or dtype of the base
+    model during training.
+    """
 
     storage: Annotated[str, _storage("the one in the adapters' records", " during training")]
 

@@ -103,8 +103,8 @@ def recorded_bases(
     adapters: Path, state: Path | None = None, console: "Console | None" = None
 ) -> list["RecordedBase"]:
     """Returns the base model of the server's last start without `model`, so that adapters added
-    later do not change it. At the first start, returns the base model of most adapters in the
-    directory, or all base models if there is a tie.
+    later do not change it. At the first start, returns the base model that most adapters in the
+    directory were trained on, or all base models if there is a tie.
     """
     from dataclasses import replace
 

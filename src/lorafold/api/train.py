@@ -71,7 +71,7 @@ def train(
         recipe: All choices of the run. None uses the defaults (`lf.Recipe()`).
         plot: Also plot the run's curves to one HTML file. You can do that later with `lorafold
             history`.
-        resume: Continue a run that was stopped or killed from its last checkpoint, in OUT.run.
+        resume: Continue a stopped or killed run from its last checkpoint, in OUT.run.
 
     Raises LorafoldError for anything wrong with the arguments, before weights are loaded if
     possible, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.

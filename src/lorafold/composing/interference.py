@@ -174,7 +174,9 @@ class Interference:
 
 
 def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
-    """Evaluates the base, the adapters and the compositions on every task of the request."""
+    """Evaluates the base, the adapters and the compositions on every task of the request, and
+    compares each pair of adapters.
+    """
     model, tokenizer = job.opened()
     active: dict[str, Sequence[str]] = {"base": ()}
     signs = zip(job.updates.names, job.updates.adapters, strict=True)

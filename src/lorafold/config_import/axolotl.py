@@ -171,7 +171,9 @@ def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
-    """axolotl rounds known steps down, and its default ratio gives at most 100 steps."""
+    """If the number of steps is known, axolotl rounds the warm-up down, and limits it to 100 steps
+    if the ratio is not set.
+    """
     if settings["warmup_steps"] is not None:
         return None
     share, total = number(value), trainer.total_steps(settings)

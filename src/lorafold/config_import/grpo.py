@@ -74,7 +74,9 @@ def objective_of(settings: ToolSettings) -> str:
 
 
 def loss_type(value: Any, settings: ToolSettings) -> Outcome:
-    """For cispo, TRL's `epsilon_high` bounds the importance ratio itself."""
+    """For cispo, TRL's `epsilon_high` is the upper bound of the importance ratio, which is 1 +
+    clip_high in lorafold.
+    """
     if value in ("sapo", "vespo"):
         raise rejection(value, "lorafold does not support this loss")
     options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}

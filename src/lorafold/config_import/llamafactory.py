@@ -159,7 +159,9 @@ def _finetuning_type(value: Any, settings: ToolSettings) -> Outcome | None:
 
 
 def pissa_init(value: Any, settings: ToolSettings) -> Outcome | None:
-    """LLaMA-Factory rejects PiSSA with a reference, which would be the base that PiSSA changes."""
+    """LLaMA-Factory rejects PiSSA for losses with a reference model, because that would be the
+    base, which PiSSA changes.
+    """
     if boolean(value) and has_reference(settings):
         raise LorafoldError(f"found {value!r}, which LLaMA-Factory rejects with a reference")
     return trainer.PART_OF_METHOD if boolean(value) else None

@@ -131,8 +131,8 @@ def _betas(value: Any) -> tuple[float, ...]:
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
-    """A remark on Adam without bias correction, whose step k is (1 - beta1^k) / sqrt(1 - beta2^k)
-    times as large; "" if the average over the run is about 1.
+    """A remark on Adam without bias correction: its step k is (1 - beta1^k) / sqrt(1 - beta2^k)
+    times as large as with it. The remark is "" if this factor is about 1 on average over the run.
     """
     steps = steps_of("iters", settings)
     first = range(1, min(steps, 20_000) + 1)  # later steps don't differ

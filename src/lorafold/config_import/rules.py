@@ -4,8 +4,8 @@
     Outcome         mapped, mapped differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
 
-A rule's reader raises LorafoldError for a value that the other tool rejects or that lorafold can't
-train; all such errors are reported together.
+A rule's reader raises LorafoldError for a value that the other tool rejects or lorafold does not
+support; all such errors are reported together.
 """
 
 from __future__ import annotations

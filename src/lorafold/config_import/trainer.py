@@ -161,8 +161,8 @@ def accumulation(settings: ToolSettings) -> int:
 def batch(
     of_one: str, packed: Condition, fills: str, steps: Callable[[ToolSettings], int] = accumulation
 ) -> Reader:
-    """A reader for the micro-batch size, which is multiplied by gradient accumulation to the batch
-    size. `fills` is the tool and its key for the length of packed sequences.
+    """A reader for the micro-batch size. The recipe's batch size is this size times the gradient
+    accumulation steps. `fills` names the tool and its key for the length of packed sequences.
     """
 
     def read(value: Any, settings: ToolSettings) -> Outcome:
@@ -314,7 +314,8 @@ def sft_term_of(objective: str) -> Reader:
 
 def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
     """Converts the losses of TRL's DPOTrainer to the objective, and a second loss sft to
-    `sft_weight`. `given` has the weights of the losses, or None; `key` is their key in the file.
+    `sft_weight`. `given` lists the weights of the losses, or is None; `key` is their key in the
+    file.
     """
     losses = list(losses)
     weights = [1.0] * len(losses)

@@ -383,7 +383,7 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """The outcome of another tool's option, such as lora_r; `given` has all such options with their
+    """The outcome of another tool's option, such as lora_r; `given` maps all such options to their
     values. None if no tool has the option.
     """
     name, value = SWITCH_SETTINGS.get(key, (key, given[key]))

@@ -154,7 +154,9 @@ class Selection:
         _open_blocks.set(_open_blocks.get() - {entry})
 
     def add(self, name: str) -> None:
-        """Activates an adapter on top of the active ones, also after the open `only` blocks end."""
+        """Activates an adapter on top of the active ones. It stays active when the open `only`
+        blocks end.
+        """
         with self._lock:
             self.names += (name,)
             for entry in self._entries:

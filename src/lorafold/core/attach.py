@@ -104,8 +104,8 @@ class Adapted(nn.Module):
     site = ""
 
     def layer(self, *names: str, base: BaseLayer | None = None) -> Layer:
-        """Returns the module as a layer, with those of the named deltas that are attached to it on
-        top.
+        """Returns the module as a layer with the named deltas on top, in the given order. Names
+        without a delta on this module are ignored.
         """
         layer: Layer = base or self.layer_class(self)
         for name in names:

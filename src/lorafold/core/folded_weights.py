@@ -1,10 +1,10 @@
 """The folded weight and bias, for models that read them without calling the module's forward
 (`nn.MultiheadAttention`, Mamba's `dt_proj`).
 
-While a delta is active, `module.weight` and `module.bias` are stand-ins with shape, dtype and
-device, and gradients reach the deltas through them. Other torch functions receive the folded
-tensor, summed in fp32 or wider and dithered to the stored dtype; each use folds again. Writes
-change the stored parameter. Dropout is not applied.
+While a delta is active, `module.weight` and `module.bias` are stand-ins, which have only a shape,
+dtype and device; gradients reach the deltas through them. Torch functions that read values receive
+the folded tensor instead, summed in fp32 or wider and dithered to the stored dtype; each use folds
+again. Writes change the stored parameter. Dropout is not applied.
 """
 
 from __future__ import annotations

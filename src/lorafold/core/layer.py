@@ -177,8 +177,8 @@ class Layer(ABC):
     def built(
         self, x: Tensor, build: Callable[[Tensor], Tensor], onto: Tensor | None = None
     ) -> Tensor:
-        """Returns the output (..., out) with a matrix built from W. The backward pass builds it
-        again, so that a step holds only one such matrix at a time.
+        """Returns the layer's output (..., out) with a matrix built from W in place of W. The
+        backward pass builds this matrix again, so that a step holds only one such matrix at a time.
 
         Args:
             x: the input (..., in).
@@ -197,7 +197,7 @@ class Layer(ABC):
         return recomputed(run, x, onto)
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Returns the output (..., out) with values added to some entries of W.
+        """Returns the layer's output (..., out) with values added to some entries of W.
 
         Args:
             x: the input (..., in).

@@ -11,9 +11,10 @@ in the same way: when a checkpoint is recomputed, at another place in the batch,
 prefill.
 
 **turn_rounded.** A weight with an update of p units in the last place is rounded up if u + t ODD /
-2^16 (mod 1) lies in an interval of length p, with its random number u and the step t: a Kronecker
-sequence of the golden ratio (Niederreiter 1992, ch. 3). The error of T equal updates is O(log T)
-units instead of sqrt(T p (1 - p)) with independent random numbers.
+2^16 (mod 1) lies in an interval of length p; u is the weight's random number and t the step. Over
+the steps, these values are a Kronecker sequence of the golden ratio (Niederreiter 1992, ch. 3). The
+error of T equal updates is O(log T) units instead of sqrt(T p (1 - p)) with independent random
+numbers.
 """
 
 from __future__ import annotations

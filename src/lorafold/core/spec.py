@@ -75,8 +75,8 @@ class Spec(ABC):
         return self
 
     def join(self, deltas: DeltasByPath) -> None:
-        """Sets up state that deltas share. `attach` calls it once all deltas of an adapter, which
-        it passes by module path, are built.
+        """Sets up state that deltas share. `attach` calls it with all deltas of an adapter, by
+        module path, after they are built.
         """
         return None
 

@@ -140,7 +140,8 @@ def by_attention(inside: bool, model: nn.Module, is_linear: IsLinear) -> list[st
 
 
 def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
-    """Returns the children of each block that have children, if they are an attention and an MLP.
+    """Returns the attention and the MLP of each block, which are its children with submodules; none
+    if a block lacks one of the two.
     """
     anatomy, paths = Anatomy.of(model), list[str]()
     for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):

@@ -177,8 +177,8 @@ def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """Returns `tokenizer(text, add_special_tokens=special).input_ids` in 0.3 of the time, because
-    it computes no offsets and masks. Other threads run meanwhile.
+    """Returns `tokenizer(text, add_special_tokens=special).input_ids` in 30% of the time, because
+    it computes no offsets or masks. It releases the GIL, so other threads can run.
     """
     from transformers import PreTrainedTokenizerFast as Fast
 
@@ -214,8 +214,9 @@ class Pieces:
 
 
 def to_pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """Tokenizes like `encode_marked_chat`, with offsets. Pieces after the first are tokenized after
-    a line break, because some tokenizers insert a space at the start of a text.
+    """Tokenizes like transformers' `encode_marked_chat`, with offsets. Each piece of text after a
+    marked token is tokenized behind a line break, because some tokenizers insert a space at the
+    start of a text.
     """
     cuts = [*_mark_pattern(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]

@@ -56,7 +56,9 @@ class BranchedRow:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The computed tokens of each document. Shared tokens count for the first document only."""
+        """The number of computed tokens of each document. Shared tokens count for the first
+        document only.
+        """
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
@@ -155,9 +157,9 @@ class PreferenceEncoder(Encoder):
 
 
 class BranchedExamples(TableExamples[BranchedRow]):
-    """Examples with branches. `lengths` (n,) are the computed tokens of each example, `tails`
-    (n, k) the tokens of each branch, and `full_lengths` (n, k) the untruncated tokens of each
-    document.
+    """Examples with branches. `lengths` (n,) are the numbers of computed tokens of each example,
+    `tails` (n, k) those of each branch, and `full_lengths` (n, k) the lengths of the untruncated
+    documents.
     """
 
     def __init__(self, table: pa.Table, max_length: int) -> None:
@@ -282,7 +284,9 @@ def preference_data(table: pa.Table, rows: Rows, max_length: int, kind: str) -> 
 
 
 def check_truncated(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
-    """Raises if truncation leaves nothing to compare in a truncated example, `cut` (n,)."""
+    """Raises if truncation leaves nothing to compare in an example. `cut` (n,) marks truncated
+    examples.
+    """
     bad = {}
     for n in np.flatnonzero(cut).tolist():
         row, own = int(examples.rows[n]), examples[n].branches[: examples.full_lengths.shape[1]]

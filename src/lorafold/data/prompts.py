@@ -118,8 +118,8 @@ def _conversation(row: Row) -> Conversation:
 
 
 def questions_in(row: Row) -> list[str]:
-    """Returns the prompts in a row as text, without case and surrounding whitespace: the messages
-    before each assistant turn, and all messages if the last one is not the assistant's.
+    """Returns the prompts in a row as text, case-folded and without surrounding whitespace: the
+    messages before each assistant turn, and all messages if the last one is not the assistant's.
     """
     messages = _conversation(row).messages
     keys = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]

@@ -154,8 +154,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TrainedRenderings:
-    """The texts to train for one conversation, the number of assistant turns that are left out, the
-    number of trained turns with a hidden part, and the indices of the trained messages.
+    """The texts to train on for one conversation, the number of assistant turns that are left out,
+    the number of trained turns with a hidden part, and the indices of the trained messages.
     """
 
     renderings: tuple[Rendered, ...]
@@ -251,8 +251,8 @@ def render_trained(
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering = Rendering(),
 ) -> TrainedRenderings:
-    """Returns the texts to train with the spans of trained assistant turns. If no turn can be
-    trained, returns the whole text without spans.
+    """Returns the texts to train on, each with the spans of its trained assistant turns. If no turn
+    can be trained, returns the whole text without spans.
     """
     check_supported(conversation, tokenizer)
     conversation = mark_as_text(conversation, tokenizer)

@@ -1,4 +1,4 @@
-"""Sources of rows: a file, a directory, a pattern, or a dataset from the Hugging Face Hub or
+"""Sources of rows: a file, a directory, a glob pattern, or a dataset from the Hugging Face Hub or
 `save_to_disk`.
 
 Files are sorted by name, with numbers by value: part-2 before part-10. If a directory has a `train`
@@ -48,8 +48,8 @@ def is_pattern(name: str) -> bool:
 
 
 def find_files(name: str) -> RowFiles:
-    """Lists the files of a directory or a pattern. If a directory has a training split, the files
-    of other splits are left out.
+    """Lists the files of a directory or a glob pattern. If a directory has a training split, the
+    files of other splits are left out.
     """
     directory, matched = Path(name), is_pattern(name)
     if matched:

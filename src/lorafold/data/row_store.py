@@ -114,7 +114,7 @@ class ArrowRows(Items[Row]):
 @dataclass(frozen=True)
 class Rows(Items[Row]):
     """Checked rows. `ignored` are keys that their formats don't use, `known` is the digest and size
-    of large rows, `content` is the kind of data by which formats were chosen, and `files` is the
+    of large data, `content` is the kind of data by which formats were chosen, and `files` is the
     number of rows per file for sources with several files.
     """
 
@@ -217,7 +217,9 @@ def parts_of(rows: Array, parts: Sequence[SourcePart]) -> tuple[SourcePart, ...]
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
-    """Writes rows as JSON text to an Arrow file. Returns `Rows.digest_and_size`."""
+    """Writes rows as JSON text to an Arrow file. Returns their digest and size, as
+    `Rows.digest_and_size` does.
+    """
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0

@@ -149,8 +149,8 @@ def propose_columns(row: Row) -> str:
 def rename_columns(
     numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
 ) -> Iterator[tuple[int, Any]]:
-    """Renames `columns[name]` to `name`, and drops each `name` whose column is empty. A row that
-    can't be converted becomes an error message.
+    """Renames `columns[name]` to `name`, and drops the column `name` if `columns[name]` is empty. A
+    row that can't be converted becomes an error message.
     """
     names = {name: key for name, key in columns.items() if key}
     dropped = [name for name in columns if name not in names]
@@ -311,8 +311,8 @@ def read_rows(
     notice: Notice = lambda text: None,
     content: str = "",
 ) -> Rows:
-    """Reads files, directories, patterns or datasets from the Hugging Face Hub (their train split).
-    SOURCE:0.3 sets a weight.
+    """Reads files, directories, glob patterns or datasets from the Hugging Face Hub (their train
+    split). A source may end with its weight, as in `rows.jsonl:0.3`.
 
     `columns` renames keys, as in {"prompt": "question"}. `content` is the kind of data that formats
     must provide; it selects among matching formats.

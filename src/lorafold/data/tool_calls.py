@@ -158,8 +158,8 @@ def parse_calls(
             look the same; if a tool declares an argument as a string, it remains a string.
 
     Raises:
-        LorafoldError: If the template renders no calls or in an unknown syntax, or if arguments
-            can't be parsed.
+        LorafoldError: If the template renders no calls, or renders them in an unknown syntax, or if
+            arguments can't be parsed.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:

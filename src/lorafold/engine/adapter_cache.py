@@ -55,8 +55,8 @@ class AdapterCache:
         self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter] = ()
     ) -> Future[None]:
         """Reads an adapter and registers it under a name. If this fails, the future raises and the
-        name keeps its adapter. `stack` is the expected digests of the files; if empty, the current
-        files are accepted.
+        name keeps its adapter. `stack` contains the expected digests of the files; if it is empty,
+        the current files are accepted.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -153,7 +153,7 @@ class AdapterCache:
                     entry.loaded, self.damaged = None, self.damaged + 1
 
     def statuses(self) -> dict[str, tuple[AdapterStatus, int]]:
-        """Returns (status, bytes) by name, without adapters that are cold."""
+        """Returns (status, bytes) by name. Cold adapters are omitted unless they have strikes."""
         statuses: dict[str, tuple[AdapterStatus, int]] = {}
         with self._lock:
             for name, e in self._by_name.items():

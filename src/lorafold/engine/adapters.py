@@ -178,8 +178,8 @@ class Reader:
         return replace(loaded, seconds=time.perf_counter() - start_time)
 
     def verified(self, path: str | Path) -> tuple[VerifiedAdapter, ...]:
-        """Returns the stack of the adapter in a directory with the current digests. Omits missing
-        base adapters, because `read` reports them.
+        """Returns the adapter in a directory and the base adapters below it, lowest first, with
+        their current digests. Omits missing base adapters, because `read` reports them.
         """
         origins = self._base_adapters(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := expected_path(o, Path(path))) / CONFIG).is_file()]
@@ -224,9 +224,9 @@ class Reader:
         vocabulary: int | None,
         separate: bool = False,
     ) -> LoadedAdapter:
-        """Groups deltas by how the engine computes them: as stacked factors, as gains or with the
-        delta's own code; with `separate`, all with their own code. `vocabulary` is the size if the
-        adapter adds tokens.
+        """Groups deltas by how the engine computes them: as stacked factors, as gains (scales of
+        outputs) or with the delta's own code; with `separate`, all with their own code.
+        `vocabulary` is the vocabulary's size if the adapter adds tokens.
         """
         separate = separate or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         active, gained = selection_of(self.shadow).active, dict[str, Gained]()

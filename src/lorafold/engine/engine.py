@@ -121,7 +121,7 @@ class Engine:
         wait: bool = True,
     ) -> None:
         """Reads and verifies an adapter and registers it under a name. Running requests keep the
-        previous adapter of that name. `stack` is the expected files (`KnownAdapter.stack`). With
+        previous adapter of that name. `stack` lists the expected files (`KnownAdapter.stack`). With
         `wait`, returns when the adapter is in memory.
         """
         future = self.adapters.load(name, path, stack)

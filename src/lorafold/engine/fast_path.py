@@ -39,8 +39,8 @@ def fast_path(
     rows: int,
     stack: ExitStack,
 ) -> None:
-    """Replaces modules of a frozen model until the stack is closed. `rows` is the expected rows per
-    pass.
+    """Replaces modules of a frozen model until the stack is closed. `rows` is the expected number
+    of rows per forward pass.
     """
     norm, rotary, gated = operations.rms_norm, operations.rotary, operations.gated
     stack.enter_context(fused(model, False, norm, rotary, gated))

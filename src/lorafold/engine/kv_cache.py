@@ -111,7 +111,9 @@ class SlotView(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes keys and values (B, Hk, T, D), and returns all of these rows (B, Hk, width, D)."""
+        """Writes keys and values (B, Hk, T, D), and returns all keys and values of these rows (B,
+        Hk, width, D).
+        """
         keys, values = self.cache.buffers(layer_idx, key_states, value_states, self.width)
         for buffer, new in ((keys, key_states), (values, value_states)):
             self.cache.operations.write(buffer, new, self.row_B, self.start_B)
@@ -121,7 +123,9 @@ class SlotView(Cache):
         return int(self.start_B.max())
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override] # (B,)
-        """Returns the cached tokens of each row (B,). transformers' own caches return a scalar."""
+        """Returns the number of cached tokens of each row (B,). transformers' own caches return a
+        scalar.
+        """
         return self.start_B
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

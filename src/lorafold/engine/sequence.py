@@ -83,8 +83,8 @@ class Row:
         return max(0, min(n, len(self.request.prompt) - 1 - self.computed)) if wanted else 0
 
     def score(self, logits_TV: Tensor) -> None:
-        """Stores the logprobs of prompt tokens. logits_TV are those at the T tokens after the first
-        `computed` tokens, which are in the KV cache.
+        """Stores the logprobs of prompt tokens. logits_TV are the logits at the T tokens that
+        follow the first `computed` tokens, which are in the KV cache.
         """
         del self.scores[self.computed :]
         for logits_nV in logits_TV.split(POSITIONS_AT_ONCE):

@@ -254,7 +254,7 @@ class RewardEvaluation(ShownInNotebooks):
         cut_off: The share of completions that reached max_new_tokens.
         entropy: In nats per token, estimated from the sampled tokens' log-probabilities.
         groups_without_signal: The share of prompts whose completions all have the same reward; None
-            for one completion each.
+            with one completion per prompt.
         prompt_rewards: The mean reward of each prompt, in the order of the rows; None if no reward
             applies.
         samples: The best and the worst completions, from best to worst.

@@ -234,7 +234,7 @@ def _base_name_notes(base: Base, adapters: Sequence[SavedAdapter]) -> dict[str, 
 def _check_representable(
     target: Target, subject: Subject, options: ExportOptions, progress: Progress
 ) -> None:
-    """Checks whether the target supports the subject; the error may suggest a LoRA rank."""
+    """Raises unless the target supports the subject; the error may suggest a LoRA rank."""
     try:
         problems = target.problems(subject)
     except LorafoldError as error:

@@ -1,10 +1,11 @@
 """Work shared by several processes or machines through one directory.
 
-Each path is created by one process, which holds `<path>.claim` meanwhile. It creates the claim
-exclusively and touches it regularly. A waiting process takes over the claim if its holder is a dead
-process on the same machine, or has not touched it for LEASE seconds by the waiting process's clock,
-because machines' clocks differ (filelock's `SoftFileLease`). A claim is in the same directory as
-its path, so that on NFS the process that creates it sees all files of the previous holder.
+Each path is created by one process, which holds the lock file `<path>.claim` until it is done. It
+creates the claim exclusively and touches it regularly. A waiting process takes over the claim if
+its holder is a dead process on the same machine, or has not touched it for LEASE seconds. The
+waiting process measures this time with its own clock, because machines' clocks differ (filelock's
+`SoftFileLease`). A claim is in the same directory as its path, so that on NFS the process that
+creates it sees all files of the previous holder.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def report_other_claims(work: Iterable[Path], say: Callable[[str], object]) -> N
 
 
 def check_token(folder: Path) -> None:
-    """Raises if the environment has a token that the directory doesn't contain: then workers have
-    different directories of the same name, and can't share work.
+    """Raises if the environment has a token that the directory doesn't contain. In that case, the
+    workers have different directories of the same name, and can't share work.
     """
     expected = os.environ.get(VARIABLE)
     if expected is None:

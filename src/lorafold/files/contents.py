@@ -163,7 +163,7 @@ def file_digest(path: Path) -> tuple[int, str]:
 def files_digest(
     directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
 ) -> str:
-    """Hashes the names, sizes and contents of existing files that match `names`, which may be
+    """Hashes the names, sizes and contents of existing files that match `names`, which may be glob
     patterns. `read` is the (bytes, SHA-256) of files that the caller has read.
     """
     found = {path for name in names for path in directory.glob(name) if path.is_file()}

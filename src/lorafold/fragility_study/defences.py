@@ -49,7 +49,7 @@ class Overlap:
 
 
 def updates_of(adapter: Adapter) -> Svds | None:
-    """The SVD of each updated matrix; None if a change of the adapter is not added to a weight."""
+    """The SVD of each matrix's update; None if a change of the adapter is not added to a weight."""
     if not all(isinstance(part, Additive) for _, part in adapter.parts()):
         return None
     return {name: svd for site in modules_of(adapter) for name, svd in site.parts()}
@@ -129,7 +129,7 @@ DEFENCES = {
 
 @contextmanager
 def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
-    """Attaches factors, given by module or expert, as a LoRA adapter."""
+    """Context in which factors, given by module or expert, are attached as a LoRA adapter."""
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(module_path(name), []).append(pair)

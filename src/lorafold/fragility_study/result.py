@@ -1,5 +1,5 @@
-"""The result of a fragility study: the metrics of each stack before tuning and after each tuning,
-and curves over the number of benign examples.
+"""The result of a fragility study: the metrics of each stack before tuning and after each tuning
+run, and curves over the number of benign examples.
 
     kept        (after - without) / (before - without), of the log-odds of refusal; without is the
                 same model without the alignment, or 0 without adapters; 1 means unchanged
@@ -37,7 +37,7 @@ class TuningSetting(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """The metrics after one tuning under a defence.
+    """The metrics after one tuning run, with a defence or with none.
 
     Attributes:
         way: The stack, defence, rank and learning rate.

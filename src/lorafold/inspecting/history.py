@@ -43,7 +43,9 @@ def first_and_last(values: Values) -> tuple[list[float], list[float]] | None:
 
 
 def significant_change(values: Values) -> tuple[float, float] | None:
-    """The means of the first and the last tenth; None if within two standard errors."""
+    """The means of the first and the last tenth; None if they differ by less than two standard
+    errors.
+    """
     if (ends := first_and_last(values)) is None:
         return None
     error = sqrt(sum(variance(end) / len(end) for end in ends))

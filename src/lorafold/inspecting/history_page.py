@@ -110,7 +110,9 @@ def metrics_by_plot(history: History) -> dict[str, list[str]]:
 
 
 def render_plots(history: History) -> Iterator[str]:
-    """The plots; a single reward that changes has none, because its curve resembles the total's."""
+    """Yields the plots. If only one reward changes, it has no plot, because its curve resembles the
+    total's.
+    """
     plots = metrics_by_plot(history)
     rewards = [name for name in history.names if name.startswith(REWARD_PREFIX)]
     titles = without_common([clean(name.removeprefix(REWARD_PREFIX)) for name in rewards])

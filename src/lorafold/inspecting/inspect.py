@@ -219,7 +219,9 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
 
 
 def truncated(site: AdaptedModule, svd: Svd) -> Svd:
-    """The SVD of a dense update with its top directions only, because all SVDs stay in memory."""
+    """The SVD, reduced to the top directions if the update is dense, because all SVDs stay in
+    memory.
+    """
     if site.rank is not None:
         return svd
     top = svd.top(NUM_SHOWN)

@@ -6,7 +6,7 @@
 
 The update is scaled, not its factors, so the line is straight for every method that can be merged.
 Linear mode connectivity: Frankle et al. 2020, arXiv 1912.05671; barrier: Entezari et al. 2022,
-2110.06296.
+arXiv 2110.06296.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ CHUNK_SIZE = 8192  # vectors of the vocabulary that are converted to fp32 at a t
 
 @dataclass(frozen=True)
 class Extremes:
-    """(values, indices) of the k largest and smallest values of n directions, (k, n) each."""
+    """The k largest values (`top`) and the k smallest (`bottom`) for each of n directions, as
+    (values, indices), (k, n) each.
+    """
 
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
@@ -53,7 +55,7 @@ class Extremes:
 
 
 def nearest(vectors: Tensor, directions: Tensor, k: int = NUM_TOKENS) -> Extremes:  # (V, d), (d, n)
-    """The k vectors with the largest and smallest cosines to each direction."""
+    """The k vectors with the largest cosines to each direction, and the k with the smallest."""
     unit = F.normalize(directions, dim=0)
     near = [
         extremes(F.normalize(part.float(), dim=1) @ unit, k, i * CHUNK_SIZE)

@@ -64,7 +64,7 @@ class _CppAttention:
 
 
 def _parts(docs: Documents, q: Tensor, k: Tensor) -> int:
-    """Returns the number of parts into which the queries of a key head are divided, so that all
+    """Returns the number of parts into which the queries of one key head are divided, so that all
     threads have work.
     """
     few = len(docs.lens) * k.shape[1] < 2 * torch.get_num_threads()

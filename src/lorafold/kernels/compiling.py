@@ -63,8 +63,8 @@ class Functions:
 
 
 def supported(*tensors: Tensor, dense: bool = False) -> bool:
-    """Returns whether tensors of any shape are on the CPU, have the same dtype of DTYPES, and are
-    contiguous if `dense`.
+    """Returns whether tensors of any shape are on the CPU, have the same dtype, which is in DTYPES,
+    and, if `dense`, are contiguous.
     """
     dtype = tensors[0].dtype
     if dtype not in DTYPES:

@@ -1,5 +1,5 @@
-"""A table *operation x kind of device* of the classes in this package with faster implementations.
-To add one, name a class in a row and give it a method with the operation's name.
+"""A table, by operation and kind of device, of the classes in this package that have faster
+implementations. To add one, name a class in a row and give it a method with the operation's name.
 """
 
 from __future__ import annotations

@@ -137,7 +137,9 @@ def _backward(  # type: ignore[no-untyped-def]
     z, y, g, scaled, parts, size, width, OFFSET: tl.constexpr, FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Computes g z for ROWS rows, and the sums of z y and of z over these rows."""
+    """Computes g z for ROWS rows of the output's gradient z, and the sums of z y and of z over
+    these rows.
+    """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     known = feature < width
     gain = tl.load(g + feature, mask=known)

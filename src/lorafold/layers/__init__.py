@@ -86,8 +86,8 @@ def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def output_width(module: nn.Module) -> int:
-    """Returns the output size of a part of a block: its config's hidden size, or its first linear's
-    input size.
+    """Returns the output size of a part of a block: its config's hidden size, or the input size of
+    its first linear layer.
     """
     for m in module.modules():
         if hasattr(m, "config"):

@@ -138,7 +138,7 @@ def dequantized_4bit(
 
 
 def make_linear(module: nn.Module) -> None:
-    """Turns a module whose weight is no longer quantized into a plain linear."""
+    """Turns a module whose weight is no longer quantized into a plain linear layer."""
     adapted = isinstance(module, Adapted)
     module.__class__ = adapted_class(nn.Linear, Linear) if adapted else nn.Linear
 
@@ -254,8 +254,8 @@ class Linear8bit(Quantized):
 
 
 def nf4(w: Tensor) -> nn.Module:  # (out, in)
-    """Returns a linear without bias that stores w (out, in), rounded to bf16, as NF4 with quantized
-    constants.
+    """Returns a linear layer without bias that stores w (out, in), rounded to bf16, as NF4 with
+    quantized constants.
     """
     module: Any = _empty_linear("LinearNF4", w)
     # with the code order of this CPU kernel there are no gradients, and it is not faster
@@ -270,7 +270,7 @@ def nf4(w: Tensor) -> nn.Module:  # (out, in)
 
 
 def int8(w: Tensor) -> nn.Module:  # (out, in)
-    """Returns a linear without bias that stores w (out, in), rounded to bf16, as int8."""
+    """Returns a linear layer without bias that stores w (out, in), rounded to bf16, as int8."""
     module = _empty_linear("Linear8bitLt", w, has_fp16_weights=False)
     if not is_fake(w):
         return _quantize_module(module, w)

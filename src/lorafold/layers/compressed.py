@@ -84,7 +84,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 class CompressedLinear(nn.Module):
-    """A linear whose weight is stored in a `QuantizationFormat`, with the parameter names of
+    """A linear layer whose weight is stored in a `QuantizationFormat`, with the parameter names of
     checkpoint files.
     """
 

@@ -34,8 +34,8 @@ class Vectors(BaseLayer):
         return dropout(x, p, self.site(x)) if p else x
 
     def site(self, x: Tensor) -> DropoutSite | None:
-        """Returns the inputs of dropout's random numbers for x (..., k), or None for torch's
-        generator.
+        """Returns the inputs of dropout's random numbers for x (..., k), or None if dropout uses
+        torch's generator.
         """
         return dropout_site(self.module, x.shape[:-1].numel())
 
@@ -135,7 +135,7 @@ class Linear(Matrix):
 
 
 class Conv1D(Matrix):
-    """GPT-2's linear: weight (in, out)."""
+    """GPT-2's linear layer: weight (in, out)."""
 
     def weight(self) -> Tensor:
         return self.bare.weight.t()

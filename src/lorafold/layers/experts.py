@@ -136,8 +136,8 @@ class Experts(BaseLayer):
         return dropout(x, p, self.site()) if p else x
 
     def site(self) -> DropoutSite | None:
-        """Returns the inputs of dropout's random numbers for the rows, or None for torch's
-        generator.
+        """Returns the inputs of dropout's random numbers for the rows, or None if dropout uses
+        torch's generator.
         """
         (tokens, k), at = self.experts, self.at
         if at is None:
@@ -223,8 +223,8 @@ def routed_class(cls: type[nn.Module]) -> type[Routed]:
 
 
 def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
-    """Returns the module that holds the expert parameters, `routed` or a child, after its path as a
-    prefix.
+    """Returns a path prefix and the module that holds the expert parameters: "" and `routed`, or
+    "NAME." and its child.
     """
     if expert_parameters(routed):
         return "", routed

@@ -22,7 +22,7 @@ from lorafold.ops.scale_and_add import plain_scale_and_add
 
 
 class GroupedLinear(Vectors):
-    """A grouped linear: weight (out, in), inputs (..., g, in), no bias."""
+    """A grouped linear layer: weight (out, in), inputs (..., g, in), no bias."""
 
     linear = True
     takes_vectors = False

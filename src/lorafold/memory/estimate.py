@@ -257,8 +257,8 @@ def changes_of(setting: MemorySetting) -> Iterator[tuple[str, MemorySetting]]:
 
 def max_fit(total: Callable[[int], int], start: int, memory: int, most: int, traced: int) -> int:
     """The largest n, up to `most`, for which `total(n)` fits in memory, or 0. Totals are nearly
-    affine in n, so n is extrapolated from two totals; it is verified only if it is at most four
-    times a traced n.
+    affine in n, so n is extrapolated from the totals of two smaller values, which `traced` limits.
+    The result is checked with `total` only if it is at most four times the larger of the two.
     """
     low, high = (start // 2, start) if start > 3 else (2, 4)
     while True:

@@ -98,7 +98,8 @@ def choose_merge_target(
     base: str = "auto",
     in_files: str | None = None,
 ) -> MergeTarget:
-    """The requested target; by default, trained after quantized training, otherwise original."""
+    """The requested target; by default, `trained` after quantized training, otherwise `original`.
+    """
     known = training_storage_of(adapters) if base == "auto" else TrainingStorage(base)
     target = ALIASES.get(requested or "", requested)
     storage = known.storage if known else "auto"

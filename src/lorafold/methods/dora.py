@@ -131,8 +131,8 @@ class DoRA(Spec):
     `make_spec("dora", over="loha", rank=8)`.
 
     Args:
-        over: the spec of the additive change below the magnitude (to save the adapter: LoRA,
-            AdaLoRA, LoHa, LoKr, OLoRA, PiSSA or VeRA).
+        over: the spec of the additive change below the magnitude. Adapters can be saved for LoRA,
+            AdaLoRA, LoHa, LoKr, OLoRA, PiSSA and VeRA.
     """
 
     over: Spec = field(default_factory=LoRA)

@@ -92,8 +92,9 @@ class LoKr(Spec):
     Args:
         rank: the rank r.
         alpha: the numerator of the scale alpha / r (None: r), which applies at full rank too.
-        decompose_factor: the first factor of each matrix dimension, or the largest smaller one that
-            divides it and is at most the square root (-1: limited by the square root only).
+        decompose_factor: the first factor of each matrix dimension, if it divides the dimension;
+            otherwise the largest smaller divisor that is at most the square root (-1: the largest
+            divisor that is at most the square root).
         decompose_both: let C be a product of rank r too.
     """
 

@@ -267,8 +267,8 @@ def check_offsets(reader: GGUFReader, file: Path) -> None:
 
 @contextmanager
 def joined_metadata(files: Sequence[Path]) -> Iterator[Path]:
-    """A context that yields a file with all metadata and tensor names of a model, perhaps without
-    the values.
+    """A context that yields one file with all metadata and tensor names of a model. For split
+    files, it is a temporary file without the values.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = files[0]

@@ -52,7 +52,7 @@ def sequential_loading() -> Iterator[None]:
 def on_registration(keep: Callable[[Tensor], None]) -> Iterator[None]:
     """A context that calls `keep` with each parameter and buffer (any shape) registered on a
     module. The call happens at the next registration, because other hooks may replace the tensor
-    before.
+    before then.
     """
     last: list[tuple[Any, str]] = []
 

@@ -320,7 +320,7 @@ def check_finite(name: str, t: Tensor) -> Tensor:
 
 
 def write_tensors(path: Path, pieces: Mapping[str, PendingTensor]) -> None:
-    """Writes a safetensors file while only one tensor is in memory at a time."""
+    """Writes a safetensors file with only one tensor in memory at a time."""
     entries = [
         (n, TensorEntry(n, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
         for n, p in pieces.items()

@@ -50,7 +50,7 @@ class SamplingOptions:
 
     group: the number of completions per prompt.
     max_new_tokens: the maximum number of tokens of a completion.
-    fill: how many times a group without a learning signal is sampled again at most.
+    fill: the maximum number of times that a group without a learning signal is sampled again.
     updates: the number of weight updates per step.
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
     exact: make sampling and training log-probabilities bit-identical, which is slower.

@@ -187,7 +187,8 @@ class Objective(ABC):
         Args:
             model: the model from `load`, on fake tensors.
             inputs: input_ids with positions (1, T), or with a mask (B, T).
-            labelled: the number of labelled tokens, divided evenly among padded rows.
+            labelled: the number of labelled tokens; each of B padded rows gets labelled / B of
+                them, rounded up.
         """
         return next_token_loss(model, inputs, labelled)
 

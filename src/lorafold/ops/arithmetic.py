@@ -61,8 +61,8 @@ def widens(dtype: torch.dtype, device: torch.device = CPU) -> bool:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which x (..., in) is multiplied. Converting to fp32 pays only from a
-    number of rows on.
+    """Returns the dtype in which x (..., in) is multiplied. Converting to fp32 pays off only from a
+    certain number of rows on.
     """
     if torch.compiler.is_compiling() or not widens(x.dtype, x.device):
         return x.dtype

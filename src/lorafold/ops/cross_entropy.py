@@ -235,8 +235,8 @@ def _losses(
     cap: float | None,
     gradient: bool,
 ) -> None:
-    """Writes the losses (m,) of logits z (m, V). With `gradient`, the gradient of W h + b
-    overwrites z.
+    """Writes the losses (m,) of logits z (m, V). With `gradient`, the gradient with respect to W h
+    + b overwrites z.
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

@@ -75,8 +75,8 @@ class Groups:
         return self.of_row[:: self.step]
 
     def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
-        """Yields the number and the rows of each group that has rows, with each row counted `times`
-        times.
+        """Yields the index and the rows of each group that has rows, as if each row occurred
+        `times` times.
         """
         start = 0
         for number, size in enumerate(self.sizes):
@@ -274,8 +274,8 @@ class _LowRank(Exact):
 def _summed(
     a: Tensor, b: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype, k: float = 1.0
 ) -> Tensor:
-    """Returns k times the sums of a (n, r, l) b (n, l, m) over the tiles (n,) of each group, (E, r,
-    m).
+    """Returns k times the sum of the products a b over the tiles (n,) of each group, (E, r, m), for
+    a (n, r, l) and b (n, l, m).
     """
     parts = torch.bmm(a, b, **out_dtype(a, dtype)).to(dtype)
     return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)

@@ -1,8 +1,8 @@
 """A base model with its loading options, and the search for the base model of saved adapters.
 
 `base_for` tries the base model's name in the adapter as a path and as a Hub ID in the Hub cache.
-Then it compares the adapter's fingerprint with the models near the adapter and in the Hub cache.
-Only if it finds no model, it downloads the model by its Hub ID.
+Then it compares the adapter's fingerprint with the models near the adapter and in the Hub cache. If
+it finds no model there either, it downloads the model by its Hub ID.
 """
 
 from __future__ import annotations
@@ -264,8 +264,9 @@ def base_for(
 
 
 def _common_base(own: Sequence[RecordedBase]) -> RecordedBase:
-    """The common base model of all adapters, from a record with a fingerprint if there is one.
-    Adapters with neither its name nor its fingerprint are compatible with every base model.
+    """The common base model of all adapters, from a record with a fingerprint if there is one. An
+    adapter that records neither a name nor a fingerprint of its base is compatible with every base
+    model.
     """
     known = sorted((one for one in own if one.known), key=lambda one: not one.fingerprint)
     if not known:

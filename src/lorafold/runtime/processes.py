@@ -39,8 +39,8 @@ EXIT_SECONDS = 15.0  # seconds for which a process waits for rank 0 to end
 
 
 class Lifeline:
-    """The connections of a process to rank 0, or of rank 0 to all others. `progress` describes the
-    run's progress, for the message if another process dies.
+    """The connections of a process to rank 0, or of rank 0 to all others. `progress()` describes
+    the run's progress, for the message if another process dies.
     """
 
     def __init__(self, rank: int, world: int, address: str, store: Any) -> None:

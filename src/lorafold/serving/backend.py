@@ -107,7 +107,8 @@ class Backend(ABC):
     @abstractmethod
     def load(self, adapter: AdapterFiles, until: Stage) -> None:
         """Registers an adapter under its key; it remains registered if the engine restarts. Running
-        requests keep their version. Whenever the files are read, they must have these digests.
+        requests keep their version. Whenever the files are read, they must have the digests in
+        `adapter`.
 
         `until` is `known` (loads on demand and resets strikes), `begun` (starts loading),
         `resident` (waits until the adapter is in memory) or `checked` (only checks that the files

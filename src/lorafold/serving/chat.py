@@ -138,8 +138,8 @@ def as_chat(
     names: Mapping[str, str],
     **fields: Any,
 ) -> tuple[ChatBody, dict[str, str]]:
-    """Converts a request of another API. Each message comes with its field, for error messages.
-    Also returns the other API's names of fields.
+    """Converts a request of another API to a chat completion. Each message comes with its field,
+    for error messages. Also returns the other API's names of fields.
     """
     chat = {name: getattr(body, name) for name in ChatBody.model_fields if hasattr(body, name)}
     for name, with_client_names in names.items():

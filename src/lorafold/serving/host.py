@@ -117,7 +117,9 @@ class Host:
         self.backend.cancel(job.request.id)
 
     def waiting(self, tenant: str | None = None) -> int:
-        """Counts requests in admission and completions that wait for a slot, of a tenant or all."""
+        """Counts requests in admission and completions that wait for a slot, of one tenant or of
+        all.
+        """
         thinking = self._in_admission.total() if tenant is None else self._in_admission[tenant]
         return thinking + sum(
             job.admitted and not (job.began or job.refusal) and tenant in (None, job.request.tenant)

@@ -59,11 +59,11 @@ class Trained(ShownInNotebooks):
     shares of parameters that the adapter does not reach, by kind: `blocks` are shares of the
     parameters of the transformer blocks, and `beside` (encoders and connectors of a multimodal
     model) are shares of all parameters. `files` contains the number of rows of each file of a
-    directory or pattern. `data` contains problems in the rows, such as duplicates. `skipped` lists
-    the steps without an update, because their loss or gradient was not finite. `pace` contains the
-    tokens and seconds of sampling, rewards and training in reinforcement learning. `guessing`
-    contains the run's `loss`, the loss of guessing or of the untrained model (`guessing`), and
-    whether the first is `better`.
+    directory or glob pattern. `data` contains problems in the rows, such as duplicates. `skipped`
+    lists the steps without an update, because their loss or gradient was not finite. `pace`
+    contains the tokens and seconds of sampling, rewards and training in reinforcement learning.
+    `guessing` contains the run's `loss`, the loss of guessing or of the untrained model
+    (`guessing`), and whether the first is `better`.
 
     If a finished run is resumed, the result comes from the adapter's record, without times (nan),
     memory, parameter counts (None), `frozen`, `data` and `pace` (empty).

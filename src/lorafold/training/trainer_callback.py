@@ -53,7 +53,7 @@ class AdapterCallback(TrainerCallback):
     Checkpoints usually do not contain the base. However, Trainer writes it into them if the model
     is not a `PreTrainedModel`, or with `save_strategy="best"`, because Trainer then decides to save
     after the callbacks ran. `trainer.save_model()` writes the base without the adapter. Trainer
-    only accepts a quantized base with PEFT's adapters.
+    rejects a quantized base unless it has PEFT's adapters.
 
     Args:
         adapter: the adapter from `attach` or `load`, on the trainer's model.

@@ -115,7 +115,8 @@ def token_losses(
 ) -> Tensor:
     """The next-token loss in nats of each labelled position, (n,), without second derivatives. The
     backward pass recomputes the logits of a trained or adapted head, so the same adapters must be
-    active. `own` makes logits bit-identical to those of sampling.
+    active. With `own`, the model itself computes the logits, in matmuls large enough to be
+    bit-identical to sampling.
     """
     h, targets, linear, _ = run_decoder(model, labels, inputs)
     if linear is not None and not own:

@@ -182,7 +182,8 @@ def attend(
     **protocol: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: returns the attention output (B, Tq, H, Dv). query is (B,
-    H, Tq, D), key (B, Hk, Tk, D), value (B, Hk, Tk, Dv) and attention_mask (B, 1, Tq, Tk).
+    H, Tq, D), key (B, Hk, Tk, D), value (B, Hk, Tk, Dv) and attention_mask a `Documents`, a mask
+    (B, 1, Tq, Tk) or None.
     """
     softcap, s_aux, position_bias = map(protocol.get, ("softcap", "s_aux", "position_bias"))
     dropout = protocol.get("dropout", 0.0)

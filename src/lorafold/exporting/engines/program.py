@@ -49,8 +49,8 @@ VLLM_OPTIONS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-l
 
 
 def llamacpp(job: Job) -> Job:
-    """Runs llama.cpp's server in this process (xllamacpp). `base` covers the first prompts, and is
-    absent for a model without adapter.
+    """Runs llama.cpp's server in this process (xllamacpp). The answers contain `base` only for the
+    first prompts, and not at all for a model without an adapter.
 
     The server writes probabilities as text, which takes as long as computing them, so several
     prompts are sent at once. Its prompt cache does not distinguish adapters, so only greedy

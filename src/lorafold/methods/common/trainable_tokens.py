@@ -215,7 +215,9 @@ class TrainableTokens:
 
     @staticmethod
     def _vocabulary_mismatch(model: nn.Module, new_deltas: Mapping[str, TokenRows]) -> list[str]:
-        """An error message if embedding and head would have different numbers of tokens."""
+        """A list with an error message if embedding and head would have different numbers of
+        tokens, else an empty list.
+        """
         ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
