@@ -47,9 +47,9 @@ from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import CompletionLoss
+from lorafold.training_step.optimizers import make_optimizer
 
 ROWS, HELD_OUT = 4, 32
 STORAGES = {

@@ -146,10 +146,10 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.recipe.recipe import Recipe
     from lorafold.resolve import Base
     from lorafold.runtime.memory import KEEP_FREED, malloc_policy
-    from lorafold.training_step.adamw import make_optimizer
     from lorafold.training_step.fused_modules import fused
     from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
-    from lorafold.training_step.optim import param_groups
+    from lorafold.training_step.optimizers import make_optimizer
+    from lorafold.training_step.param_groups import param_groups
 
     rows, tokenizer = ids(case).tolist(), load_tokenizer("smollm2")
     base = Base(case.model, case.quantization or "bf16", case.device)

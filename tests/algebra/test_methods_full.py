@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.training_step.optim import matrices_in
+from lorafold.training_step.param_groups import matrices_in
 from method_cases import classifier
 from mixtures import mixture
 

@@ -24,7 +24,7 @@ from lorafold.methods import make_spec
 from lorafold.recipe.fields import GROUPS, Fields
 from lorafold.recipe.parsing import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.optim import set_learning_rates
+from lorafold.training_step.param_groups import set_learning_rates
 
 
 def written(tmp_path: Path, text: str) -> Path:

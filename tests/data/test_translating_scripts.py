@@ -31,7 +31,7 @@ from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.models.tokenizer import set_template
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.optim import set_learning_rates
+from lorafold.training_step.param_groups import set_learning_rates
 from translation_cases import (
     axolotl_of,
     keys,

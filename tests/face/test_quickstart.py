@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafold.cli.other_commands import this_command
+from lorafold.cli.cli_only import this_command
 from lorafold.models.quantizations import Storage
 from lorafold.ops.arithmetic import override_widening
 from lorafold.peft.adapter_directory import SavedAdapter

@@ -29,11 +29,11 @@ from lorafold.models.quantize_on_load import quantizable_paths, use_quantized_ex
 from lorafold.objectives.sft import Sft
 from lorafold.runtime.processes import SINGLE_PROCESS
 from lorafold.training.loop import Plan, train_step
-from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
-from lorafold.training_step.optim import param_groups
+from lorafold.training_step.optimizers import make_optimizer
+from lorafold.training_step.param_groups import param_groups
 from shadow import WHERE, Count, Device, Shadow, host_of
 
 REAL = torch.version.cuda is not None

@@ -21,7 +21,7 @@ from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import Trained
 from lorafold.training.run import train
-from lorafold.training_step.optim import parameters
+from lorafold.training_step.param_groups import parameters
 from training_cases import ROWS, beginning, quiet, request
 
 METHODS = ("lora", "dora", "full")

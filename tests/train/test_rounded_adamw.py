@@ -25,11 +25,11 @@ from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 from lorafold.ops import arithmetic
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step import adamw
-from lorafold.training_step.adamw import RoundedAdamW, make_optimizer, state_bytes
+from lorafold.training_step import optimizers
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.lm_head_loss import labelled_loss
-from lorafold.training_step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
+from lorafold.training_step.optimizers import RoundedAdamW, make_optimizer, state_bytes
+from lorafold.training_step.param_groups import optimizer_tensors, restore_optimizer, sum_in_fp32
 from memory_cases import COMMON, CONFIGS, LORA, close
 from rounding_cases import DTYPES
 from training_cases import trained
@@ -129,7 +129,7 @@ def test_over_the_seeds_the_mean_is_fp32s_update(dtype: torch.dtype) -> None:
 def test_chunks_change_no_byte(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for chunk in (64, 1000, 1 << 16):
-        monkeypatch.setattr(adamw, "CHUNKS", {"cpu": chunk})
+        monkeypatch.setattr(optimizers, "CHUNKS", {"cpu": chunk})
         tensors = made(torch.bfloat16, ((640, 8), (130, 24), (5000,), (6, 9)))
         if transposed:
             tensors[1] = nn.Parameter(tensors[1].detach().t())
@@ -248,7 +248,7 @@ def test_weights_are_multiplied_in_the_faster_numbers(kind, tiny_model_dir, monk
 
 def test_no_copy_of_the_weights_is_held_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = 1 << 12
-    monkeypatch.setattr(adamw, "CHUNKS", {"cpu": chunk})
+    monkeypatch.setattr(optimizers, "CHUNKS", {"cpu": chunk})
     tensors = made(torch.bfloat16, ((512, 512), (100_000,), (300, 70)))
     n = sum(p.numel() for p in tensors)
     optimizer = make_optimizer("adamw", [{"params": tensors, "lr": 1e-3}], Recipe())

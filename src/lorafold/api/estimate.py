@@ -56,8 +56,8 @@ def estimate(
         mode: inference, full, lora, qlora, or the name of a method.
         params: Instead of a model, the size of a Llama: 7b, 13b, 33b, 65b or 70b.
         data: Training rows, as for train; the estimate is for the largest micro-batch.
-        batch: Rows per forward pass; training packs them up to max_length tokens. Default: 1; with
-            `data`, 8 rows per step.
+        batch: Rows per forward pass; training packs them up to max_length tokens. Default: 1. With
+            `data`: rows per optimizer step as in train, 8.
         max_length: Tokens per row; for inference, of prompt and completion. Default: 1,024, or the
             model's maximum if it is smaller.
         labelled: Tokens per batch that count in the loss. Default: all.

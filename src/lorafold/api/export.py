@@ -37,7 +37,8 @@ def export(
     Args:
         to: The engine or format: peft, gguf or llama.cpp (the adapter), gguf-model or ollama (the
             whole model), vllm, sglang or mlx.
-        tensors: The tensor type in a GGUF file. Default: F32 for an adapter, F16 for a model.
+        tensors: The tensor type in a GGUF file, such as F16 or Q8_0. Default: F32 for an adapter,
+            F16 for a model.
         as_lora: Write the best LoRA of this rank instead of the adapters' own changes, and report
             the loss.
         prove: Run the engine (llama.cpp for ollama, none for sglang) and compare its results with

@@ -55,7 +55,7 @@ GROUPS = {
         "doctor": "Check this machine and installation.",
     },
 }
-# command -> its function in `other_commands`
+# command -> its function in `cli_only`
 OTHER_COMMANDS = {
     "quickstart": "quickstart",
     "recipe": "recipe",
@@ -108,7 +108,7 @@ class Commands(CommandGroup):
 
 def function_of(name: str) -> Any:
     if name in OTHER_COMMANDS:
-        return getattr(importlib.import_module("lorafold.cli.other_commands"), OTHER_COMMANDS[name])
+        return getattr(importlib.import_module("lorafold.cli.cli_only"), OTHER_COMMANDS[name])
     name = "evaluate" if name == "eval" else name
     return getattr(importlib.import_module(f"lorafold.api.{name}"), name)
 

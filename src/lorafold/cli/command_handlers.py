@@ -65,7 +65,7 @@ def train(
         if html is not None:
             raise LorafoldError("--html: requires --preview, whose rows it writes")
         result = run()
-        from lorafold.cli.other_commands import after_training
+        from lorafold.cli.cli_only import after_training
 
         keywords = run.keywords
         lines = [str(result), *after_training(result, keywords["recipe"], keywords.get("over", ()))]

@@ -30,7 +30,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
 from lorafold.recipe.resolve_settings import resolve_storage, spec_of
 from lorafold.rewards import RewardName
-from lorafold.runtime.workers import end_with_parent
+from lorafold.runtime.forked_workers import end_with_parent
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:

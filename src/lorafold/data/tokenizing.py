@@ -23,7 +23,7 @@ from lorafold.data.row_store import CHUNK_ROWS, MAX_IN_MEMORY, Rows, SourcePart,
 from lorafold.data.rows import check_provided
 from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 from lorafold.files.cache import cache_entry
-from lorafold.runtime.workers import workers
+from lorafold.runtime.forked_workers import workers
 
 if TYPE_CHECKING:
     import pyarrow as pa

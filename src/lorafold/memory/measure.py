@@ -16,13 +16,13 @@ from lorafold.data.preference_examples import BranchedRow
 from lorafold.memory.trace import Ledger, MemorySetting, attach_below, distinct_bytes
 from lorafold.ops.arithmetic import override_widening
 from lorafold.recipe.recipe import Recipe
-from lorafold.training_step.adamw import make_optimizer
 from lorafold.training_step.classification_loss import Classification
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import CompletionLoss, Loss
-from lorafold.training_step.optim import sum_in_fp32
+from lorafold.training_step.optimizers import make_optimizer
 from lorafold.training_step.packed_attention import packed
+from lorafold.training_step.param_groups import sum_in_fp32
 from lorafold.training_step.preference_algorithms import BradleyTerry
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import sharing_prefixes

@@ -16,7 +16,7 @@ from lorafold.models.quantize_on_load import quantization_of
 from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 from lorafold.recipe.recipe import Recipe
 from lorafold.recipe.resolve_settings import spec_of, trainable_storage
-from lorafold.training_step.adamw import check_rounding
+from lorafold.training_step.optimizers import check_rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

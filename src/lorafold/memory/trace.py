@@ -36,12 +36,12 @@ from lorafold.ops.arithmetic import override_widening
 from lorafold.ops.packed_documents import Documents, Tile
 from lorafold.runtime.assumed_device import DeviceKind, assume_device
 from lorafold.runtime.process_tuning import existing_frozen
-from lorafold.training_step.adamw import state_bytes
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
 from lorafold.training_step.losses import next_token_loss
-from lorafold.training_step.optim import sum_in_fp32
+from lorafold.training_step.optimizers import state_bytes
 from lorafold.training_step.packed_attention import attending
+from lorafold.training_step.param_groups import sum_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -38,7 +38,7 @@ from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity, objective_of
 from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.setup import Setup
-from lorafold.training_step.optim import UP
+from lorafold.training_step.param_groups import UP
 
 NUM_LAST_STEPS = 10  # steps whose mean loss is reported
 SKIPPED = "skipped"  # in a record: the steps without an update

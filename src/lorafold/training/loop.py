@@ -36,7 +36,7 @@ from lorafold.training.checkpoint import GRADIENT, RATE, RNG, Progress, RunDirec
 from lorafold.training.progress_display import Display
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.losses import Loss
-from lorafold.training_step.optim import optimizer_tensors, set_learning_rates, warm_steps
+from lorafold.training_step.param_groups import optimizer_tensors, set_learning_rates, warm_steps
 from lorafold.training_step.policy_loss import StepRollouts
 
 # most and fewest steps after warmup for the comparison with guessing

@@ -31,10 +31,10 @@ from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_id
 from lorafold.training.loop import Plan, fit
 from lorafold.training.progress_display import Display, start_trackers
 from lorafold.training.setup import Setup, check_paths_disjoint, load_adapted_model, set_up
-from lorafold.training_step.adamw import choose_optimizer, make_optimizer, optimizer_line
 from lorafold.training_step.fused_modules import fused
 from lorafold.training_step.losses import Loss
-from lorafold.training_step.optim import (
+from lorafold.training_step.optimizers import choose_optimizer, make_optimizer, optimizer_line
+from lorafold.training_step.param_groups import (
     param_groups,
     parameters,
     rates,

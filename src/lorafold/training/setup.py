@@ -54,9 +54,9 @@ from lorafold.training.inputs import (
     tokenize_rows,
     with_max_length,
 )
-from lorafold.training_step.adamw import bitsandbytes_optimizers, check_rounding
 from lorafold.training_step.data_parallel import Replicated
 from lorafold.training_step.gradient_checkpointing import enable_gradient_checkpointing
+from lorafold.training_step.optimizers import bitsandbytes_optimizers, check_rounding
 from lorafold.training_step.sharded_data_parallel import Sharded
 from lorafold.training_step.shared_prefixes import may_share
 

@@ -16,9 +16,9 @@ from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import send, send_all
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
+from lorafold.training_step.branched_loss import BranchedLoss
 from lorafold.training_step.lm_head_loss import at_labels, token_losses
 from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
-from lorafold.training_step.shared_prefix_loss import BranchedLoss
 from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from lorafold.data.preference_examples import BranchedRow
 from lorafold.ops.autocast import at_least_fp32
 from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host_tensors import on_host, send, send_all
+from lorafold.training_step.branched_loss import BranchedLoss
 from lorafold.training_step.lm_head_loss import at_labels, document_losses, head_logits, run_decoder
 from lorafold.training_step.preference_algorithms import Law, Scored, ratio_sums
 from lorafold.training_step.score_head import document_scores
-from lorafold.training_step.shared_prefix_loss import BranchedLoss
 from lorafold.training_step.shared_prefixes import PrefixSupport, document_layout
 
 

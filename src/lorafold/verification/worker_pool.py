@@ -16,7 +16,7 @@ from typing import Any
 
 from lorafold.errors import Busy, LorafoldError
 from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, TooLarge
-from lorafold.verification.worker import encode_message
+from lorafold.verification.untrusted_input_worker import encode_message
 
 MAX_ANSWER_BYTES = 8 << 20  # bytes of an answer, because parsing it blocks the server
 # wall-time limit of an answer: a multiple of its CPU seconds, or the minimum
@@ -37,7 +37,7 @@ class CheckFailed(LorafoldError):
 class Process(KillableProcess):
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        super().__init__("lorafold.verification.worker", offline, quiet=True)
+        super().__init__("lorafold.verification.untrusted_input_worker", offline, quiet=True)
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:

@@ -1,4 +1,4 @@
-"""The worker process for untrusted input: `python -P -m lorafold.verification.worker`.
+"""The worker process for untrusted input, which `worker_pool` runs with `python -P -m`.
 
 The process reads length-prefixed JSON messages (`runtime/killable_process.py`). The first describes
 the base. Every other message contains `do` (the action), its arguments, and `limits`: the CPU

@@ -29,7 +29,7 @@ from lorafold.files.terminal import format_bytes
 from lorafold.layers.bitsandbytes import import_bitsandbytes
 from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processes import Processes
-from lorafold.training_step.optim import parameters
+from lorafold.training_step.param_groups import parameters
 
 PAGED = "paged-adamw8bit"
 MIN_8BIT_SIZE = 4096  # bitsandbytes stores the moments of smaller tensors in fp32

@@ -24,9 +24,20 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.training.finish import Trained
 from lorafold.training.inputs import RunRequest
 from lorafold.training.run import train
-from lorafold.training_step import adamw
-from lorafold.training_step.adamw import PAGED, choose_adamw, make_optimizer, state_bytes
-from lorafold.training_step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
+from lorafold.training_step import optimizers
+from lorafold.training_step.optimizers import (
+    PAGED,
+    OptimizerChoice,
+    choose_adamw,
+    make_optimizer,
+    state_bytes,
+)
+from lorafold.training_step.param_groups import (
+    optimizer_tensors,
+    param_groups,
+    rates,
+    restore_optimizer,
+)
 from process_cases import same_bytes
 from training_cases import quiet, stopping, weights
 
@@ -95,7 +106,8 @@ def test_auto_is_fp32_unless_memory_is_short_on_cuda(parameters, device, free, n
 def test_the_line_says_so_where_all_state_stays_fp32_or_updates_are_rounded() -> None:
     def line(name: str, dtype: torch.dtype) -> str:
         parameters = [nn.Parameter(torch.zeros(1000, dtype=dtype))]
-        return adamw.optimizer_line(adamw.OptimizerChoice(name, "why"), [{"params": parameters}], 7)
+        choice = OptimizerChoice(name, "why")
+        return optimizers.optimizer_line(choice, [{"params": parameters}], 7)
 
     found = [line("adamw8bit", torch.float32), line("adamw", torch.bfloat16)]
     assert found == [
@@ -258,7 +270,7 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(llama, tmp_path) -
 def test_auto_keeps_to_its_choice_in_a_resumed_run(llama, tmp_path, monkeypatch, capsys) -> None:
     straight = trained(llama, tmp_path / "straight", optimizer="adamw8bit")
     with monkeypatch.context() as patch:  # memory is short now, and is not when the run goes on
-        patch.setattr(adamw, "choose_adamw", lambda *_: adamw.OptimizerChoice("adamw8bit", "short"))
+        patch.setattr(optimizers, "choose_adamw", lambda *_: OptimizerChoice("adamw8bit", "short"))
         with stopping(6), pytest.raises(KeyboardInterrupt):
             trained(llama, tmp_path / "a")
     asked = request(llama, tmp_path / "a", resume=True)
