@@ -268,7 +268,7 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+        line = f"line {n}: " if (n := getattr(error, "lineno", None)) else ""
         raise LorafoldError(f"{source}: {line}not valid Python") from None
     literals, seen = _literals(tree), set[str]()
     arguments = {}
