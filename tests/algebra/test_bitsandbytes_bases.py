@@ -182,7 +182,7 @@ def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, ki
     other = next(k for k in KINDS if k != kind)
     with pytest.raises(LorafoldError, match=f"as {kind}, so they can't be loaded as {other}"):
         load_model(tmp_path / "packed", held(other))
-    with pytest.raises(LorafoldError, match=f"stored as {kind}; expected storage {kind}"):
+    with pytest.raises(LorafoldError, match=f"stored as {kind}; load them as {kind}"):
         load_model(tmp_path / "packed", torch.float32)
 
 

@@ -345,9 +345,9 @@ def test_a_storage_that_the_files_do_not_have_is_refused(released, plain):
     with pytest.raises(LorafoldError, match=r"files are not quantized; .* not to mxfp4"):
         lf.load_model(plain, "mxfp4")
     for asked in ("nf4", "int8", "fp8"):
-        with pytest.raises(LorafoldError, match=r"stored as mxfp4, .* expected storage mxfp4"):
+        with pytest.raises(LorafoldError, match=r"stored as mxfp4, .* load them as mxfp4"):
             lf.load_model(released, asked)
-    with pytest.raises(LorafoldError, match="stored as mxfp4; expected storage mxfp4"):
+    with pytest.raises(LorafoldError, match="stored as mxfp4; load them as mxfp4"):
         lf.load_model(released, "bf16")
 
 

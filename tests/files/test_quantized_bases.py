@@ -385,9 +385,9 @@ def test_a_storage_that_the_files_do_not_have_is_refused(base, quantized, tmp_pa
     with pytest.raises(LorafoldError, match="files are not quantized; lorafold"):
         lf.load_model(base, "fp8")
     for asked in ("nf4", "int4"):
-        with pytest.raises(LorafoldError, match=r"stored as fp8, .* expected storage fp8"):
+        with pytest.raises(LorafoldError, match=r"stored as fp8, .* load them as fp8"):
             lf.load_model(quantized("fp8"), asked)
-    with pytest.raises(LorafoldError, match="stored as fp8; expected storage fp8"):
+    with pytest.raises(LorafoldError, match="stored as fp8; load them as fp8"):
         lf.load_model(quantized("fp8"), "bf16")
     recipe = lf.Recipe(method="full", storage="fp8", steps=1)
     rows = rows_at(tmp_path)

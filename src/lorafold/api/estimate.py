@@ -95,9 +95,8 @@ def estimate(
         free. No estimate has been compared with a real GPU yet.
 
         With --device cpu, the estimate is for this machine's CPU, which may use fp32 copies of
-        16-bit matrices. For training, it is the resident memory of the process without the
-        libraries that it imports ("process" is added to the tensors). `measure` compares only
-        tensors.
+        16-bit matrices. For training, it is the resident memory of the process without imported
+        libraries: the tensors, and the report's line `process`. `measure` compares only tensors.
     """
     from dataclasses import replace
     from functools import partial

@@ -202,7 +202,8 @@ def fragility(
     """Measure on this machine, or on a cluster, and judge a finished adapter.
 
     Args:
-        fail_under: With `tuned`: exit with code 1 if less than this share is kept, for example 0.8.
+        fail_under: With `tuned`: exit with code 1 if less than this share of the alignment's effect
+            is kept, for example 0.8.
     """
     if on is not None:
         return on_cluster(run, on, workers)

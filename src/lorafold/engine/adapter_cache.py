@@ -219,8 +219,8 @@ class AdapterCache:
                     self._without_room.add(entry)
                 else:
                     raise LorafoldError(
-                        f"adapter {entry.name!r}: found {loaded.nbytes:,} bytes, expected at most"
-                        f" {self.budget:,} for this adapter and all pinned ones"
+                        f"adapter {entry.name!r}: its {loaded.nbytes:,} bytes and those of pinned"
+                        f" adapters exceed adapter_bytes, {self.budget:,}; unpin one or raise it"
                     )
                 old = self._by_name.get(entry.name)
                 if set_name and (old is None or old.generation < entry.generation):

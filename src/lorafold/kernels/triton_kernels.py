@@ -1,5 +1,5 @@
-"""Operations on CUDA in Triton: dropout in one launch instead of more than a hundred, and gains in
-one pass over a layer's output instead of six in fp32.
+"""Operations on CUDA in Triton: dropout in one launch instead of more than a hundred, and the
+scaling of a layer's output (DoRA, IA3) in one pass instead of six in fp32.
 """
 
 from __future__ import annotations

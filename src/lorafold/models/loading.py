@@ -113,7 +113,7 @@ def read_weights(
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
-            f"model {source.name}: the weights are stored as {stored}; expected storage {stored}"
+            f"model {source.name}: the weights are stored as {stored}; load them as {stored}"
         )
     if wanted.quantization is None:
         model, info = auto.from_pretrained(

@@ -115,7 +115,7 @@ def read_quantized(
     if stored not in (None, quantization):
         raise LorafoldError(
             f"{what}: the weights are stored as {stored}, so they can't be loaded as"
-            f" {quantization}; expected storage {stored}"
+            f" {quantization}; load them as {stored}"
         )
     is_prequantized = stored is not None and can_read(settings)
     if is_prequantized:

@@ -1,4 +1,4 @@
-"""Fused operations under `torch.autocast`, which casts only the operands of single matmuls.
+"""Fused operations under `torch.autocast`, which casts the inputs of each operation separately.
 
 `lowered` casts the activations of a fused operation once and runs it without autocast, so that sums
 between its matmuls are not cast. `Exact` runs autograd functions without autocast.
