@@ -53,9 +53,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
     """A process that runs something: a fork, unless a GPU's threads forbid that."""
     kind = "spawn" if torch.cuda.is_available() else "fork"
-    process: BaseProcess = get_context(kind).Process(target=run, args=arguments)
+    process: BaseProcess = get_context(kind).Process(target=afresh, args=(run, *arguments))
     process.start()
     return process
+
+
+def afresh(run: Callable[..., object], *arguments: object) -> None:
+    # a fork renews torch's thread pool at the first call, during which another thread finds none
+    torch.set_num_threads(torch.get_num_threads())
+    run(*arguments)
 
 
 def killed(run: Callable[..., object], *arguments: object) -> None:
