@@ -243,8 +243,10 @@ def test_a_model_that_is_another_is_refused_with_both_named(
     assert len(said) <= 300
     named(place / "adapter", str(place / "base"), record=False)
     if kind == "gpt2":
-        said = refused("inspect", str(place / "adapter"), "--model", model)
-        assert "; the base in the adapter's adapter_config.json is " in said
+        done = lorafold("inspect", str(place / "adapter"), "--model", model)
+        base, error = done.stderr.splitlines()
+        assert (done.returncode, base.startswith("base: "), error[:7]) == (2, True, "error: ")
+        assert "; the base in the adapter's adapter_config.json is " in error
 
 
 def test_without_adapters_it_is_the_embedded_model(place: Path) -> None:

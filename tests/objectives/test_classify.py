@@ -395,6 +395,6 @@ def test_a_drawn_head_below_is_no_part_of_the_base(directory: Path, tmp_path: Pa
 def test_a_drawn_head_is_trained_whole(directory: Path, tmp_path: Path) -> None:
     """What LoRA adds to a head that is saved nowhere is nothing: such runs could not be used."""
     recipe = Recipe(objective="classify", targets=["score"], steps=1, batch=9, storage="fp32")
-    with pytest.raises(LorafoldError, match=r"only score, a new head.* --method linear-probe"):
+    with pytest.raises(LorafoldError, match=r"only the new head, score,.* --method linear-probe"):
         lf.train(recipe, model=directory, data=ROWS, out=tmp_path / "one")
     assert not (tmp_path / "one").exists()

@@ -104,7 +104,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
 @pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (1000, True)])
 def test_a_run_asks_it(monkeypatch, tiny_model_dir, tmp_path, free: int, recomputed: bool) -> None:
     console = Console(file=io.StringIO(), width=400)
-    for module in ("training_step.adamw", "training.setup"):
+    for module in ("training_step.optimizers", "training.setup"):
         monkeypatch.setattr(f"lorafold.{module}.free_bytes", lambda device: free)
     seen = []
     monkeypatch.setattr(
