@@ -4,7 +4,7 @@
 
 Full fine-tuning is the baseline for every other method. With its gradient and AdamW's fp32
 moments, a parameter takes 16 bytes on an fp32 base and 12 on a bf16 base. On a bf16 base the
-optimizer has to round stochastically (`training_step.optimizers`), because most updates are less than
+optimizer has to round stochastically (`training_step.optimizers`), because most updates are below
 half a unit in the last place. Saving writes a plain model. The original weights are overwritten, so
 `only(model)` runs the trained model, and `detach` leaves the trained weights in the model.
 """
