@@ -68,7 +68,8 @@ def train(
     (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
 
     Args:
-        recipe: All choices of the run. None uses the defaults (`lf.Recipe()`).
+        recipe: The training settings: method, targets, quantization, objective, optimizer, steps.
+            None uses the defaults (`lf.Recipe()`).
         plot: Also plot the run's curves to one HTML file. You can do that later with `lorafold
             history`.
         resume: Continue a stopped or killed run from its last checkpoint, in OUT.run.
@@ -125,7 +126,7 @@ def preview(
 
     Args:
         recipe: The recipe of the run. None uses the defaults (`lf.Recipe()`).
-        html: Write the rows to one HTML file.
+        html: Also write the preview and the results of the check to one HTML file.
 
     Raises LorafoldError as `lf.train` does before it loads weights.
     """
