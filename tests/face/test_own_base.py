@@ -102,12 +102,14 @@ def test_every_verb_takes_the_adapters_own_base_and_says_so(verb: str, place: Pa
 
 
 @pytest.mark.parametrize(("name", "record", "said"), [
-    ("someone/llama", False, "the adapter's adapter_config.json names someone/llama (no"),
+    ("someone/llama", False, "adapter_config.json names someone/llama (no"),
     ("base", False, ""), (None, False, ""), ("someone/llama", True, ""),
 ])  # fmt: skip
 def test_a_given_base_that_cannot_be_compared_is_said(place, monkeypatch, name, record, said):
     monkeypatch.chdir(place)
-    adapters, told = open_all([named(place / "adapter", name, record)]), io.StringIO()
+    one = named(place / "adapter", name, record)
+    other = named(shutil.copytree(one, place / "other"), "base")  # the last is not all
+    adapters, told = open_all([one, other]), io.StringIO()
     assert base_for("base", adapters, Console(file=told, width=1000)).name == "base"
     assert told.getvalue().startswith(f"base: base; {said}" if said else "")
     assert bool(told.getvalue()) == bool(said)

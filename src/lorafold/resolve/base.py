@@ -255,9 +255,9 @@ def base_for(
         base, line = _find_base(_common_base(own), how)
     else:
         base, line = Base(**how) if model is None else Base(model, **how), ""
-        for one in own:
-            if not one.fingerprint and one.name not in ("", base.name):
-                line = f"{base.name}; {one.named_in} names {one.name} (no fingerprint to compare)"
+        if other := {one.name for one in own if not one.fingerprint} - {"", base.name}:
+            named = f"adapter_config.json names {listed(sorted(other))}"
+            line = f"{base.name}; {named} (no fingerprint to compare)"
     if line and console is not None:
         console.print(f"base: {line}", highlight=False, markup=False, soft_wrap=True)
     return base
