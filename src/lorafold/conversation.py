@@ -6,7 +6,8 @@
         chat.keep(turn, answer)
 
 If a prompt would leave too little room for the answer in the model's context, `ask` omits the
-oldest turns from it; `save` still writes them.
+oldest turns from it; `save` still writes them. If an active adapter was trained on single questions
+(`single`), each question starts a new conversation, unless `continued` is set.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -47,12 +48,13 @@ class Turn:
     room: int  # maximum tokens of the answer
     first: int  # index of the first history message in the prompt
     dropped: int  # number of turns that earlier prompts contained and this prompt omits
+    afresh: bool = False  # whether it starts a new conversation
 
 
 class Chat:
     """A conversation whose next answer uses the adapters in `active`, initially all. `adapters`
-    maps the user's names to adapter names on the model. No other code may use the model until
-    `close`.
+    maps the user's names to adapter names on the model, and `single` has the user's names of
+    adapters that were trained on single questions. No other code may use the model until `close`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         adapters: Mapping[str, str],
         *,
+        single: Collection[str] = (),
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
@@ -68,7 +71,7 @@ class Chat:
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters)
         self.system, self.max_new_tokens, self.sampling = system, max_new_tokens, sampling
         self.active: tuple[str, ...] = tuple(self.adapters)
-        self.both = False
+        self.single, self.both, self.continued = frozenset(single), False, False
         given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = [given if isinstance(given, int) and given > 0 else None, positions_left(model)]
         self.context = min((n for n in limits if n is not None), default=None)
@@ -92,6 +95,12 @@ class Chat:
     def reset(self) -> None:
         self.messages: list[Message] = []  # user and assistant alternate
         self._first = 0  # index of the first message in prompts
+        self._starts = [0]  # indices of the first messages of conversations
+
+    @property
+    def afresh(self) -> bool:
+        """Whether each question starts a new conversation."""
+        return not self.continued and not self.single.isdisjoint(self.active)
 
     def switch(self, name: str) -> None:
         """Selects the adapters of further answers: one name, `none` (the base model) or `all`."""
@@ -111,7 +120,8 @@ class Chat:
         """Renders the next prompt. Its history leaves room for `max_new_tokens` tokens, or for half
         of the context if that is less.
         """
-        first, context = self._first, self.context or sys.maxsize
+        afresh, context = self.afresh and bool(self.messages), self.context or sys.maxsize
+        start = first = len(self.messages) if afresh else self._first
         while True:
             messages = [*self.conversation(first), {"role": "user", "content": text}]
             prompt = render(messages, self.tokenizer, for_generation=True)
@@ -126,7 +136,8 @@ class Chat:
                 f"this message{system}: found {used} tokens, expected fewer than the model's"
                 f" context length, {context}; the message was not sent"
             )
-        return Turn(text, prompt, min(self.max_new_tokens, left), first, (first - self._first) // 2)
+        room, dropped = min(self.max_new_tokens, left), (first - start) // 2
+        return Turn(text, prompt, room, first, dropped, afresh)
 
     def answer(self, turn: Turn, names: Sequence[str]) -> Generator[str, None, None]:
         """Yields the answer's text, token by token. Closing the generator cancels the request."""
@@ -140,19 +151,20 @@ class Chat:
         )
 
     def keep(self, turn: Turn, answer: str) -> None:
+        self._starts += [len(self.messages)] * turn.afresh
         self.messages.append({"role": "user", "content": turn.text})
         self.messages.append({"role": "assistant", "content": answer})
         self._first = turn.first
 
-    def conversation(self, first: int = 0) -> list[Message]:
-        """Returns the system message, if any, and the messages from index `first` on."""
+    def conversation(self, first: int = 0, end: int | None = None) -> list[Message]:
+        """Returns the system message, if any, and the messages from index `first` to `end`."""
         if self.system is None:
-            return self.messages[first:]
-        return [{"role": "system", "content": self.system}, *self.messages[first:]]
+            return self.messages[first:end]
+        return [{"role": "system", "content": self.system}, *self.messages[first:end]]
 
     def save(self, path: str | Path) -> int:
-        """Appends the conversation to a JSONL file as a training row, atomically. Returns the
-        number of rows in the file.
+        """Appends the conversation to a JSONL file as a training row, atomically; if questions were
+        asked afresh, as a row each. Returns the number of rows in the file.
         """
         file = Path(path).expanduser()
         if not self.messages:
@@ -162,7 +174,8 @@ class Chat:
         rows = list(read_rows(str(file))) if file.exists() else []
         if any("messages" not in row for row in rows):
             raise LorafoldError(f"{path}: found rows without the field messages; use another file")
-        rows.append({"messages": self.conversation()})
+        borders = pairwise([*self._starts, len(self.messages)])
+        rows += [{"messages": self.conversation(first, end)} for first, end in borders]
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return len(rows)
 

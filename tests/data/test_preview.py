@@ -363,6 +363,7 @@ def test_a_file_without_trained_turns_is_named(found: Any, tmp_path: Path) -> No
     assert findings.as_json()["untrained_files"] == {names[1]: 3}
     roles = {"user": {"turns": 8, "trained": 0}, "assistant": {"turns": 5, "trained": 2}}
     assert findings.as_json()["roles"] == roles
+    assert findings.turns == 2  # questions in the longest conversation
 
 
 def test_a_stream_says_what_was_not_looked_at(found: Any, tmp_path: Path) -> None:

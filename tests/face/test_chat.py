@@ -108,6 +108,28 @@ def test_each_answer_is_the_models_own_to_all_that_was_said(chat: Chat, alone: A
     assert talk(chat, "rain") == alone([messages[0], said(USER, "rain")], *BOTH)
 
 
+def test_each_question_starts_afresh_with_an_adapter_of_single_questions(
+    made: Any, tiny_model_dir: Any, alone: Any, tmp_path: Path
+) -> None:
+    names = dict(zip(("first", "second"), BOTH, strict=True))
+    tokenizer = load_tokenizer(tiny_model_dir("llama"))
+    with Chat(made(), tokenizer, names, single=["second"], max_new_tokens=6) as chat:
+        for text in ("a table for four", "six"):
+            assert talk(chat, text) == alone([said(USER, text)], *BOTH)
+        chat.save(tmp_path / "rows.jsonl")
+        chat.continued = True  # from the last question on
+        messages = [*chat.messages[-2:], said(USER, "rain")]
+        answer = talk(chat, "rain")
+        assert answer == alone(messages, *BOTH)
+        chat.continued = False
+        chat.switch("first")  # was trained on conversations
+        messages += [said(ASSISTANT, answer), said(USER, "snow")]
+        assert talk(chat, "snow") == alone(messages, "on_model_first")
+    rows = read_rows(str(tmp_path / "rows.jsonl"))
+    assert [row["messages"][0]["content"] for row in rows] == ["a table for four", "six"]
+    assert {len(row["messages"]) for row in rows} == {2}
+
+
 def test_switching_chooses_who_answers_and_leaves_the_model_as_it_was(chat, alone) -> None:
     names = {"first": BOTH[:1], "second": BOTH[1:], "none": (), "all": BOTH}
     answers = {}
@@ -281,6 +303,27 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     ]
     assert [text for text in notices if text not in err] == []
     assert err.count("error:") == 3
+
+
+@pytest.mark.usefixtures("unestimated")
+@pytest.mark.parametrize("questions", [1, 2])
+def test_the_command_says_when_each_question_starts_afresh(
+    questions: int, tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tiny_model_dir("llama"), tmp_path / "out"
+    turns = [said(USER, "rain"), said(ASSISTANT, "no")] * questions
+    recipe = lf.Recipe(steps=1, storage="fp32", max_length=64)
+    lf.train(recipe, model=model, data=[{"messages": turns}, {"messages": turns[:2]}], out=out)
+    lines = io.BytesIO(b"six\n/continue\n/continue\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
+    limited = ("--storage", "fp32", "--max-new-tokens", "2")
+    code, _, err = lorafold("chat", "--model", str(model), "--adapter", str(out), *limited)
+    assert code == 0, err
+    afresh = "the adapter was trained on single questions, so each question starts"
+    assert [err.count(text) for text in (afresh, "the conversation continues")] == {
+        1: [2, 1],
+        2: [0, 2],
+    }[questions]
 
 
 @pytest.mark.slow

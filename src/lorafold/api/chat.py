@@ -22,6 +22,8 @@ def chat(
     **base_options: Unpack[opt.BaseOptions],
 ) -> "Chat":
     """Chat with the model. Answers stream to stdout and take the whole conversation into account.
+    With an adapter that was trained on single questions, each question starts a new conversation;
+    /continue turns this off.
 
     The model is loaded once. At first all adapters are active, stacked as for generate; /adapter
     NAME selects one. Ctrl-C stops an answer; at the prompt, it exits with code 130. A line that
@@ -30,7 +32,8 @@ def chat(
 
     In Python, this returns a context manager: `turn = chat.ask(text)`, then `chat.answer(turn,
     chat.active)` streams the answer, and `chat.keep` adds it to the conversation. `Chat.switch`
-    takes the last parts of the adapters' paths as names. Each turn uses the next seed.
+    takes the last parts of the adapters' paths as names, and `chat.continued = True` does the same
+    as /continue. Each turn uses the next seed.
 
     Raises LorafoldError if the model or an adapter can't be loaded.
 
@@ -43,6 +46,7 @@ def chat(
         /adapter NAME: use one adapter; all: all of them; none: only the base; no name: list them.
         /both: the base model answers too, next to the adapter; repeat it to stop that.
         /system TEXT: set the system message; none removes it; no text: show it.
+        /continue: keep the conversation with an adapter of single questions; repeat it to stop.
         /reset: forget the conversation (or /new); adapter and system message stay.
         /save FILE: append the conversation to FILE (.jsonl), as a row that lorafold train reads.
         /help: this list.
@@ -60,10 +64,12 @@ def chat(
     if allow_control_tokens:
         allow_tokens(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # names on the model
+    names = unique_names(paths)
     return Chat(
         loaded,
         tokenizer,
-        dict(zip(unique_names(paths), attached, strict=True)),
+        dict(zip(names, attached, strict=True)),
+        single=[name for name, one in zip(names, saved, strict=True) if one.single_turn],
         system=system,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, seed=seed),

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-WITHOUT_ARGUMENT = {"/both", "/reset", "/new", "/help", "/quit"}
+WITHOUT_ARGUMENT = {"/both", "/continue", "/reset", "/new", "/help", "/quit"}
+AFRESH = (
+    "the adapter was trained on single questions, so each question starts a new conversation;"
+    " /continue keeps the conversation"
+)
 
 
 class Session:
@@ -29,6 +33,7 @@ class Session:
             "/adapter": self.adapter,
             "/both": self.both,
             "/system": self.system,
+            "/continue": self.go_on,
             "/reset": self.reset,
             "/new": self.reset,
             "/save": self.save,
@@ -109,6 +114,8 @@ class Session:
         from lorafold.conversation import label
 
         self.notify(f"answering: {label(self.chat.active)}")
+        if self.chat.afresh:
+            self.notify(AFRESH)
 
     def both(self, _: str) -> None:
         if not self.chat.active:
@@ -120,6 +127,10 @@ class Session:
         if text:
             self.chat.system = None if text == "none" else text
         self.notify(f"system message: {self.chat.system or 'not set'}")
+
+    def go_on(self, _: str) -> None:
+        self.chat.continued = not self.chat.continued
+        self.notify(AFRESH if self.chat.afresh else "the conversation continues")
 
     def reset(self, _: str) -> None:
         self.chat.reset()

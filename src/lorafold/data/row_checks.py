@@ -178,7 +178,8 @@ class DataFinding:
 @dataclass(frozen=True)
 class Findings:
     """The results by name in PROBLEMS, the number of examples per label, (turns, trained turns) per
-    role, files with assistant turns of which none is trained, and the skipped checks.
+    role, files with assistant turns of which none is trained, the skipped checks, and the most user
+    turns in a row.
     """
 
     rows: int
@@ -187,6 +188,7 @@ class Findings:
     roles: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
     unseen: str = ""
+    turns: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -244,7 +246,7 @@ def find_problems(
         is_known = unique[near] == held_digests
         shared = of[at[near[is_known]]]
         results[HELD_OUT] = _finding(HELD_OUT, held_out[1], held_rows[is_known], shared, like=rows)
-    roles, silent, empty = turns_of(examples, rows)
+    roles, silent, empty, most = turns_of(examples, rows)
     if roles:
         results["empty_answers"] = _finding("empty_answers", rows, empty)
     if judgements := examples.judgements:
@@ -259,7 +261,8 @@ def find_problems(
         cut = examples.rows[examples.ends_lost]
         results["ends_lost"] = _finding("ends_lost", rows, cut, about=max_length)
     results["untrained"] = _finding("untrained", rows, np.setdiff1d(np.arange(len(rows)), of))
-    return Findings(len(rows), results, judgements.labels if judgements else {}, roles, silent)
+    labels = judgements.labels if judgements else {}
+    return Findings(len(rows), results, labels, roles, silent, turns=most)
 
 
 def _row_digests(examples: TableExamples[Any]) -> tuple[Array, Array]:
@@ -292,11 +295,13 @@ def _finding(
 
 def turns_of(
     examples: TableExamples[Any], rows: Rows
-) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
-    """Returns `Findings.roles`, `Findings.silent` and the indices of rows with an empty answer."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array, int]:
+    """Returns `Findings.roles`, `Findings.silent`, the indices of rows with an empty answer, and
+    `Findings.turns`.
+    """
     table = examples.table
     if TURNS not in table.column_names:
-        return {}, {}, np.zeros(0, np.int64)
+        return {}, {}, np.zeros(0, np.int64), 0
     texts = [text for chunk in table.column(TURNS).chunks for text in chunk.to_pylist()]
     of = column(table, "row")
     names, file = [""], np.zeros(len(rows), np.int64)
@@ -317,4 +322,5 @@ def turns_of(
                 learned[number] += count * bool(suffix)
     roles = {role: (n, trained[role]) for role, n in turns.items()}
     silent = {names[n]: answers[n] for n in sorted(answers) if not learned[n] and len(names) > 1}
-    return roles, silent, of[[text in empty for text in texts]]
+    most = max((text.splitlines().count("user") for text in set(texts)), default=0)
+    return roles, silent, of[[text in empty for text in texts]], most

@@ -12,6 +12,7 @@ from lorafold.errors import LorafoldError, two_names_message
 RECORD = "lorafold.json"
 BASE = "base"  # the base's fingerprint
 TRAINED_ON = "trained_on"  # {"storage": "nf4", "dtype": "bf16"}
+TURNS = "turns"  # the most questions in a row that it was trained on
 OTHER_BASE = "other_base"  # another base on which the adapter was loaded
 RENAMED = {"base": "storage"}  # old names of fields, which existing files may contain
 ALIASES = {"quantization": "storage"}  # other names of fields and options

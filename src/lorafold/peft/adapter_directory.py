@@ -41,7 +41,7 @@ from lorafold.files.model_card import (
     ResultFiles,
     training_card,
 )
-from lorafold.files.record import BASE, RECORD, current_names
+from lorafold.files.record import BASE, RECORD, TURNS, current_names
 from lorafold.methods.common.biases_and_modules import Bias, ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import auto_class_name, whole_model_of
@@ -172,6 +172,11 @@ class SavedAdapter:
             return self.record.get(REWARD) is True
         heads = [name for name in self.weights.names if name.endswith(HEAD_SUFFIXES)]
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
+
+    @property
+    def single_turn(self) -> bool:
+        """Whether all rows that it was trained on had a single question."""
+        return self.record.get(TURNS) == 1
 
     def for_model(self, model: nn.Module) -> SavedAdapter:
         """A copy with the module paths of this model, if it is part of the model that the files

@@ -46,6 +46,7 @@ class AdapterFiles(Strict):
     form: str = ""  # digest of everything except the values of tensors
     tokenizer: str = ""  # digest of its tokenizer, or "" for the base's
     words: Path | None = None  # the directory of its tokenizer
+    single_turn: bool = False  # whether all rows that it was trained on had a single question
     note: str = ""  # a warning for the administrator
 
     @property

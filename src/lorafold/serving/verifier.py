@@ -20,7 +20,7 @@ from lorafold.errors import EXITS, Busy, LorafoldError, error_location, is_trans
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.contents import Contents, FileStamp
 from lorafold.files.model_card import OVER, VOCABULARY
-from lorafold.files.record import RECORD, TRAINED_ON
+from lorafold.files.record import RECORD, TRAINED_ON, TURNS
 from lorafold.identity import joined
 from lorafold.methods import name_of
 from lorafold.models.quantizations import ON_LOAD
@@ -39,7 +39,7 @@ from lorafold.verification.checks import Sandbox, VerifiedFiles
 log = logging.getLogger(__name__)
 MAX_BASE_ADAPTERS = 16
 # fields of the record that affect loading
-RECORD_FIELDS = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
+RECORD_FIELDS = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON, TURNS)
 
 
 class CachedAdapter(Strict):
@@ -212,6 +212,7 @@ class Verifier:
             other_base=other_base, other_storage=other_storage,
             tokenizer="" if words is None else self._open_tokenizer(words, stack[words]),
             form=joined([files.form for files in each]),
+            single_turn=small.record.get(TURNS) == 1,
         )  # fmt: skip
         hard_linked = self.directory.hard_linked
         linked = [n for at, files in stack.items() for n in hard_linked(at, files.files)]

@@ -22,7 +22,7 @@ from lorafold.errors import LorafoldError, differing_keys, listed, truncate_midd
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
-from lorafold.files.record import RECORD, current_names
+from lorafold.files.record import RECORD, TURNS, current_names
 from lorafold.files.terminal import print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import auto_class_name
@@ -179,6 +179,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         "evals": progress.evals,
         **{name: values for name, values in figures.items() if values},
         "data": {"source": request.source, **request.data.record},
+        **({TURNS: setup.findings.turns} if setup.findings.turns else {}),
         GUESSING: progress.guessing,
         **setup.objective.record(),
         **({"new_tokens": setup.added_tokens.ids} if setup.added_tokens.ids else {}),

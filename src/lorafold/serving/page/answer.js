@@ -85,6 +85,7 @@ export class Answer {
     }
     if (this.first) found.push(`first token after ${duration(this.first - this.asked)}`);
     if (this.finish && this.finish !== "stop") found.push(ENDS[this.finish] ?? this.finish);
+    if (this.afresh) found.push("asked afresh: trained on single questions");
     return found;
   }
 

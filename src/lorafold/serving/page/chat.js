@@ -7,6 +7,7 @@ import { compared } from "./difference.js";
 const $ = (id) => document.getElementById(id);
 const sides = ["left", "right"].map((name) => ({ name, select: $(name), history: [] }));
 let running = null; // the AbortController of the current answers
+let single = new Set(); // ids of adapters that were trained on single questions
 
 /** Let the user choose among these models. What is chosen stays, listed or not. */
 export function offer(models) {
@@ -14,6 +15,7 @@ export function offer(models) {
   const base = models.find((model) => model.parent === null) ?? models[0];
   const first = models.find((model) => model.digest) ?? base;
   const groups = Map.groupBy(models, kindOf);
+  single = new Set(models.filter((model) => model.single_turn).map(({ id }) => id));
   for (const { name, select } of sides) {
     const chosen = select.value || wanted.get(name) || (name === "left" ? base : first).id;
     const unlisted = models.some((model) => model.id === chosen) ? [] : [{ id: chosen }];
@@ -66,10 +68,11 @@ async function ask(question) {
 
 async function converse(side, answer, question, signal) {
   const { history } = side; // a new conversation replaces it
+  answer.afresh = history.length > 0 && single.has(answer.model) && !$("continue").checked;
   const system = $("system").value.trim();
   const messages = [
     ...(system ? [{ role: "system", content: system }] : []),
-    ...history,
+    ...(answer.afresh ? [] : history),
     { role: "user", content: question },
   ];
   const asked = {

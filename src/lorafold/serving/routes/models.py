@@ -188,6 +188,7 @@ class Snapshot:
             pinned=adapter.name in self.state.pinned,
             method=adapter.method,
             rank=adapter.rank,
+            single_turn=adapter.single_turn,
             bytes=nbytes,
             page=self.registry.directory.page_file(adapter.name) is not None,
         )
@@ -196,7 +197,8 @@ class Snapshot:
     def alias(self, name: str) -> dict[str, Any]:
         targets = self.state.aliases[name].targets
         shown = [target.model_dump(exclude_none=True) for target in targets]
-        return self._model(name, state="alias", targets=shown)
+        single = any(a and a.single_turn for a in (self.adapters.get(t.adapter) for t in targets))
+        return self._model(name, state="alias", targets=shown, single_turn=single)
 
     def _model(self, name: str, **fields: Any) -> dict[str, Any]:
         created, parent = self.registry.created, self.registry.base
