@@ -16,14 +16,16 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property, lru_cache, partial
+from itertools import product
 from os.path import commonprefix
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.messages import Message, Tool
@@ -53,13 +55,19 @@ PROBE_TOOL: Tool = {
 }
 USER: Message = {"role": "user", "content": "probe question"}
 ASSISTANT: Message = {"role": "assistant", "content": PROBE_ANSWER}
+THINKING: Message = {"reasoning_content": THOUGHT}
 SYSTEM: Message = {"role": "system", "content": PROBE_TEXT}
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-OPEN_TAG = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # an open tag at the end of a prompt
+PARTS_AS_JSON = re.compile(r"""["']thinking["']""")
 PARTIAL_TAG = re.compile(r"[<\[][^>\]\s]*\Z")  # an incomplete tag at the end of a common prefix
 WITH_TURN: Final = "with the turn"
 WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
+PARTS = "parts"  # reasoning as a part of the content, of type thinking
+# where templates read reasoning: under a name (transformers copies reasoning_content to thinking),
+# as a part, or in front of the content ({} is the reasoning)
+REASONING_FORMS = ("reasoning_content", "reasoning", "thought", PARTS,
+                   "{}\n</think>\n\n", "<think>\n{}\n</think>\n\n")  # fmt: skip
 Written = Literal["with the turn", "with the next message", "not at all"]
 
 
@@ -67,9 +75,10 @@ def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+PROBE_ARGUMENTS = {PROBE_KEY: PROBE_TEXT}
 TOOL_CALL: Message = {
     "role": "assistant",
-    "tool_calls": [tool_call(PROBE_NAME, {PROBE_KEY: PROBE_TEXT}) | {"id": "probe0000"}],
+    "tool_calls": [tool_call(PROBE_NAME, PROBE_ARGUMENTS) | {"id": "probe0000"}],
 }
 RESULT: Message = {"role": "tool", "content": NEXT, "name": PROBE_NAME, "tool_call_id": "probe0000"}
 
@@ -77,12 +86,14 @@ RESULT: Message = {"role": "tool", "content": NEXT, "name": PROBE_NAME, "tool_ca
 @dataclass(frozen=True)
 class MessageForm:
     """How the template expects messages: arguments of calls as JSON text (`text`), `content` next
-    to calls even if empty (`empty`), and content as a list of parts (`parts`).
+    to calls even if empty (`empty`), content as a list of parts (`parts`), and reasoning in one of
+    `REASONING_FORMS` (`reasoning`).
     """
 
     text: bool = False
     empty: bool = False
     parts: bool = False
+    reasoning: str = REASONING_FORMS[0]
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
         formatted = []
@@ -93,10 +104,23 @@ class MessageForm:
                     message.setdefault("content", "")
                 if self.text:
                     message["tool_calls"] = [_with_text(tool_call) for tool_call in calls]
-            if self.parts and isinstance(message.get("content"), str):
-                message = message | {"content": [{"type": "text", "text": message["content"]}]}
+            thought, content = message.get("reasoning_content"), message.get("content")
+            if self.parts and isinstance(content, str):
+                message = message | {"content": [_part("text", content)]}
+            if thought and self.reasoning == PARTS:
+                text = [_part("text", content)] if content else []
+                message = message | {"content": [_part("thinking", thought), *text]}
+            elif thought and "{}" not in self.reasoning:
+                message = message | {self.reasoning: thought}
+            elif thought and not calls:
+                content = self.reasoning.replace("{}", thought) + str(content)
+                message = message | {"content": content}
             formatted.append(message)
         return formatted
+
+
+def _part(kind: str, text: str) -> dict[str, str]:
+    return {"type": kind, kind: text}
 
 
 @dataclass(frozen=True)
@@ -142,13 +166,14 @@ DEFAULT_BLOCK = ReasoningBlock.of_tags("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Ending:
-    """How the end of a turn is rendered, its text (or the tokenizer's end token), and the ids of
-    all tokens that end a turn.
+    """How the end of a turn is rendered, its text (or the tokenizer's end token), the ids of all
+    tokens that end a turn, and the text that the template adds after the last turn.
     """
 
     written: Written
     text: str
     tokens: frozenset[int]
+    tail: str
 
 
 @dataclass(eq=False)
@@ -163,7 +188,11 @@ class Template:
         named = {token.content for token in added.values() if token.special}
         self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
         known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
-        self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        special = "|".join(map(re.escape, known)) or r"(?!)"
+        self.specials = re.compile(special)
+        # <think>, <|think|> or <|open|>think<|sep|> at the end of a prompt
+        mark = rf"(?:(?:{special})\w+)?(?:{special}|[<\[][\w:]+[>\]])\s*\Z"
+        self.open_mark = re.compile(mark)
         self.has_generation = bool(GENERATION.search(self.text))  # contains {% generation %} blocks
 
     @cached_property
@@ -173,59 +202,82 @@ class Template:
             question in try_apply([USER], self.tokenizer, form=MessageForm(parts=p))
             for p in (False, True)
         ]
-        parts = shown == [False, True]
-        if "tool_calls" in self.text:
-            arguments = {PROBE_KEY: PROBE_TEXT}
-            message = {"role": "assistant", "tool_calls": [tool_call(PROBE_NAME, arguments)]}
-            quoted = json.dumps(json.dumps(arguments))[1:-1]
-            for form in (MessageForm(n > 1, n % 2 > 0, parts) for n in range(4)):
-                text = try_apply([USER, message], self.tokenizer, [PROBE_TOOL], form=form)
-                after = text.rpartition(PROBE_NAME)[2]
-                is_quoted = quoted in after or str(arguments) in after
-                if PROBE_KEY in after and PROBE_TEXT in after and not is_quoted:
-                    return form
-        return MessageForm(parts=parts)
+        forms = [MessageForm(n > 1, n % 2 > 0, shown == [False, True]) for n in range(4)]
+        quoted = json.dumps(json.dumps(PROBE_ARGUMENTS))[1:-1]
+        working = []
+        for form in forms:
+            text = try_apply([USER, TOOL_CALL], self.tokenizer, [PROBE_TOOL], form=form)
+            after = text.rpartition(PROBE_NAME)[2]
+            is_quoted = quoted in after or str(PROBE_ARGUMENTS) in after
+            if PROBE_KEY in after and PROBE_TEXT in after and not is_quoted:
+                working.append(form)
+        # the history may need more than the last turn
+        history = partial(try_apply, [USER, TOOL_CALL, RESULT], self.tokenizer, [PROBE_TOOL])
+        form = next((f for f in working if history(form=f)), (*working, *forms)[0])
+        # a prompt may ask for <think>, or open it; if it closes it, the turn has no reasoning
+        prompt = try_apply([USER], self.tokenizer, for_generation=True, form=form).rstrip()
+        asks = "<think>" in prompt and not prompt.endswith("</think>")
+        for reasoning, turn in product(REASONING_FORMS, (ASSISTANT, TOOL_CALL)):
+            thinking = replace(form, reasoning=reasoning)
+            text = try_apply([USER, turn | THINKING], self.tokenizer, form=thinking)
+            wanted = f"<think>\n{THOUGHT}" if "{}" in reasoning else THOUGHT
+            # not the parts as JSON
+            if wanted in text and (asks or wanted == THOUGHT) and not PARTS_AS_JSON.search(text):
+                return thinking
+        return form
 
     @cached_property
     def block(self) -> ReasoningBlock:
-        turns = (ASSISTANT | {"reasoning_content": THOUGHT}, ASSISTANT)
-        texts = [try_apply([USER, turn], self.tokenizer) for turn in turns]
         prompt = try_apply([USER], self.tokenizer, for_generation=True)
-        if THOUGHT not in texts[0] or PROBE_ANSWER not in texts[0]:
-            return DEFAULT_BLOCK
-        header = PARTIAL_TAG.sub("", prefix_of(*texts, prompt))
-        # an open tag at the prompt's end is part of the block
-        if opened := OPEN_TAG.search(header):
-            header = header[: opened.start()]
-        with_reasoning, plain = (text[len(header) :] for text in texts)
-        # a header before the answer doesn't belong to the block
-        without = with_reasoning.removesuffix(plain) if plain else with_reasoning
-        for block in (without, with_reasoning.partition(PROBE_ANSWER)[0]):
-            opening, _, closing = block.partition(THOUGHT)
-            if opening.strip() and closing.strip() and PROBE_ANSWER not in block:
-                lead = opening[len(opening.rstrip()) :]
-                spaced = closing != closing.rstrip()
-                return ReasoningBlock(opening.strip(), closing.strip(), True, spaced, lead, closing)
+        for turn in (ASSISTANT, TOOL_CALL):
+            texts = [try_apply([USER, t], self.tokenizer) for t in (turn | THINKING, turn)]
+            answer = turn.get("content") or PROBE_NAME
+            if THOUGHT not in texts[0] or answer not in texts[0]:
+                continue
+            header = PARTIAL_TAG.sub("", prefix_of(*texts, prompt))
+            given = prompt[len(header) :].strip()
+            # an open tag or token at the prompt's end is part of the block
+            opens_before = texts[0][len(header) :].lstrip().startswith(THOUGHT)
+            if opens_before and not given[:1].isalnum() and (mark := self.open_mark.search(header)):
+                header, given = header[: mark.start()], given.removeprefix(mark[0])
+            with_reasoning, plain = (text[len(header) :] for text in texts)
+            # a header before the answer doesn't belong to the block
+            without = with_reasoning.removesuffix(plain) if plain else with_reasoning
+            last = with_reasoning.partition(answer)[0]
+            if turn == TOOL_CALL:  # the prompt may close the block
+                last = f"{with_reasoning.partition(THOUGHT)[0]}{THOUGHT}{given}"
+            for block in (without, last):
+                opening, _, closing = block.partition(THOUGHT)
+                # the prompt may open the block with words that are only in the prompt
+                opens = opening.strip() or given
+                if opens and closing.strip() not in ("", opens) and answer not in block:
+                    lead = opening[len(opening.rstrip()) :]
+                    spaced = closing != closing.rstrip()
+                    return ReasoningBlock(opens, closing.strip(), True, spaced, lead, closing)
         return DEFAULT_BLOCK
 
     @cached_property
     def ending(self) -> Ending:
         after_answer = try_apply([USER, ASSISTANT], self.tokenizer).rpartition(PROBE_ANSWER)[2]
-        at = 0
+        following = try_apply([USER, ASSISTANT, USER | {"content": NEXT}], self.tokenizer)
+        between = following.rpartition(NEXT)[0].rpartition(PROBE_ANSWER)[2]
+        # to the EOS token, or to the last of the special tokens that are consecutive or that are
+        # also there before the next message
+        at, shared = 0, len(prefix_of(after_answer, between))
         for special in self.specials.finditer(after_answer):
-            if at and after_answer[at : special.start()].strip():
+            is_apart = special.end() > shared and after_answer[at : special.start()].strip()
+            if at and (is_apart or after_answer[:at].endswith(self.eos or "\0")):
                 break
-            at = special.end()  # to the last of the consecutive special tokens
+            at = special.end()
         written: Written = WITH_TURN
         ends = [after_answer[:at]]
         if not at:
-            following = try_apply([USER, ASSISTANT, USER | {"content": NEXT}], self.tokenizer)
-            between = following.rpartition(NEXT)[0].rpartition(PROBE_ANSWER)[2]
             written, ends = NOWHERE, [self.eos]
             if end := self.through_special(between):
-                written, ends = WITH_NEXT, [end, self._end_before_result()]
+                written, ends = WITH_NEXT, [end, self.end_before_result]
         each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
-        return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
+        tokens = frozenset(int(ids[-1]) for ids in each if len(ids))
+        return Ending(written, ends[0], tokens, after_answer[at:].rstrip() * (at > 0))
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -236,14 +288,16 @@ class Template:
     def shows_calls(self) -> bool:
         after = [RESULT | {"content": PROBE_TEXT}, ASSISTANT | {"content": PROBE_TEXT}]
         texts = (try_apply([USER, TOOL_CALL, *after[:n]], self.tokenizer) for n in (0, 2))
-        return any(PROBE_NAME in text.replace(PROBE_TEXT, "") for text in texts)
+        offered = try_apply([USER], self.tokenizer).count(PROBE_NAME)
+        return any(text.count(PROBE_NAME) > offered for text in texts)
 
     def through_special(self, text: str) -> str:
         """Returns the text up to and including its first special token, or ""."""
         special = self.specials.search(text)
         return text[: special.end()] if special else ""
 
-    def _end_before_result(self) -> str:
+    @cached_property
+    def end_before_result(self) -> str:
         text = try_apply([USER, TOOL_CALL], self.tokenizer, [PROBE_TOOL]).rstrip()
         longer = try_apply([USER, TOOL_CALL, RESULT], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
@@ -286,8 +340,10 @@ def apply_template(
         )
         return str(rendered[0][0])
     except TemplateError as error:
+        sandbox = " (transformers renders templates in a sandbox)"
         raise LorafoldError(
             f"the model's chat template rejects this conversation: {error}"
+            f"{sandbox * isinstance(error, SecurityError)}"
         ) from error
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise LorafoldError(
@@ -305,10 +361,10 @@ def try_apply(
 ) -> str:
     """Renders messages in the template's form. Returns "" if rendering fails."""
     form = form or template_of(tokenizer, tools).form
-    try:
-        return apply_template(form.of(messages), tokenizer, tools, for_generation)
-    except LorafoldError:
-        return ""
+    for offered in (tools, tools or [PROBE_TOOL]):  # some templates need tools
+        with suppress(LorafoldError):
+            return apply_template(form.of(messages), tokenizer, offered, for_generation)
+    return ""
 
 
 def date_used(tokenizer: PreTrainedTokenizerBase) -> str:

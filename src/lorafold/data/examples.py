@@ -26,6 +26,7 @@ from lorafold.data.render import (
     Rendering,
     TrainedRenderings,
     ensure_chat_template,
+    reasoning_kwargs,
     render_trained,
 )
 from lorafold.data.row_store import Rows, parts_of
@@ -54,6 +55,7 @@ class PendingExample:
     marked: bool = False
     turns: str = ""
     problem: str = ""
+    kwargs: str = ""
     rendered: Rendered | None = None
     text: str = ""
     ids: Sequence[int] = ()
@@ -65,8 +67,8 @@ class CompletionEncoder(Encoder):
     """Encodes each row to one or more examples. The columns are `row`, `ids` (T,), `spans` (2n,),
     the starts and ends of n trained spans, and, for a row's first example, `left_out` (number of
     assistant turns that can't be trained), `hidden` (number of trained turns of which the template
-    hides a part), `marked` (contains control tokens as text), `turns` (a line per message: role and
-    `TRAINED` or `EMPTY`) and `problem`.
+    hides a part), `kwargs` (the --template-kwargs that show more), `marked` (contains control
+    tokens as text), `turns` (a line per message: role and `TRAINED` or `EMPTY`) and `problem`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -111,7 +113,8 @@ class CompletionEncoder(Encoder):
                 piece.spans = [0, len(piece.ids)]
             examples.append(piece)
         entries, integers = [*map(vars, examples)], ("row", "left_out", "hidden")
-        return to_batch(entries, integers, ("ids", "spans"), ("marked",), (TURNS, "problem"))
+        texts = (TURNS, "problem", "kwargs")
+        return to_batch(entries, integers, ("ids", "spans"), ("marked",), texts)
 
     def _pieces(self, given: Conversation, number: int) -> list[PendingExample]:
         if not given.messages:
@@ -129,6 +132,8 @@ class CompletionEncoder(Encoder):
             suffix = "" if n not in trained.turns else EMPTY if is_empty else TRAINED
             lines.append(" ".join(message["role"].split()) + suffix)
         first.left_out, first.hidden = trained.left_out, trained.hidden
+        if trained.hidden:
+            first.kwargs = reasoning_kwargs(template_of(self.tokenizer))
         first.marked = any(MARK_START in piece.text for piece in pieces)
         first.turns = "\n".join(lines)
         return pieces
@@ -237,6 +242,7 @@ class EncodingReport:
     examples: int = 0
     reasoning_hidden: int = 0
     marked: int = 0
+    kwargs: str = ""
 
     def __str__(self) -> str:
         return with_counts(
@@ -257,7 +263,8 @@ class EncodingReport:
             (
                 self.reasoning_hidden,
                 "assistant turns are trained on without their reasoning or their text next to a"
-                " tool call, because the chat template leaves these out",
+                " tool call, because the chat template leaves these out"
+                + f"; {self.kwargs} renders the reasoning" * bool(self.kwargs),
             ),
             (self.marked, ROWS_REMARK),
         )
@@ -339,6 +346,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         len(examples),
         int(column(table, "hidden").sum()),
         examples.marked,
+        max(table.column("kwargs").unique().to_pylist()),
     )
     return Encoded(examples, report, parts_of(used, rows.parts))
 

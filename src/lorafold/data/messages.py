@@ -9,7 +9,7 @@ with nulls. `*_problems` functions yield one line per error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorafold.data.json_input import Row, json_type, parse_json
@@ -61,7 +61,8 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
             continue  # the common case
         yield from text_problems(f"{field}.role", role)
         calls, called = message.get("tool_calls"), bool(_calls(message))
-        yield from _content_problems(f"{field}.content", content, called)
+        kinds = ("text", "thinking")[: 1 + (role_of(role) == "assistant")]
+        yield from _content_problems(f"{field}.content", content, called, kinds)
         key = "tool_calls" if calls else "function_call"
         if calls:
             yield from call_problems(f"{field}.{key}", calls)
@@ -96,7 +97,9 @@ def _calls(message: Message) -> list[Any]:
     return message.get("tool_calls") or [single] * (single is not None)
 
 
-def _content_problems(name: str, value: Any, optional: bool) -> Iterator[str]:
+def _content_problems(
+    name: str, value: Any, optional: bool, kinds: Sequence[str]
+) -> Iterator[str]:
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -105,10 +108,11 @@ def _content_problems(name: str, value: Any, optional: bool) -> Iterator[str]:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind is None:
             yield type_problem(f"{name}[{index}]", part, "a part of type text")
-        elif kind != "text":
-            yield f"field {name}[{index}]: found a part of type {kind}, expected only text parts"
+        elif kind not in kinds:
+            expected = f"expected only {' and '.join(kinds)} parts"
+            yield f"field {name}[{index}]: found a part of type {kind}, {expected}"
         else:
-            yield from text_problems(f"{name}[{index}].text", part.get("text"))
+            yield from text_problems(f"{name}[{index}].{kind}", part.get(kind))
 
 
 def call_problems(name: str, calls: Any) -> Iterator[str]:
@@ -205,9 +209,14 @@ def _normalize(message: Message) -> Message:
     result["role"] = role_of(result["role"])
     if trained is False and result["role"] == "assistant":
         result["weight"] = 0
-    if isinstance(result.get("content"), list):
-        result["content"] = "".join(part["text"] for part in result["content"])
     thoughts = [result.pop(key) for key in REASONING if key in result]
+    if isinstance(result.get("content"), list):
+        texts = {"text": "", "thinking": ""}
+        for part in result["content"]:
+            kind = part.get("type", "text")
+            texts[kind] += part[kind]
+        result["content"] = texts["text"]
+        thoughts.append(texts["thinking"])
     if thoughts and thoughts[0]:
         result["reasoning_content"] = thoughts[0]
     if calls:

@@ -11,26 +11,33 @@ rejected if the template leaves out a tool, a tool call, or a message that isn't
 
 from __future__ import annotations
 
+import copy
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.chat_template import (
+    ASSISTANT,
     NO_VARIABLES,
-    OPEN_TAG,
+    PARTIAL_TAG,
     PROBE_KEY,
     PROBE_NAME,
     PROBE_TEXT,
     PROBE_TOOL,
+    THINKING,
+    TOOL_CALL,
     USER,
     WITH_NEXT,
     WITH_TURN,
     ReasoningBlock,
+    Template,
     apply_template,
     prefix_of,
     template_of,
@@ -41,7 +48,7 @@ from lorafold.data.control_tokens import mark_as_text, mark_variables
 from lorafold.data.formats import Conversation
 from lorafold.data.messages import Message, Tool
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import bos_expression
+from lorafold.models.built_in_templates import bos_expression, set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,12 +101,17 @@ def check_shown(
 
 
 def check_supported(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    tools = conversation.tools
+    tools, template = conversation.tools, template_of(tokenizer, conversation.tools)
     has_calls = any("tool_calls" in message for message in conversation.messages)
-    if tools and not template_of(tokenizer, tools).shows_tools:
+    if tools and not template.shows_tools:
         raise LorafoldError(f"the chat template does not render the tools; {HELP}")
-    if has_calls and not template_of(tokenizer, tools).shows_calls:
-        raise LorafoldError(f"the chat template does not render tool calls (tool_calls); {HELP}")
+    if has_calls and not template.shows_calls:
+        missing = "the chat template does not render tool calls (tool_calls)"
+        try:
+            apply_template(template.form.of(conversation.messages), tokenizer, tools)
+        except LorafoldError as error:
+            missing += f": {error}"
+        raise LorafoldError(f"{missing}; {HELP}")
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
@@ -210,39 +222,46 @@ class ConversationRenderings:
         """Returns turn i as the model generates it, or None if it can't be reconstructed."""
         if i == 0:
             return None  # the first message has no prompt
-        message, earlier = self.formatted[i], self.formatted[:i]
+        earlier = self.formatted[:i]
         prompt = apply_template(earlier, self.tokenizer, self.tools, for_generation=True)
         is_last = i == len(self.formatted) - 1
         after, marks = whole if whole and is_last else self.render_marked(self.formatted[: i + 1])
-        text, reasoning = after, message.get("reasoning_content", "")
+        text, reasoning = after, self.messages[i].get("reasoning_content", "")
         if not text.startswith(prompt) and reasoning:
-            bare = {k: v for k, v in message.items() if k != "reasoning_content"}
-            plain, plain_marks = self.render_marked([*earlier, bare])
+            bare = {k: v for k, v in self.messages[i].items() if k != "reasoning_content"}
+            plain, plain_marks = self.render_marked([*earlier, *self.template.form.of([bare])])
             if plain.startswith(prompt):
                 text, marks = plain, plain_marks
-        if not text.startswith(prompt):
+        block, bare_text = self.without_tools.block, text.removeprefix(prompt)
+        lost = prompt.rstrip().endswith(block.opening) and reasoning.strip() not in bare_text
+        if lost or not text.startswith(prompt):
             completion = self.messages[i].get("content", "")
-            block, specials = self.without_tools.block, self.without_tools.specials
-            joined = rebuild_after_block(prompt, after, (reasoning, completion), block, specials)
+            joined = rebuild_after_block(prompt, after, (reasoning, completion), block)
             if joined is None:
                 before = try_apply(self.messages[:i], self.tokenizer, self.tools)
                 joined = rebuild_rewritten(prompt, after, before, completion)
             if joined is None or marks == ():
                 return None
             text, marks = joined, marks and ((len(prompt), len(joined)),)
-        # whitespace after the end token belongs to the template
+        # text and whitespace after the end token belong to the template
+        if tail := self.without_tools.ending.tail:
+            text = text.rstrip().removesuffix(tail)
         start, end = len(prompt), max(len(prompt), len(text.rstrip()))
         return TrainedTurn(text, start, end, text[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str:
         """Returns the end of a turn that the template doesn't render with the turn."""
         ending, text = self.without_tools.ending, turn.text[: turn.end]
+        if ending.text and text.endswith(ending.text):
+            return ""
+        follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
         if ending.written == WITH_NEXT:
-            follows = [m for m in self.messages[i + 1 : i + 2] if m["role"] in ("user", "tool")]
             following = [*self.messages[: i + 1], *(follows or [USER])]
             longer = try_apply(following, self.tokenizer, self.tools)
             if longer.startswith(text):
                 return self.without_tools.through_special(longer[len(text) :]) or ending.text
+            if follows and follows[0]["role"] == "tool":
+                return self.without_tools.end_before_result or ending.text
         return ending.text
 
 
@@ -282,7 +301,7 @@ def render_trained(
             start += renderings.without_tools.block.end(text[start:end], text[:start])
         # a generation block may extend past the end token to the end of the line
         marks = ((start, end),) if marks is None else marks
-        cut = ((max(start, first), min(len(text), last)) for first, last in marks)
+        cut = ((max(start, first), min(end, last)) for first, last in marks)
         if not (spans := [(first, last) for first, last in cut if first < last]):
             continue
         example = next((one for one in examples if one[0].startswith(text)), None)
@@ -349,85 +368,86 @@ def prompt_of(
     return text
 
 
-EMPTY_TAGS = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
-CONTEXT = 24  # characters of the previous message that locate the turn
+def helpful_kwargs(
+    tokenizer: PreTrainedTokenizerBase, helps: Callable[[PreTrainedTokenizerBase], bool]
+) -> str:
+    """Returns the --template-kwargs that help, or ""."""
+    with suppress(LorafoldError):
+        for name, value in product(sorted(variables_of(tokenizer)), (False, True, "high")):
+            with_value = copy.copy(tokenizer)
+            set_variables(with_value, {name: value})
+            if helps(with_value):
+                return f"--template-kwargs {name}={str(value).lower()}"
+    return ""
 
 
-class OpenBlock(NamedTuple):
-    """A reasoning block at the end of a prompt, and whether the prompt closes it."""
+@lru_cache(maxsize=16)
+def reasoning_kwargs(template: Template) -> str:
+    """Returns the --template-kwargs with which the template renders more reasoning, or ""."""
 
-    at: int
-    closed: bool
-    block: ReasoningBlock
+    def num_hidden(tokenizer: PreTrainedTokenizerBase) -> int:
+        found = 2
+        for turn in (ASSISTANT, TOOL_CALL):
+            with suppress(LorafoldError):
+                trained = render_trained(Conversation([USER, turn | THINKING]), tokenizer)
+                found += trained.hidden + trained.left_out - 1
+        return found
+
+    least = num_hidden(template.tokenizer)
+    return helpful_kwargs(template.tokenizer, lambda other: num_hidden(other) < least)
 
 
 def rebuild_after_block(
-    prompt: str, after: str, turn: tuple[str, str], block: ReasoningBlock, specials: re.Pattern[str]
+    prompt: str, after: str, turn: tuple[str, str], block: ReasoningBlock
 ) -> str | None:
     """Reconstructs a turn whose prompt ends with a reasoning block: the prompt, then reasoning,
     closing tag and answer if the block is open, or only the answer if it is closed. Returns None if
     that is impossible. `turn` is (reasoning, content).
     """
-    block_at_end = _open_block(prompt, after, block, specials)
-    if block_at_end is None or not after.startswith(prompt[: block_at_end.at]):
-        return None
-    answer, (reasoning, content) = after[block_at_end.at :], turn
-    opening, closing = block_at_end.block.opening, block_at_end.block.closing
+    opening, closing, (reasoning, content) = block.opening, block.closing, turn
+    inside = prompt.rstrip().removesuffix(closing).rstrip()
+    at, is_closed = len(inside) - len(opening), inside != prompt.rstrip()
+    answer = after[at:]
     stripped = answer.lstrip()
-    if not stripped:
+    if not inside.endswith(opening) or not after.startswith(prompt[:at]) or not stripped:
         return None
-    if stripped.startswith(opening) and closing in stripped:
-        inner, _, answer = stripped.removeprefix(opening).partition(closing)
-        reasoning = reasoning or inner
+    inner, closed, rest = stripped.removeprefix(opening).partition(closing)
+    written = stripped.startswith(opening) or (reasoning and inner.strip() == reasoning.strip())
+    if closed and written:
+        reasoning, answer = reasoning or inner, rest
     elif stripped.startswith(closing):
-        if not block_at_end.closed and not reasoning.strip():
+        if not is_closed and not reasoning.strip():
             return prompt + stripped  # an empty block
         answer = stripped.removeprefix(closing)
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
-    if block_at_end.closed:
+    if is_closed:
         return prompt + answer.lstrip("\n")
-    lead, between = block_at_end.block.lead, block_at_end.block.between
-    rest_of_prompt = prompt[block_at_end.at + len(opening) :]
+    lead, between = block.lead, block.between
+    if not block.shown and stripped.startswith(opening + closing):
+        lead, between = "", closing  # as the template writes an empty block
+    rest_of_prompt = prompt[at + len(opening) :]
     first = lead.removeprefix(rest_of_prompt) if lead.startswith(rest_of_prompt) else ""
     spaced = between != between.rstrip()
     return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
 
 
-def _open_block(
-    prompt: str, after: str, block: ReasoningBlock, specials: re.Pattern[str]
-) -> OpenBlock | None:
-    bare = prompt.rstrip()
-    if bare.endswith(block.opening):
-        return OpenBlock(len(bare) - len(block.opening), False, block)
-    inside = bare.removesuffix(block.closing).rstrip()
-    if inside != bare and inside.endswith(block.opening):
-        return OpenBlock(len(inside) - len(block.opening), True, block)
-    for pattern, closed in ((EMPTY_TAGS, True), (OPEN_TAG, False)):
-        if tag := pattern.search(prompt):
-            left, name, right = tag.groups()
-            tagged = ReasoningBlock.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
-            return OpenBlock(tag.start(), closed, tagged)
-    at = len(prefix_of(prompt, after))
-    at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
-    # an opening special token, an optional word, and a closing special token
-    marks = [m.span() for m in specials.finditer(prompt, at)]
-    if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
-        (_, opened), (closing, end) = marks
-        if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
-            block = ReasoningBlock.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
-            return OpenBlock(at, True, block)
-    return None
+CONTEXT = 24  # characters of the previous message that locate the turn
 
 
 def rebuild_rewritten(prompt: str, after: str, before: str, content: str) -> str | None:
     """Reconstructs a turn after which the template renders earlier messages differently: the
-    prompt, then the text that follows the prompt's end in `after`. Returns None if it is not found.
-    `before` is the prompt without the generation prompt.
+    prompt, then the text that follows the generation prompt in `after`, or that follows `before`,
+    the prompt without the generation prompt. Returns None if it is not found.
     """
     if not prompt.startswith(before) or len(prompt) == len(before):
         return None
-    end = prompt[max(0, len(before) - CONTEXT) :]
-    at = after.rfind(end)
-    rest = after[at + len(end) :]
-    return prompt + rest if at >= 0 and rest.strip() and content.strip() in rest else None
+    header, end = prompt[len(before) :], prompt[max(0, len(before) - CONTEXT) :]
+    end = end if end in after else header
+    at = after.rfind(end) + len(end)
+    rest = after[at:]
+    if at < len(prefix_of(prompt, after)) or not after[:at].endswith(end):  # an earlier turn's
+        rest = after.removeprefix(before)
+        if rest == after or PARTIAL_TAG.sub("", prefix_of(header, rest)):
+            return None
+    return prompt + rest if rest.strip() and content.strip() in rest else None

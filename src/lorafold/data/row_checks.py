@@ -6,11 +6,9 @@ without rows and files without trained turns are also reported.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +33,9 @@ from lorafold.data.chat_template import (
 )
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.formats import Conversation
-from lorafold.data.render import render_trained
+from lorafold.data.render import helpful_kwargs, reasoning_kwargs, render_trained
 from lorafold.data.row_store import RowPlace, Rows, row_names
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,33 +120,23 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
         try_apply([USER, ASSISTANT | {"content": content, "tool_calls": calls}], tokenizer)
         for content, calls in ((TEXT_BESIDE_CALL, CALLS[:1]), ("", CALLS))
     )
+    kwargs = "" if block.shown else reasoning_kwargs(template)
     shows = {
         "system messages": PROBE_TEXT in try_apply([SYSTEM, USER], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
         "tool calls": template.shows_calls,
         "text next to a tool call": TEXT_BESIDE_CALL in beside or not template.shows_calls,
         "a second tool call": OTHER in two_calls or not template.shows_calls,
-        "reasoning": block.shown,
+        f"reasoning{kwargs and f' ({kwargs} renders it)'}": block.shown,
     }
     plain = _untrained_reason(tokenizer)
-    if plain:
-        with suppress(LorafoldError):
-            plain += _helpful_variable(tokenizer)
+    if plain and (kwargs := helpful_kwargs(tokenizer, lambda other: not _untrained_reason(other))):
+        plain += f"; {kwargs} helps"
     hides = tuple(part for part, is_shown in shows.items() if not is_shown)
     end = template.ending
     return TemplateSummary(
         end.text.strip(), end.written, prompt, system, bool(date_used(tokenizer)), hides, plain
     )
-
-
-def _helpful_variable(tokenizer: PreTrainedTokenizerBase) -> str:
-    for name in sorted(variables_of(tokenizer)):
-        for value in (False, True):
-            with_value = copy.copy(tokenizer)
-            set_variables(with_value, {name: value})
-            if not _untrained_reason(with_value):
-                return f"; --template-kwargs {name}={str(value).lower()} helps"
-    return ""
 
 
 def _untrained_reason(tokenizer: PreTrainedTokenizerBase) -> str:
