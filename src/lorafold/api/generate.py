@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Prompts = TypeVar("Prompts", str, list[str])  # one prompt, or a list
+Texts = TypeVar("Texts", str, list[str])
+Messages = list[dict[str, Any]]
 
 
 class RenderedPrompts(NamedTuple):
@@ -39,7 +40,10 @@ class Rendering(opt.BaseOptions, total=False):
 @opt.verb
 def generate(
     model: opt.ModelOrLoaded = None,
-    prompts: Annotated[Prompts | None, opt.Option(kind=str, flag="--prompt", required=True)] = None,
+    prompts: Annotated[
+        Texts | Messages | list[Messages] | None,
+        opt.Option(kind=str, flag="--prompt", required=True),
+    ] = None,
     *,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
@@ -48,14 +52,14 @@ def generate(
     seed: opt.Seed = 0,
     console: opt.Progress = None,
     **rendering: Unpack[Rendering],
-) -> Prompts:
+) -> Texts:
     """Complete one prompt. The text streams to stdout, the speed goes to stderr.
 
     With `tools`, function calls in the completion are parsed: they are listed on stderr and in the
     JSON, as null if they can't be parsed.
 
-    In Python, the text is returned, or a list of texts for a list of prompts; `lf.parse_calls`
-    parses function calls.
+    In Python, a prompt can also be a list of messages. The text is returned, or a list of texts for
+    a list of prompts; `lf.parse_calls` parses function calls.
 
     Args:
         prompts: The user message, rendered with the model's chat template.
@@ -69,21 +73,25 @@ def generate(
         lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7
     """
     from lorafold.api.arguments import missing_argument
+    from lorafold.data.json_input import json_type
     from lorafold.engine import Sampling
     from lorafold.generation import complete
 
     if prompts is None:
         raise missing_argument("prompts")
-    prompt_list = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, str | list | tuple):
+        raise LorafoldError(f"prompts: found {json_type(prompts)}, expected text or a list")
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    prompt_list: Any = [prompts] if is_single else prompts
     rendered = prepare_prompts(model, prompt_list, adapters, tokenizer, console, **rendering)
     sampling = Sampling(temperature=temperature, seed=seed)
-    completions = complete(*rendered, max_new_tokens, sampling)
-    return completions[0] if isinstance(prompts, str) else completions
+    completions: Any = complete(*rendered, max_new_tokens, sampling)
+    return completions[0] if is_single else completions
 
 
 def prepare_prompts(
     model: opt.ModelOrLoaded,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     adapters: opt.Paths = (),
     tokenizer: opt.Tokenizer = None,
     console: opt.Progress = None,
@@ -110,18 +118,27 @@ def prepare_prompts(
 
 
 def render_prompt(
-    prompt: str,
+    prompt: str | Messages,
     system: str | None,
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
+    from lorafold.data import messages as chat
     from lorafold.data.formats import Conversation
-    from lorafold.data.messages import openai_tools, tool_problems
     from lorafold.data.render import prompt_of
 
     tool_list = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
-    if problems := list(tool_problems(tool_list)):
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if problems := [*chat.message_problems("prompts", given), *chat.tool_problems(tool_list)]:
         raise LorafoldError("; ".join(problems))
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    return prompt_of(Conversation(messages, 0, openai_tools(tool_list)), tokenizer)
+    system_message = [] if system is None else [{"role": "system", "content": system}]
+    messages = chat.normalize(system_message + given)
+    roles = [message["role"] for message in messages]
+    if unknown := [role for role in roles if role not in chat.ROLES.values()]:
+        expected = ", ".join(dict.fromkeys(chat.ROLES.values()))
+        raise LorafoldError(f"prompts: found the role {unknown[0]!r}, expected one of {expected}")
+    if roles[-1] == "assistant":
+        raise LorafoldError("prompts: found an assistant message last, expected another role")
+    if system_message and "system" in roles[1:]:
+        raise LorafoldError("system: the messages already have a system message; use only one")
+    return prompt_of(Conversation(messages, 0, chat.openai_tools(tool_list)), tokenizer)

@@ -14,7 +14,7 @@ Parameters can be grouped in a typed dictionary, as `BaseOptions` here, or in a 
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter
@@ -235,12 +235,14 @@ def rows(text: str, weighted: bool = False) -> str:
     return (
         "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"
         f' pattern such as "data/*.jsonl", or a Hub dataset.{share} Each row is {text}.'
-        " In Python, also the rows themselves as a list of dicts."
+        " In Python, also the rows themselves: dicts in a list or generator, a DataFrame, an Arrow"
+        " table, a dict of lists, or a Dataset, IterableDataset or DatasetDict (its train split)."
     )
 
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
-Data = str | Path | Sequence[str] | Sequence[dict[str, Any]]  # one source, several, or the rows
+# one source, several, or rows; an Arrow table is Sized, but not Iterable
+Data = str | Path | Iterable[Any] | Sized
 ColumnNames = Mapping[str, str]  # lorafold's name of a column -> your name
 RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # name of a task -> its rows, or files

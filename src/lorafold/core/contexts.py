@@ -15,6 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafold.errors import LorafoldError
 
+WRAPPERS = {  # hints by the package of a module
+    "peft.": "; PEFT has adapted this one: pass model.unload() or model.merge_and_unload()",
+    "torch._dynamo.": "; pass the model before torch.compile",
+    "torch.nn.parallel.": "; pass its `module`",
+}
+
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
@@ -112,12 +118,17 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def disable_rescaling(model: nn.Module) -> None:
-    """Undoes and disables RWKV's in-place rescaling of weights for inference: a delta would not be
-    rescaled with its matrix, so merged weights would be wrong by a power of two.
+def prepare_model(model: nn.Module) -> None:
+    """Refuses models with modules of other tools, and undoes and disables RWKV's in-place rescaling
+    of weights for inference: a delta would not be rescaled with its matrix, so merged weights would
+    be wrong by a power of two.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else [model]:
         rwkv: Any = module
+        kind: type = type(module)
+        hint = next((h for home, h in WRAPPERS.items() if kind.__module__.startswith(home)), "")
+        if hint or not issubclass(kind, nn.Module):
+            raise LorafoldError(f"model: found {kind.__name__}, expected a loaded model{hint}")
         if "layers_are_rescaled" not in vars(module) or not rwkv.config.rescale_every:
             continue
         if rwkv.layers_are_rescaled:
