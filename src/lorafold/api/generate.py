@@ -123,22 +123,20 @@ def render_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    from lorafold.data import messages as chat
-    from lorafold.data.formats import Conversation
+    from lorafold.data.formats import PROMPT_ONLY, PROMPTS
+    from lorafold.data.messages import ROLES
     from lorafold.data.render import prompt_of
 
-    tool_list = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
-    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if problems := [*chat.message_problems("prompts", given), *chat.tool_problems(tool_list)]:
+    offered = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
+    row = {"prompt": prompt, "system": system, "tools": offered}
+    if problems := list(PROMPT_ONLY.problems(row)):
         raise LorafoldError("; ".join(problems))
-    system_message = [] if system is None else [{"role": "system", "content": system}]
-    messages = chat.normalize(system_message + given)
-    roles = [message["role"] for message in messages]
-    if unknown := [role for role in roles if role not in chat.ROLES.values()]:
-        expected = ", ".join(dict.fromkeys(chat.ROLES.values()))
-        raise LorafoldError(f"prompts: found the role {unknown[0]!r}, expected one of {expected}")
-    if roles[-1] == "assistant":
-        raise LorafoldError("prompts: found an assistant message last, expected another role")
-    if system_message and "system" in roles[1:]:
-        raise LorafoldError("system: the messages already have a system message; use only one")
-    return prompt_of(Conversation(messages, 0, chat.openai_tools(tool_list)), tokenizer)
+    given = PROMPT_ONLY.extract(PROMPTS, row | {"system": None})
+    roles = [message["role"] for message in given.messages]
+    if wrong := [role for role in roles if role not in ROLES.values() or roles[-1] == "assistant"]:
+        expected = ", ".join(dict.fromkeys(ROLES.values()))
+        found = f"found the role {wrong[-1]!r}, expected one of {expected}, not assistant last"
+        raise LorafoldError(f"field prompt: {found}")
+    if system is not None:  # the row's field ignores an empty text
+        given.messages.insert(0, {"role": "system", "content": system})
+    return prompt_of(given, tokenizer)

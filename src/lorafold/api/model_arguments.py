@@ -18,12 +18,13 @@ from lorafold.models.loading import recorded_storage
 from lorafold.models.positions import positions_in, positions_of
 from lorafold.models.quantizations import UNQUANTIZED
 from lorafold.models.sources import ModelSource, name_of_base, source_of
+from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.recipe.resolve_settings import fit_length
+from lorafold.recipe.resolve_settings import fit_length, spec_of
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry
@@ -31,6 +32,8 @@ from lorafold.training_step.preference_algorithms import BradleyTerry
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorafold.recipe.recipe import Recipe
 
 
 def resolve_base(
@@ -66,18 +69,28 @@ def resolve_model(
     return Base(source, device=where, trust_remote_code=trusted, loaded=model), ()
 
 
-def loaded_base(model: PreTrainedModel, console: Console | None, **options: Any) -> Base:
+def loaded_base(
+    model: PreTrainedModel, recipe: Recipe, console: Console | None, **options: Any
+) -> Base:
     """A loaded model as the base of a training run."""
     base, _ = resolve_model(model, (), console, **options)
     stored = recorded_storage(model) or {"storage": "unknown", "dtype": "unknown"}
-    if stored["dtype"] not in UNQUANTIZED:
-        raise LorafoldError(f"model: found dtype {stored['dtype']}, expected bfloat16 or float32")
-    if names := selection_of(model).names:
+    storage, dtype = stored["storage"].partition(" ")[0], stored["dtype"]
+    is_set, attached = "storage" in recipe.model_fields_set, selection_of(model).names
+    wrong = {
+        f"dtype {dtype}": dtype not in UNQUANTIZED,
+        f"adapters on it ({', '.join(attached)})": attached,
+        f"storage {recipe.storage}": is_set and recipe.storage not in ("auto", storage),
+        f"objective {recipe.objective}": OBJECTIVES[recipe.objective].head,
+        f"method {recipe.method}": spec_of(recipe).trains_base,
+        f"strategy {recipe.strategy}": recipe.strategy != "ddp",
+    }
+    if found := [text for text, holds in wrong.items() if holds]:
         raise LorafoldError(
-            f"model: found its adapters {', '.join(names)}, expected none; detach them, or pass the"
-            " model's name, and saved adapters as `over`"
+            f"model: a loaded model can't be trained with {', '.join(found)}; change this, or pass"
+            " the model's name"
         )
-    return replace(base, storage=stored["storage"].partition(" ")[0], dtype=stored["dtype"])
+    return replace(base, storage=storage, dtype=dtype)
 
 
 def load_with_adapters(

@@ -191,7 +191,7 @@ def build_request(
     else:
         from lorafold.api.model_arguments import loaded_base
 
-        base = loaded_base(model, console, **inputs)
+        base = loaded_base(model, run_recipe, console, **inputs)
     return RunRequest(
         replace(base, words=tokenizer),
         as_path(out),

@@ -15,11 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafold.errors import LorafoldError
 
-WRAPPERS = {  # hints by the package of a module
-    "peft.": "; PEFT has adapted this one: pass model.unload() or model.merge_and_unload()",
-    "torch._dynamo.": "; pass the model before torch.compile",
-    "torch.nn.parallel.": "; pass its `module`",
-}
+WRAPPERS = ("peft.", "torch._dynamo.", "torch.nn.parallel.")  # packages of modules
 
 
 @contextmanager
@@ -126,9 +122,11 @@ def prepare_model(model: nn.Module) -> None:
     for module in model.modules() if isinstance(model, nn.Module) else [model]:
         rwkv: Any = module
         kind: type = type(module)
-        hint = next((h for home, h in WRAPPERS.items() if kind.__module__.startswith(home)), "")
-        if hint or not issubclass(kind, nn.Module):
-            raise LorafoldError(f"model: found {kind.__name__}, expected a loaded model{hint}")
+        if not issubclass(kind, nn.Module) or kind.__module__.startswith(WRAPPERS):
+            raise LorafoldError(
+                f"model: found {kind.__module__}.{kind.__name__}, expected a loaded model, without"
+                " PEFT (use its unload() or merge_and_unload()), torch.compile or DataParallel"
+            )
         if "layers_are_rescaled" not in vars(module) or not rwkv.config.rescale_every:
             continue
         if rwkv.layers_are_rescaled:

@@ -93,14 +93,6 @@ def resolve_storage(
     """
     storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
     if base.loaded is not None:
-        fits = {
-            f"storage {base.storage}, as loaded": not is_set or storage in ("auto", base.storage),
-            "an objective without a head": not OBJECTIVES[recipe.objective].head,
-            "a method that does not change the base": not spec.trains_base,
-            "strategy ddp": recipe.strategy == "ddp",
-        }
-        if wrong := [expected for expected, holds in fits.items() if not holds]:
-            raise LorafoldError(f"model: a loaded model requires {', '.join(wrong)}")
         return base.storage
     if spec.trains_base:
         return trainable_storage(recipe)
