@@ -183,13 +183,12 @@ def build_adapter(
     prepare_model(model)
     if not isinstance(spec, Spec):
         if targets is not None or bias != "none" or modules_to_save or tokens:
-            raise LorafoldError(
-                "targets, bias, modules_to_save, tokens: not supported with a LoraConfig; set its"
-                " target_modules, bias, modules_to_save or trainable_token_indices"
-            )
+            names = "targets, bias, modules_to_save, tokens"
+            raise LorafoldError(f"{names}: found one beside a LoraConfig; set it in the config")
         spec, selected, bias = read_new(spec)
-        spec, tokens = selected.spec_in(model, spec), resolve(model, selected.tokens)
-        targets, modules_to_save = selected.targets(model), selected.saved(model)
+        spec, targets = selected.spec_in(model, spec), selected.targets(model)
+        tokens = resolve(model, selected.tokens) if selected.tokens else ()
+        modules_to_save = selected.saved(model)
     selection = selection_of(model)
     saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in param_paths(module_at(model, p), p))

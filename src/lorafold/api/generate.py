@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Texts = TypeVar("Texts", str, list[str])
 Messages = list[dict[str, Any]]
+PROMPT = opt.Option(kind=str, flag="--prompt", required=True)
 
 
 class RenderedPrompts(NamedTuple):
@@ -40,10 +41,7 @@ class Rendering(opt.BaseOptions, total=False):
 @opt.verb
 def generate(
     model: opt.ModelOrLoaded = None,
-    prompts: Annotated[
-        Texts | Messages | list[Messages] | None,
-        opt.Option(kind=str, flag="--prompt", required=True),
-    ] = None,
+    prompts: Annotated[Texts | Messages | list[Messages] | None, PROMPT] = None,
     *,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
@@ -73,16 +71,14 @@ def generate(
         lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7
     """
     from lorafold.api.arguments import missing_argument
-    from lorafold.data.json_input import json_type
     from lorafold.engine import Sampling
     from lorafold.generation import complete
 
     if prompts is None:
         raise missing_argument("prompts")
-    if not isinstance(prompts, str | list | tuple):
-        raise LorafoldError(f"prompts: found {json_type(prompts)}, expected text or a list")
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    prompt_list: Any = [prompts] if is_single else prompts
+    given: Any = prompts
+    is_single = not isinstance(given, list | tuple) or isinstance([*given, ""][0], dict)
+    prompt_list = [given] if is_single else given
     rendered = prepare_prompts(model, prompt_list, adapters, tokenizer, console, **rendering)
     sampling = Sampling(temperature=temperature, seed=seed)
     completions: Any = complete(*rendered, max_new_tokens, sampling)
@@ -134,9 +130,8 @@ def render_prompt(
     given = PROMPT_ONLY.extract(PROMPTS, row | {"system": None})
     roles = [message["role"] for message in given.messages]
     if wrong := [role for role in roles if role not in ROLES.values() or roles[-1] == "assistant"]:
-        expected = ", ".join(dict.fromkeys(ROLES.values()))
-        found = f"found the role {wrong[-1]!r}, expected one of {expected}, not assistant last"
-        raise LorafoldError(f"field prompt: {found}")
+        expected = f"{', '.join(dict.fromkeys(ROLES.values()))}, and not assistant last"
+        raise LorafoldError(f"field prompt: found the role {wrong[-1]!r}, expected {expected}")
     if system is not None:  # the row's field ignores an empty text
         given.messages.insert(0, {"role": "system", "content": system})
     return prompt_of(given, tokenizer)

@@ -123,7 +123,7 @@ class Docs(NamedTuple):
 
     @classmethod
     def of(cls, documented: Any) -> "Docs":
-        text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
+        text = f"{inspect.cleandoc(inspect.unwrap(documented).__doc__ or '')}\n"
         sections = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
         summary = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
@@ -226,7 +226,9 @@ def verb(function: Verb) -> Verb:
     listed = indent("\n".join(lines.values()), "    ")
     documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"
     documented.__signature__ = signature.replace(parameters=[*parameters.values()])
-    return validated(function)
+    result = validated(function)  # its help has no command lines
+    result.__doc__ = re.sub(r"^Examples:\n(    .*\n)+\n?", "", documented.__doc__, flags=re.M)
+    return result
 
 
 def rows(text: str, weighted: bool = False) -> str:
@@ -430,7 +432,7 @@ class StackOptions(DeviceOptions, total=False):
 def _storage(auto: str, when: str = "") -> Option:
     text = (
         f"The quantization or dtype of the base model{when}: auto, {STORAGE_NAMES}."
-        f" auto uses {auto}. You can also write --quantization."
+        f" auto uses {auto}. It is also called quantization."
     )
     return Option(text, panel=BASE, default="auto")
 

@@ -207,9 +207,9 @@ def numbered_rows(data: Any, source: str) -> Numbered:
     of columns, or a dataset with splits.
     """
     number, data = 0, select_split(source, data)
+    if isinstance(data, Mapping) and str in map(type, data.values()):
+        raise LorafoldError(f"{source}: found a single row, expected a list of rows")
     try:
-        if isinstance(data, Mapping) and str in map(type, data.values()):
-            raise LorafoldError("found a single row, expected a list of rows")
         if isinstance(data, Mapping) or hasattr(data, "__arrow_c_stream__"):
             import pyarrow as pa
 
@@ -218,10 +218,9 @@ def numbered_rows(data: Any, source: str) -> Numbered:
             wrong = f"found {json_type(row)}, expected an object"
             yield number, row if isinstance(row, dict) else wrong
     except Exception as error:  # also of the user's generator
-        kind = "" if isinstance(error, LorafoldError) else f"{type(error).__name__}: "
-        at = f"row {number + 1}: " if number else ""
-        text = truncate_middle(" ".join(str(error).split()), 200)
-        raise LorafoldError(f"{source}: {at}{kind}{text}") from error
+        at = f"reading row {number + 1}: " if number else ""
+        reason = truncate_middle(" ".join(str(error).split()), 200)
+        raise LorafoldError(f"{source}: {at}{type(error).__name__}: {reason}") from error
 
 
 def parse_source(text: str) -> DataSource:

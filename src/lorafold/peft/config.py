@@ -148,7 +148,9 @@ def write_config(
     return dict(sorted(config.items()))
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
+def read_config(
+    config: Mapping[str, Any], called: str = CONFIG
+) -> tuple[Spec, PeftSelection, Bias]:
     """Parses adapter_config.json. The error lists invalid and unsupported fields."""
     method = method_of(config)
     spec, problems = method.read(config)
@@ -175,7 +177,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
     texts = {k: ANY_VALUE.dump_json(v).decode() for k, v in unknown.items()}
     problems += [f"{k}={truncate_middle(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {join_problems(problems)}")
+        raise LorafoldError(f"{called}: {join_problems(problems)}")
     bias = shared.pop("bias")
     return spec, PeftSelection(**shared), bias
 
@@ -190,7 +192,7 @@ def read_new(config: Any) -> tuple[Spec, PeftSelection, Bias]:
     heads = dict((task, heads) for _, task, heads in TASKS).get(values["task_type"], ())
     values["modules_to_save"] = [*(values["modules_to_save"] or ()), *heads]
     spec: Any
-    spec, selection, bias = read_config(values)
+    spec, selection, bias = read_config(values, "LoraConfig")
     over = with_init(spec.over if values["use_dora"] else spec, init)
     return replace(spec, over=over) if values["use_dora"] else over, selection, bias
 

@@ -97,10 +97,8 @@ def with_init(spec: LoRA, init: Any) -> LoRA | PiSSA | OLoRA:
     if kind in ("pissa", "olora") and not (spec.rslora or spec.rank_pattern or spec.alpha_pattern):
         shared = (spec.rank, spec.alpha, spec.dropout)
         return OLoRA(*shared) if kind == "olora" else PiSSA(*shared, int(niter or 0))
-    raise LorafoldError(
-        f"init_lora_weights={init!r}: not supported (or not with use_rslora, rank_pattern and"
-        " alpha_pattern)"
-    )
+    with_others = "" if kind not in ("pissa", "olora") else " with use_rslora or patterns"
+    raise LorafoldError(f"init_lora_weights={init!r}: not supported{with_others}")
 
 
 def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:

@@ -7,6 +7,7 @@ it finds no model there either, it downloads the model by its Hub ID.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorafold.core.attach import base_state
 from lorafold.data.chat_template import date_used
 from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed, truncate_middle
@@ -110,15 +110,11 @@ class Base:
     @cached_property
     def identity(self) -> str:
         """The SHA-256, in hexadecimal, of all files that can affect the model's outputs, or of a
-        loaded model's configuration and tensors.
+        loaded model's fingerprint.
         """
         if self.loaded is None:
             return of_model(self.source)
-        digest = sha256(self.loaded.config.to_json_string().encode())
-        for name, t in base_state(self.loaded).items():
-            digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-            digest.update(t.detach().cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256(json.dumps(fingerprint.of_model(self.loaded)).encode()).hexdigest()
 
     def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
         """The cache key of a run's results, to which the caller adds recipe and rows. `packages`
