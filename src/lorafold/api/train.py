@@ -185,8 +185,8 @@ def build_request(
     over = () if over_paths == () else tuple(as_paths(over_paths))
     init_adapter = None if init_path is None else as_path(init_path, "init_adapter")
     below = (*over, *([init_adapter] if init_adapter else []))
-    records = [] if model else [*map(RecordedBase.read, below)]
     if model is None or isinstance(model, str | Path):
+        records = [] if model else [*map(RecordedBase.read, below)]
         base = base_for(model, records, console, **inputs)
     else:
         from lorafold.api.model_arguments import loaded_base
