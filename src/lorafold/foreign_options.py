@@ -208,7 +208,7 @@ SERVER_OPTION_NAMES = {key for keys in SERVER_OPTIONS for key in keys.split()}
 # field -> the function or class that has it, if that is not lf.Recipe
 OWNERS = {
     **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
-    **dict.fromkeys(("model", "revision", "out", "data", "eval_data"), "lf.train"),
+    **dict.fromkeys(("model", "revision", "out", "data", "eval_data", "tokenizer"), "lf.train"),
     **dict.fromkeys(("adapters", "keys"), "lf.serve"),
     **dict.fromkeys(("tensors", "to"), "lf.export"),
     "targets": "lf.attach or lf.Recipe",
