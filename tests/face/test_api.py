@@ -152,7 +152,7 @@ def test_a_loaded_model_is_the_base_and_stays_as_it_is(
     assert weights[0] == weights[1]
     a, b = (json.loads((tmp_path / n / "lorafold.json").read_text()) for n in "ab")
     assert (a["base"], a["trained_on"]) == (b["base"], b["trained_on"])
-    assert "base_identity" not in a  # of files
+    assert "base_identity" not in a  # which is of files
     lf.load(loaded, tmp_path / "a").detach()
     again = {"data": ROWS, "out": tmp_path / "a", "tokenizer": tokenizer, "resume": True}
     lf.train(recipe, model=loaded, **again)

@@ -65,7 +65,7 @@ def resolve_model(
             " adapters and allow_other_base to lf.load"
         )
     trusted, where = options.get("trust_remote_code", False), str(model.device)
-    source = source_of(model) or name_of_base(model) or "without a name"
+    source = source_of(model) or name_of_base(model) or "without a name (pass tokenizer)"
     return Base(source, device=where, trust_remote_code=trusted, loaded=model), ()
 
 

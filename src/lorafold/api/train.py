@@ -69,7 +69,8 @@ def train(
     linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3 for B
     (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
 
-    In Python, `model` can be a loaded model: its weights are the base, and it stays as it is.
+    In Python, `model` can be a loaded model without adapters. Its weights, as they are, are the
+    base, and it is unchanged afterwards. Its tokenizer is found by its name unless you pass one.
 
     Args:
         recipe: The training settings: method, targets, quantization, objective, optimizer, steps.

@@ -213,10 +213,12 @@ class Base:
         return mapped_model_of(self.source)
 
     def in_files(self) -> Weights | None:
-        """The weights in the model's files, read on access, or None if they are quantized."""
+        """The weights in the model's files, read on access, or None if they are quantized or the
+        model is loaded.
+        """
         from lorafold.models.checkpoint import original_weights
 
-        quantized = self.source.config().get("quantization_config")
+        quantized = self.loaded is not None or self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)
 
     def weights(self) -> Weights | None:
