@@ -48,10 +48,12 @@ def as_rows(
     if (sources := source_names(data)) is not None:
         rows = read_rows(sources, columns, lambda text: print_lines(console, text), content)
     else:
-        rows = check_rows(rename_columns(numbered_rows(data, label), columns or {}), label, content)
+        numbered = enumerate(data, 1) if isinstance(data, list) else numbered_rows(data, label)
+        numbered = rename_columns(numbered, columns) if columns else numbered
+        rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
-    messages = [*_dropped_columns(columns), *rows.remarks]
+    messages = [*(_dropped_columns(columns) if columns else ()), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if entry is not None:
         messages += entry.notices(rows.formats)

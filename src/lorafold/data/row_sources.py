@@ -215,8 +215,8 @@ def numbered_rows(data: Any, source: str) -> Numbered:
 
             data = pa.table(data).to_pylist()  # NaN in a DataFrame becomes null
         for number, row in enumerate(data, 1):
-            wrong = f"found {json_type(row)}, expected an object"
-            yield number, row if isinstance(row, dict) else wrong
+            is_row = isinstance(row, dict)
+            yield number, row if is_row else f"found {json_type(row)}, expected an object"
     except Exception as error:  # also of the user's generator
         at = f"reading row {number + 1}: " if number else ""
         reason = truncate_middle(" ".join(str(error).split()), 200)
