@@ -18,7 +18,7 @@ from functools import wraps
 from math import isfinite
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, truncate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -191,6 +191,7 @@ TRAINING_OPTIONS = {
     "output_dir adapter_path": _field("out"),
     "train_dataset dataset datasets dataset_name": _field("data"),
     "eval_dataset test_datasets": _field("eval_data"),
+    "processing_class": _field("tokenizer"),
 }
 # options of vLLM, SGLang, llama.cpp, and tools for conversion and merging
 SERVER_OPTIONS = {
@@ -207,7 +208,7 @@ SERVER_OPTION_NAMES = {key for keys in SERVER_OPTIONS for key in keys.split()}
 # field -> the function or class that has it, if that is not lf.Recipe
 OWNERS = {
     **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
-    **dict.fromkeys(("model", "revision", "out", "data", "eval_data"), "lf.train"),
+    **dict.fromkeys(("model", "revision", "out", "data", "eval_data", "tokenizer"), "lf.train"),
     **dict.fromkeys(("adapters", "keys"), "lf.serve"),
     **dict.fromkeys(("tensors", "to"), "lf.export"),
     "targets": "lf.attach or lf.Recipe",
@@ -222,16 +223,21 @@ def did_you_mean(name: str, known: Collection[str], cutoff: float = SIMILARITY, 
 def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     """Returns a suggestion in words for an unknown name, or an empty string."""
     option, other = FOREIGN_OPTIONS.get(name), ""
+    own = {field for one in TRAINING_OPTIONS.values() for field in one.fields}
+    if name in own and {"recipe", "spec"} & {*known}:
+        option = _field(name)  # of another function or class
     if option is not None:
         try:
             fields = option.read(given[name], given)
         except LorafoldError:  # invalid value
             fields = {}
-        shown = ", ".join(f"{k}={v!r}" for k, v in fields.items()) or " and ".join(option.fields)
+        shown = ", ".join(f"{k}={truncate(repr(v), 40)}" for k, v in fields.items())
+        shown = shown or " and ".join(option.fields)
         remark = f" ({option.remark})" if option.remark else ""
         if {*known} >= {*option.fields}:
             return f"use {shown}{remark}"
-        other = f"use {shown} of {OWNERS.get(option.fields[0], 'lf.Recipe')}{remark}"
+        owner = OWNERS.get(option.fields[0], "lf.Recipe")
+        other = f"use {shown} of {'lf.Recipe' if 'recipe' in known else owner}{remark}"
     ending = next((f"did you mean {one}?" for one in known if name.endswith(f"_{one}")), "")
     return did_you_mean(name, known, TYPO, 3) or ending or other or did_you_mean(name, known, n=3)
 

@@ -6,10 +6,12 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -254,6 +256,61 @@ def test_one_line_says_what_cant_be_read(name, content, part, tmp_path) -> None:
 )  # fmt: skip
 def test_rows_given_in_python_are_looked_through(row: Any, part: str) -> None:
     assert part in refusal([row])
+
+
+def broken() -> Iterator[dict[str, str]]:
+    yield ROW
+    raise ValueError("no such\nfield")
+
+
+SAVED = datasets.Dataset.from_list([ROW, ROW])
+FRAME = pandas.DataFrame([ROW, ROW])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        SAVED, SAVED.to_iterable_dataset(), datasets.DatasetDict(train=SAVED),
+        datasets.DatasetDict(only=SAVED), FRAME, pandas.DataFrame([CHAT, CHAT]),
+        FRAME.set_index("prompt"), FRAME[FRAME.completion == "Hi"].iloc[::-1],
+        pa.Table.from_pylist([ROW, ROW]), pa.RecordBatch.from_pylist([ROW, ROW]),
+        (row for row in [ROW, ROW]), (ROW, ROW), {name: [v, v] for name, v in ROW.items()},
+    ],
+    ids=lambda data: type(data).__name__,
+)  # fmt: skip
+def test_rows_are_taken_from_what_a_notebook_has(data: Any) -> None:
+    rows = as_rows(data)
+    assert len(rows) == 2
+    assert rows[1] in (ROW, CHAT, {"completion": "Hi", "prompt": "2024-01-02"})
+
+
+def test_other_splits_and_columns_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    other = SAVED.rename_column("prompt", "x")
+    assert len(as_rows(datasets.DatasetDict(train=SAVED, test=other, dev=other))) == 2
+    assert caplog.messages == ["rows given in Python: using the split train; left out: test, dev"]
+    ignored = "rows given in Python: ignored keys: Unnamed: 0 (rows of {prompt, completion})\n"
+    assert told(FRAME.reset_index(names="Unnamed: 0")) == ignored
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (None, "data: found None, expected rows, a path or a Hub dataset"),
+        (broken, "data: found <function broken"),
+        (broken(), "rows given in Python: reading row 2: ValueError: no such field"),
+        (ROW, "rows given in Python: found a single row, expected a list of rows"),
+        ({"prompt": ["a"], "completion": ["b", "c"]}, "expected length 1 but got length 2"),
+        (SAVED.select([]), "rows given in Python: no rows found, expected at least one"),
+        (pandas.DataFrame(), "rows given in Python: no rows found, expected at least one"),
+        (pandas.DataFrame([ROW, ROW | {"completion": float("nan")}]),
+         "row 2: field completion: found null, expected a value"),
+        (pandas.DataFrame([ROW, ROW | {"completion": 5}]), "ArrowTypeError"),
+        (SAVED["prompt"], "rows 1 to 2: found text, expected an object"),
+        (datasets.DatasetDict(a=SAVED, b=SAVED), "found the splits a, b, expected only one, or"),
+    ],
+)  # fmt: skip
+def test_rows_that_cant_be_taken_are_refused_in_one_line(data: Any, part: str) -> None:
+    assert part in error_cases.refusal(as_rows, data)
 
 
 def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:

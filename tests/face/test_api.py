@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from command_cases import rows_file
+from error_cases import refusal
 from lorafold.api.compose import rows_by_task
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -99,6 +103,86 @@ def test_a_prompt_gives_a_text_and_a_list_a_list(model: str, adapter: Path) -> N
     adapted = lf.generate(model, "Book a table", adapters=adapter, storage="fp32", max_new_tokens=4)
     lf.load(loaded, adapter)
     assert adapted == lf.generate(loaded, "Book a table", max_new_tokens=4)
+
+
+def test_a_prompt_may_be_messages(model: str) -> None:
+    loaded, user = lf.load_model(model, "fp32", "cpu"), {"role": "user", "content": "Book a table"}
+    short = {"max_new_tokens": 4}
+    text: str = lf.generate(loaded, "Book a table", system="Be brief.", **short)
+    system = {"role": "system", "content": "Be brief."}
+    assert lf.generate(loaded, [user], system="Be brief.", **short) == text
+    assert lf.generate(loaded, [system, user], **short) == text
+    assert lf.generate(loaded, [[system, user], "Hello"], **short)[0] == text
+    for prompts, part in (
+        ([{"role": "usr", "content": "Hi"}], "field prompt: found the role 'usr', expected user, "),
+        ([user, {"role": "assistant", "content": "Yes"}], "found the role 'assistant', expected"),
+        ([{"role": "user"}], "field prompt[0].content: found null, expected text"),
+        ([None], "field prompt: found null, expected text"),
+        (5, "field prompt: found 5, expected text"),
+        ([[]], "field prompt: found an empty list"),
+    ):
+        assert part in refusal(lf.generate, loaded, prompts)
+    said = "field system: found another system message in the conversation"
+    assert said in refusal(lf.generate, loaded, [system, user], system="Be long.")
+
+
+def state_of(model: Any) -> Any:
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    modes = [(type(m), m.training, sorted(vars(m))) for m in model.modules()]
+    return tensors, modes, [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "bitfit", "prefix"])
+def test_a_loaded_model_is_the_base_and_stays_as_it_is(
+    method: str, model: str, tmp_path: Path
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    options = {"gradient_checkpointing": True, "method": method, "steps": 2}
+    recipe = lf.Recipe(batch=2, max_length=64, **options)
+    (tensors, *others), given = state_of(loaded), lf.load_tokenizer(model)
+    loaded.config._name_or_path = "" if method == "bitfit" else model
+    tokenizer = given if method == "bitfit" else None
+    lf.train(recipe, data=ROWS, out=tmp_path / "a", model=loaded, tokenizer=tokenizer)
+    after, *others_after = state_of(loaded)
+    assert others_after == others
+    assert all(torch.equal(tensors[name], t) for name, t in after.items())
+    named = recipe.model_copy(update={"storage": "fp32"})
+    lf.train(named, data=ROWS, out=tmp_path / "b", model=model)
+    weights = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab"]
+    assert weights[0] == weights[1]
+    a, b = (json.loads((tmp_path / n / "lorafold.json").read_text()) for n in "ab")
+    assert (a["base"], a["trained_on"]) == (b["base"], b["trained_on"])
+    assert "base_identity" not in a  # which is of files
+    lf.load(loaded, tmp_path / "a").detach()
+    again = {"data": ROWS, "out": tmp_path / "a", "tokenizer": tokenizer, "resume": True}
+    lf.train(recipe, model=loaded, **again)
+    loaded.lm_head.weight.data.mul_(2)
+    assert "model has changed" in refusal(lf.train, recipe, model=loaded, **again)
+
+
+def test_loaded_models_that_cant_be_the_base_are_refused(model: str, tmp_path: Path) -> None:
+    loaded = lf.load_model(model, "fp32", "cpu")
+
+    def said(recipe: lf.Recipe = RECIPE, model: Any = loaded, **given: Any) -> str:
+        return refusal(lf.train, recipe, data=ROWS, out=tmp_path / "a", model=model, **given)
+
+    assert "device: not supported for a model that is already loaded" in said(device="cpu")
+    for changes in (
+        {"storage": "bf16"}, {"method": "full"}, {"objective": "reward"}, {"strategy": "fsdp"},
+    ):  # fmt: skip
+        field, value = next(iter(changes.items()))
+        pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+        rows = pairs if field == "objective" else ROWS
+        recipe = RECIPE.model_copy(update=changes)
+        line = refusal(lf.train, recipe, data=rows, out=tmp_path / "a", model=loaded)
+        assert f"a loaded model can't be trained with {field} {value}; change this" in line
+    assert "with dtype float16" in said(lf.Recipe(), loaded.half())
+    loaded.float()
+    for wrapped in (torch.compile(loaded), nn.DataParallel(loaded)):
+        assert f"{type(wrapped).__name__}, expected a loaded model" in said(model=wrapped)
+    lf.attach(loaded, lf.LoRA(), name="mine")
+    assert "with adapters on it (mine)" in said()
+    assert not (tmp_path / "a").exists()
 
 
 def test_merged_inspected_composed(model: str, adapter: Path, tmp_path: Path) -> None:
@@ -189,7 +273,19 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
         (lambda out: lf.compare(out, seeds=0), "seeds: found 0, expected 1 or more"),
         (lambda out: lf.intrinsic(out, share=1.5), "share: found 1.5, expected 0 to 1"),
         (lambda out: lf.train(data="x", out=out, learning_rate=3), "lf.train has no option learn"),
-        (lambda out: lf.train(data={"prompt": ["a"]}, out=out), "data: found a dict, expected"),
+        (lambda out: lf.train(data={"prompt": "a"}, out=out), "found a single row, expected"),
+        (lambda out: lf.train(data=None, out=out), "data: found None, expected rows, a path or"),
+        (lambda out: lf.train(data="x", out=out, lora_alpha=32, per_device_train_batch_size=2),
+         "use alpha=32.0 of lf.Recipe; lf.train has no option per_device_train_batch_size; use ba"),
+        (lambda out: lf.train(data="x", out=out, rank=8), "use rank=8 of lf.Recipe"),
+        (lambda out: lf.train(train_dataset=ROWS, out=out), "use data=[{'prompt': 'Book a tab"),
+        (lambda out: lf.train(data="x", out=out, processing_class=3), "use tokenizer=3"),
+        (lambda out: lf.train(data=ROWS, out=out, model=3), "model: found builtins.int, expected"),
+        (lambda out: lf.attach(None, lf.LoRA()), "model: found builtins.NoneType, expected a"),
+        (lambda out: lf.attach(nn.Linear(2, 2), lf.LoRA), "spec: found <class 'lorafold.methods"),
+        (lambda out: lf.attach(nn.Linear(2, 2), None), "spec: found None, expected a spec"),
+        (lambda out: lf.generate("m", None), "prompts: missing"),
+        (lambda out: lf.intrinsic(out, smallest=100, largest=120), "expected a power of 2 betw"),
         (lambda out: lf.estimate("m", device_memory="24"), "found 24, expected a size as in 24GB"),
         (lambda out: lf.generate("m", "x", adapter="a"), "did you mean adapters?"),
         (lambda out: lf.load_model("m", quantize="nf4"), "lf.load_model has no option quantize"),

@@ -3,6 +3,7 @@
 Two fp32 implementations differ by rounding: 1e-5 of the largest logit is asked both ways.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lorafold as lf
 from adapter_files import WEIGHTS, assert_same_tensors, json_of, tensors_of
+from error_cases import refusal
 from lorafold.core.spec import Spec
 from peft_cases import (
     CLOSE,
@@ -230,6 +232,71 @@ def test_saved_again_is_the_same(case: str, tiny_model: Model, tmp_path: Path) -
     assert gap(logits(again), logits(model)) <= (CLOSE if rounding else 0)
     assert type(loaded.spec) is type(asked["spec"])
     assert json_of(tmp_path / "a") == json_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("llama", {"target_modules": "all-linear", "lora_alpha": 32}),
+        ("llama", {"target_modules": r".*\.1\..*proj", "lora_dropout": 0.1}),
+        ("llama", {"target_modules": MORE, "layers_to_transform": [1], "layers_pattern": "layers"}),
+        ("llama", {"target_modules": MORE, "exclude_modules": ["layers.0.mlp.up_proj"]}),
+        ("llama", {"target_modules": Q, "use_rslora": True, "rank_pattern": RANKS,
+                   "alpha_pattern": {"q_proj": 7}}),
+        ("llama", {"target_modules": Q, "use_dora": True}),
+        ("llama", {"target_modules": Q, "modules_to_save": ["lm_head"], "bias": "all"}),
+        ("llama", {"target_modules": ["embed_tokens"], "init_lora_weights": "gaussian"}),
+        ("llama", {"target_modules": Q, "trainable_token_indices": [1, 2]}),
+        ("llama", {"target_modules": Q, "init_lora_weights": "pissa_niter_4"}),
+        ("llama", {"target_modules": Q, "init_lora_weights": "olora", "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}),
+    ],
+)  # fmt: skip
+def test_a_lora_config_attaches_what_peft_does(kind: str, given: Any, tiny_model: Model) -> None:
+    config = peft.LoraConfig(**{"r": 4} | given)
+    adapter = lf.attach(tiny_model(kind), config)
+    theirs = peft.get_peft_model(tiny_model(kind), copy.deepcopy(config))
+    layers = {
+        name.removeprefix("base_model.model."): (m.r["default"], m.scaling["default"])
+        for name, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    deltas = {p: getattr(d, "inner", d) for p, d in adapter.own_deltas.items()}
+    assert {path: (delta.A.shape[0], delta.scale) for path, delta in deltas.items()} == layers
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in adapter.parameters()) == trained
+    over = getattr(adapter.spec, "over", adapter.spec)
+    init = str(config.init_lora_weights).partition("_")[0]
+    assert {"pissa": lf.PiSSA, "olora": lf.OLoRA}.get(init, lf.LoRA) is type(over)
+    assert over.dropout == config.lora_dropout
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"init_lora_weights": False}, "init_lora_weights=False: not supported"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal': not supported"),
+        ({"init_lora_weights": "pissa", "use_rslora": True}, "'pissa': not supported with use_rs"),
+        ({"lora_bias": True}, "LoraConfig: lora_bias=true is not supported"),
+        ({"layer_replication": [(0, 2)]}, "LoraConfig: layer_replication=[[0,2]] is not supported"),
+        ({"target_modules": None}, "LoraConfig: target_modules: found None"),
+        ({"target_modules": ["nothing"]}, "target_modules nothing match no module"),
+    ],
+)
+def test_what_a_lora_config_cant_have_here_is_named(config: Any, part: str, tiny_model) -> None:
+    made = peft.LoraConfig(**{"target_modules": Q} | config)
+    assert part in refusal(lf.attach, tiny_model("llama"), made)
+
+
+def test_other_configs_and_models_of_peft_are_refused(tiny_model: Model) -> None:
+    model, config = tiny_model("llama"), peft.LoraConfig(target_modules=Q)
+    assert "expected a spec" in refusal(lf.attach, model, peft.IA3Config(target_modules=Q))
+    line = "targets, bias, modules_to_save, tokens: found one beside a LoraConfig"
+    assert line in refusal(lf.attach, model, config, targets="all-linear")
+    wrapped = peft.get_peft_model(model, config)
+    for theirs in (wrapped, model):  # PEFT replaces modules of the model itself
+        assert "expected a loaded model, without PEFT" in refusal(lf.attach, theirs, lf.LoRA())
+    lf.attach(wrapped.unload(), lf.LoRA())
 
 
 def test_suffixes_where_they_suffice(tiny_model: Model, tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def test_prompts_need_no_completion_and_keep_the_one_they_have(model_dir) -> Non
         ({"prompt": "Hello", "completion": "Hi"}, "Hi"),
     ):
         assert prompts_of(as_prompts([row]), tokenizer, "rows") == [PromptRow(text, reference)]
+    with pytest.raises(lf.LorafoldError, match="rows: row 1: found no message before the assis"):
+        prompts_of([{}], tokenizer, "rows")
 
 
 @pytest.mark.parametrize(

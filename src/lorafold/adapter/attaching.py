@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from lorafold.core.attach import (
     selection_of,
 )
 from lorafold.core.combine import Stack
-from lorafold.core.contexts import disable_rescaling
+from lorafold.core.contexts import prepare_model
 from lorafold.core.delta import Delta
 from lorafold.core.expert_matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.shared_tensors import skip_init
@@ -49,6 +50,11 @@ from lorafold.models.sources import name_of_base, source_of
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import provenance
 from lorafold.peft.adapter_directory import AdapterConfig, SavedAdapter
+from lorafold.peft.config import read_new
+from lorafold.peft.tokens import resolve
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +62,7 @@ log = logging.getLogger(__name__)
 @with_suggestions
 def attach(
     model: nn.Module,
-    spec: Spec,
+    spec: Spec | LoraConfig,
     targets: str | Sequence[str] | Matches | None = None,
     name: str = "default",
     *,
@@ -72,7 +78,8 @@ def attach(
     module that can't be adapted, or a name that is in use.
 
     Args:
-        spec: the method with its hyperparameters.
+        spec: the method with its hyperparameters, or a `peft.LoraConfig`, which also selects the
+            modules and tokens, so the other arguments must not.
         targets: the modules to adapt: a preset (`lorafold.core.targets`), names or path ends, a
             regular expression over whole paths, or matches (None: the method's default).
         name: the adapter's name on this model.
@@ -164,7 +171,7 @@ class BuiltAdapter:
 
 def build_adapter(
     model: nn.Module,
-    spec: Spec,
+    spec: Spec | LoraConfig,
     targets: str | Sequence[str] | Matches | None = None,
     *,
     bias: Bias = "none",
@@ -173,7 +180,15 @@ def build_adapter(
     base: Weights | None = None,
 ) -> BuiltAdapter:
     """Builds a new adapter without attaching it. The arguments are those of `attach`."""
-    disable_rescaling(model)
+    prepare_model(model)
+    if not isinstance(spec, Spec):
+        if targets is not None or bias != "none" or modules_to_save or tokens:
+            names = "targets, bias, modules_to_save, tokens"
+            raise LorafoldError(f"{names}: found one beside a LoraConfig; set it in the config")
+        spec, selected, bias = read_new(spec)
+        spec, targets = selected.spec_in(model, spec), selected.targets(model)
+        tokens = resolve(model, selected.tokens) if selected.tokens else ()
+        modules_to_save = selected.saved(model)
     selection = selection_of(model)
     saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in param_paths(module_at(model, p), p))
@@ -228,7 +243,7 @@ def read_adapter(
     """Reads a saved adapter without attaching it. The arguments are those of `load`; `below` are
     the adapters below it (None: the model's active adapters).
     """
-    disable_rescaling(model)
+    prepare_model(model)
     saved = (path if isinstance(path, SavedAdapter) else SavedAdapter.open(path)).for_model(model)
     if saved.over:  # one of these adapters replaces the model's randomly initialized head
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))

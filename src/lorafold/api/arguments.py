@@ -6,7 +6,7 @@ reported before these slow imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
 from lorafold.data.json_input import Row
-from lorafold.data.row_sources import parse_source
+from lorafold.data.row_sources import numbered_rows, parse_source
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
 from lorafold.errors import LorafoldError, truncate
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorafold.data.stream import RowStream
     from lorafold.recipe.recipe import Recipe
 
+PATH = str | Path
 STEPS, TEST_ROWS = 60, 100  # the quickstart task's training steps and held-out rows
 
 
@@ -47,7 +48,7 @@ def as_rows(
     if (sources := source_names(data)) is not None:
         rows = read_rows(sources, columns, lambda text: print_lines(console, text), content)
     else:
-        numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
+        numbered = enumerate(data, 1) if isinstance(data, list) else numbered_rows(data, label)
         numbered = rename_columns(numbered, columns) if columns else numbered
         rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
@@ -132,7 +133,7 @@ def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
 
     inputs: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := source_names(data)) is None:
-        inputs = [(enumerate(cast(Sequence[Row], data), 1), source_label(data))]
+        inputs = [(numbered_rows(data, source_label(data)), source_label(data))]
     else:
         files = [file for source in map(parse_source, sources) for file in source.files]
         inputs = [(file.numbered_rows(), file.name) for file in files]
@@ -149,7 +150,7 @@ def as_stream(
     from lorafold.data.stream import RowStream
 
     if (sources := source_names(data)) is None:
-        raise LorafoldError("streaming: found a list of rows, expected files or a Hub dataset")
+        raise LorafoldError("streaming: found rows, expected files or the name of a Hub dataset")
     entry = OBJECTIVES[objective]
     stream = RowStream(tuple(map(parse_source, sources)), columns or {}, entry.takes)
     remarks = stream.remarks()
@@ -174,13 +175,16 @@ def _ignored_keys(keys: Sequence[str]) -> str:
 
 
 def source_names(data: Data) -> list[str] | None:
-    """Returns the paths and dataset names in `data`, or None if it is a list of rows."""
-    if isinstance(data, (str, Path)):
+    """Returns the paths and dataset names in `data`, or None if it contains rows."""
+    if isinstance(data, PATH):
         return [str(data)]
-    if isinstance(data, Mapping):
-        raise LorafoldError("data: found a dict, expected a list of rows, a path or a Hub dataset")
-    names = [str(item) for item in data if isinstance(item, (str, Path))]
-    return names if names and len(names) == len(data) else None
+    if not isinstance(data, Iterable | Sized):
+        raise LorafoldError(
+            f"data: found {truncate(repr(data), 80)}, expected rows, a path or a Hub dataset"
+        )
+    items = data if isinstance(data, list | tuple) else ()
+    names = [str(item) for item in items if isinstance(item, PATH)]
+    return names if names and len(names) == len(items) else None
 
 
 def source_label(data: Data) -> str:

@@ -28,8 +28,8 @@ class Learning:
         gates: The gates of a mixture: one per adapter (global), one per adapter and layer (layer),
             or computed from each token (token).
         examples: Rows of one task, from which lorahub and mixture learn; repeat the option for each
-            task.
-            Default: half of the rows of each `data`.
+            task. Default: half of the rows of each `data`. In Python, a mapping or list as for
+            `data`.
         evaluations: The number of combinations of weights that lorahub tries.
         recipe: The recipe for training a mixture's gates.
     """
@@ -75,13 +75,14 @@ def compose(
     Args:
         adapters: The saved adapters to combine, in PEFT format.
         how: A composing method, from the list below. Repeat it to compare several; each gets a
-            subdirectory of OUT.
+            subdirectory of OUT. In Python, a name or a list of names.
         weights: The weight of an adapter; repeat it for each adapter, in order. Default: the
-            composing method's.
+            composing method's. In Python, a list of numbers.
         rank: Truncate the update of each module to this rank.
         density: The share of entries that ties, dare, dare-ties and magnitude keep.
         learning: Options for learning weights and gates.
-        data: Rows of a task to evaluate on; repeat it for each task.
+        data: Rows of a task to evaluate on; repeat it for each task. In Python, a mapping from
+            names of tasks to rows, or a list of files.
 
     Raises LorafoldError, with nothing written, for invalid arguments, adapters or rows.
 

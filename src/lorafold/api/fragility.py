@@ -49,9 +49,10 @@ class Tuning:
 
     Args:
         examples: The number of benign examples of a fine-tuning run; repeat the option to test
-            several.
-        rank: The LoRA rank of a fine-tuning run; repeat the option to test several.
-        lr: A learning rate for A; the rate for B is 15 times as high.
+            several. In Python, a list of numbers.
+        rank: The LoRA rank of a fine-tuning run; repeat the option to test several. In Python, a
+            list of ranks.
+        lr: A learning rate for A; the rate for B is 15 times as high. In Python, a list of rates.
         seeds: The number of seeds for each run. The seed also selects the examples.
     """
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Prompts = TypeVar("Prompts", str, list[str])  # one prompt, or a list
+Texts = TypeVar("Texts", str, list[str])
+Messages = list[dict[str, Any]]
+PROMPT = opt.Option(kind=str, flag="--prompt", required=True)
 
 
 class RenderedPrompts(NamedTuple):
@@ -39,7 +41,7 @@ class Rendering(opt.BaseOptions, total=False):
 @opt.verb
 def generate(
     model: opt.ModelOrLoaded = None,
-    prompts: Annotated[Prompts | None, opt.Option(kind=str, flag="--prompt", required=True)] = None,
+    prompts: Annotated[Texts | Messages | list[Messages] | None, PROMPT] = None,
     *,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
@@ -48,14 +50,14 @@ def generate(
     seed: opt.Seed = 0,
     console: opt.Progress = None,
     **rendering: Unpack[Rendering],
-) -> Prompts:
+) -> Texts:
     """Complete one prompt. The text streams to stdout, the speed goes to stderr.
 
     With `tools`, function calls in the completion are parsed: they are listed on stderr and in the
     JSON, as null if they can't be parsed.
 
-    In Python, the text is returned, or a list of texts for a list of prompts; `lf.parse_calls`
-    parses function calls.
+    In Python, a prompt can also be a list of messages. The text is returned, or a list of texts for
+    a list of prompts; `lf.parse_calls` parses function calls.
 
     Args:
         prompts: The user message, rendered with the model's chat template.
@@ -74,16 +76,18 @@ def generate(
 
     if prompts is None:
         raise missing_argument("prompts")
-    prompt_list = [prompts] if isinstance(prompts, str) else prompts
+    given: Any = prompts
+    is_single = not isinstance(given, list | tuple) or isinstance([*given, ""][0], dict)
+    prompt_list = [given] if is_single else given
     rendered = prepare_prompts(model, prompt_list, adapters, tokenizer, console, **rendering)
     sampling = Sampling(temperature=temperature, seed=seed)
-    completions = complete(*rendered, max_new_tokens, sampling)
-    return completions[0] if isinstance(prompts, str) else completions
+    completions: Any = complete(*rendered, max_new_tokens, sampling)
+    return completions[0] if is_single else completions
 
 
 def prepare_prompts(
     model: opt.ModelOrLoaded,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     adapters: opt.Paths = (),
     tokenizer: opt.Tokenizer = None,
     console: opt.Progress = None,
@@ -110,18 +114,24 @@ def prepare_prompts(
 
 
 def render_prompt(
-    prompt: str,
+    prompt: str | Messages,
     system: str | None,
     tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    from lorafold.data.formats import Conversation
-    from lorafold.data.messages import openai_tools, tool_problems
+    from lorafold.data.formats import PROMPT_ONLY, PROMPTS
+    from lorafold.data.messages import ROLES
     from lorafold.data.render import prompt_of
 
-    tool_list = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
-    if problems := list(tool_problems(tool_list)):
+    offered = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
+    row = {"prompt": prompt, "system": system, "tools": offered}
+    if problems := list(PROMPT_ONLY.problems(row)):
         raise LorafoldError("; ".join(problems))
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    return prompt_of(Conversation(messages, 0, openai_tools(tool_list)), tokenizer)
+    given = PROMPT_ONLY.extract(PROMPTS, row | {"system": None})
+    roles = [message["role"] for message in given.messages]
+    if wrong := [role for role in roles if role not in ROLES.values() or roles[-1] == "assistant"]:
+        expected = f"{', '.join(dict.fromkeys(ROLES.values()))}, and not assistant last"
+        raise LorafoldError(f"field prompt: found the role {wrong[-1]!r}, expected {expected}")
+    if system is not None:  # the row's field ignores an empty text
+        given.messages.insert(0, {"role": "system", "content": system})
+    return prompt_of(given, tokenizer)

@@ -61,8 +61,10 @@ def intrinsic(
     from lorafold.resolve import Base
     from lorafold.training.inputs import RunRequest
 
-    if smallest > largest:
-        raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
+    if (smallest - 1).bit_length() > largest.bit_length() - 1:
+        raise LorafoldError(
+            f"smallest, largest: found {smallest} and {largest}, expected a power of 2 between them"
+        )
     study, console = as_study_path(out), console_or_quiet(console)
     recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)

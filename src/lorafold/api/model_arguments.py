@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.adapter import load_all
 from lorafold.api.arguments import as_paths, console_or_quiet
 from lorafold.api.options import Paths
+from lorafold.core.attach import selection_of
+from lorafold.core.contexts import prepare_model
 from lorafold.errors import LorafoldError
 from lorafold.files.terminal import print_lines
+from lorafold.models.loading import recorded_storage
 from lorafold.models.positions import positions_in, positions_of
-from lorafold.models.sources import ModelSource
-from lorafold.models.tokenizer import load_tokenizer
+from lorafold.models.quantizations import UNQUANTIZED
+from lorafold.models.sources import ModelSource, name_of_base, source_of
+from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.peft.adapter_directory import SavedAdapter, open_all
-from lorafold.recipe.resolve_settings import fit_length
+from lorafold.recipe.resolve_settings import fit_length, spec_of
 from lorafold.resolve import Base, base_for
 from lorafold.resolve.base import LANGUAGE_MODEL, REWARD_MODEL, known_classes, model_kind
 from lorafold.training_step.preference_algorithms import BradleyTerry
@@ -29,13 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A loaded model that the caller passed. `trust_remote_code` applies to its tokenizer."""
-
-    model: PreTrainedModel
-    trust_remote_code: bool
+    from lorafold.recipe.recipe import Recipe
 
 
 def resolve_base(
@@ -51,26 +49,52 @@ def resolve_model(
     adapters: Paths,
     console: Console | None = None,
     **options: Any,
-) -> tuple[Base | LoadedModel, tuple[SavedAdapter, ...]]:
+) -> tuple[Base, tuple[SavedAdapter, ...]]:
     """Does the same as `resolve_base`, but also accepts a loaded model, for which it rejects
     arguments that have no effect.
     """
     if model is None or isinstance(model, (str, Path, ModelSource)):
         return resolve_base(model, adapters, console, **options)
+    prepare_model(model)
     unused = [n for n, v in options.items() if n != "trust_remote_code" and v != getattr(Base(), n)]
-    if as_paths(adapters):
-        unused.insert(0, "adapters")
+    unused = [*["adapters"] * bool(as_paths(adapters)), *unused]
     if unused:
         raise LorafoldError(
             f"{', '.join(unused)}: not supported for a model that is already loaded; pass the"
             " model's name instead, or pass storage, device and revision to lf.load_model, and"
             " adapters and allow_other_base to lf.load"
         )
-    return LoadedModel(model, options.get("trust_remote_code", False)), ()
+    trusted, where = options.get("trust_remote_code", False), str(model.device)
+    source = source_of(model) or name_of_base(model) or "without a name (pass tokenizer)"
+    return Base(source, device=where, trust_remote_code=trusted, loaded=model), ()
+
+
+def loaded_base(
+    model: PreTrainedModel, recipe: Recipe, console: Console | None, **options: Any
+) -> Base:
+    """A loaded model as the base of a training run."""
+    base, _ = resolve_model(model, (), console, **options)
+    stored = recorded_storage(model) or {"storage": "unknown", "dtype": "unknown"}
+    storage, dtype = stored["storage"].partition(" ")[0], stored["dtype"]
+    is_set, attached = "storage" in recipe.model_fields_set, selection_of(model).names
+    wrong = {
+        f"dtype {dtype}": dtype not in UNQUANTIZED,
+        f"adapters on it ({', '.join(attached)})": attached,
+        f"storage {recipe.storage}": is_set and recipe.storage not in ("auto", storage),
+        f"objective {recipe.objective}": OBJECTIVES[recipe.objective].head,
+        f"method {recipe.method}": spec_of(recipe).trains_base,
+        f"strategy {recipe.strategy}": recipe.strategy != "ddp",
+    }
+    if found := [text for text, holds in wrong.items() if holds]:
+        raise LorafoldError(
+            f"model: a loaded model can't be trained with {', '.join(found)}; change this, or pass"
+            " the model's name"
+        )
+    return replace(base, storage=storage, dtype=dtype)
 
 
 def load_with_adapters(
-    model: Base | LoadedModel,
+    model: Base,
     adapters: Sequence[SavedAdapter] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -83,11 +107,9 @@ def load_with_adapters(
     `classify`, the model must be a sequence classifier; with `reward`, a reward model.
     """
     console = console_or_quiet(console)
-    if isinstance(model, LoadedModel):
-        loaded, trust_remote_code = model.model, model.trust_remote_code
-        tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trust_remote_code)
-        return loaded, tokenizer if classify else set_up_tokenizer(tokenizer, Sft(), console)
     tokenizer = tokenizer or model.tokenizer(adapters)
+    if (loaded := model.loaded) is not None:
+        return loaded, tokenizer if classify else set_up_tokenizer(tokenizer, Sft(), console)
     kind, classes = model_kind(model, adapters), known_classes(model, adapters)
     expected = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
     if expected != ("a classifier" if classes else kind):
@@ -112,7 +134,7 @@ def load_with_adapters(
 
 
 def truncation_length(
-    model: Base | LoadedModel,
+    model: Base,
     max_length: int | None,
     adapters: Sequence[SavedAdapter],
     console: Console | None,
@@ -123,8 +145,8 @@ def truncation_length(
     positions for the adapters' virtual tokens. `head` means that the model has a classification
     head, as classifiers and reward models do.
     """
-    if isinstance(model, LoadedModel):
-        positions = positions_of(model.model)
+    if model.loaded is not None:
+        positions = positions_of(model.loaded)
     else:
         positions = positions_in(model.config(), head, model.trust_remote_code)
     num_virtual = sum(one.spec.positions for one in adapters)

@@ -14,7 +14,7 @@ Parameters can be grouped in a typed dictionary, as `BaseOptions` here, or in a 
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter
@@ -123,7 +123,7 @@ class Docs(NamedTuple):
 
     @classmethod
     def of(cls, documented: Any) -> "Docs":
-        text = f"{inspect.cleandoc(documented.__doc__ or '')}\n"
+        text = f"{inspect.cleandoc(inspect.unwrap(documented).__doc__ or '')}\n"
         sections = {title: dedent(body) for title, body in SECTION.findall(text)}
         paragraphs = SECTION.sub("\n", text).strip().split("\n\n")
         summary = (part for part in paragraphs if not part.startswith(("Raises ", "In Python")))
@@ -226,7 +226,9 @@ def verb(function: Verb) -> Verb:
     listed = indent("\n".join(lines.values()), "    ")
     documented.__doc__ = f"{summary.rstrip()}\n\nArgs:\n{listed}\n{''.join(rest)}"
     documented.__signature__ = signature.replace(parameters=[*parameters.values()])
-    return validated(function)
+    result = validated(function)  # its help has no command lines
+    result.__doc__ = re.sub(r"^Examples:\n(    .*\n)+\n?", "", documented.__doc__, flags=re.M)
+    return result
 
 
 def rows(text: str, weighted: bool = False) -> str:
@@ -235,12 +237,14 @@ def rows(text: str, weighted: bool = False) -> str:
     return (
         "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"
         f' pattern such as "data/*.jsonl", or a Hub dataset.{share} Each row is {text}.'
-        " In Python, also the rows themselves as a list of dicts."
+        " In Python, also the rows themselves: dicts in a list or generator, a DataFrame, an Arrow"
+        " table, a dict of lists, or a Dataset, IterableDataset or DatasetDict (its train split)."
     )
 
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
-Data = str | Path | Sequence[str] | Sequence[dict[str, Any]]  # one source, several, or the rows
+# one source, several, or rows; an Arrow table is Sized, but not Iterable
+Data = str | Path | Iterable[Any] | Sized
 ColumnNames = Mapping[str, str]  # lorafold's name of a column -> your name
 RewardSources = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # name of a task -> its rows, or files
@@ -428,7 +432,7 @@ class StackOptions(DeviceOptions, total=False):
 def _storage(auto: str, when: str = "") -> Option:
     text = (
         f"The quantization or dtype of the base model{when}: auto, {STORAGE_NAMES}."
-        f" auto uses {auto}. You can also write --quantization."
+        f" auto uses {auto}. It is also called quantization."
     )
     return Option(text, panel=BASE, default="auto")
 

@@ -1,5 +1,6 @@
 """`lf.train`: train an adapter; `lf.preview`: the rows of such a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -54,7 +55,8 @@ def train(
     *,
     data: opt.TrainingRows,
     out: opt.Out,
-    model: opt.Model = None,
+    model: opt.ModelOrLoaded = None,
+    tokenizer: opt.Tokenizer = None,
     plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
     overwrite: opt.Overwrite = False,
@@ -66,6 +68,9 @@ def train(
     The default recipe works for most tasks: a 4-bit base model (QLoRA), LoRA of rank 16 on all
     linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3 for B
     (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
+
+    In Python, `model` can be a loaded model without adapters. Its weights, as they are, are the
+    base, and it is unchanged afterwards. Its tokenizer is found by its name unless you pass one.
 
     Args:
         recipe: The training settings: method, targets, quantization, objective, optimizer, steps.
@@ -96,7 +101,7 @@ def train(
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = build_request(
-            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite
+            recipe, data, out, model, inputs, console, tokenizer, resume=resume, overwrite=overwrite
         )
         from lorafold.training import run
 
@@ -116,7 +121,8 @@ def preview(
     recipe: RunRecipe = None,
     *,
     data: opt.TrainingRows,
-    model: opt.Model = None,
+    model: opt.ModelOrLoaded = None,
+    tokenizer: opt.Tokenizer = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
     **inputs: Unpack[RunInputs],
@@ -133,7 +139,7 @@ def preview(
     from lorafold.api.arguments import as_html_path, console_or_quiet
 
     html_path, console = as_html_path(html), console_or_quiet(console)
-    request = build_request(recipe, data, "", model, inputs, console)
+    request = build_request(recipe, data, "", model, inputs, console, tokenizer)
     from lorafold.training.preview import show
 
     return show(request, console, html=html_path)
@@ -143,9 +149,10 @@ def build_request(
     recipe: "Recipe | None",
     data: opt.Data,
     out: str | Path,
-    model: opt.Model,
+    model: opt.ModelOrLoaded,
     inputs: RunInputs,
     console: "Console",
+    tokenizer: opt.Tokenizer = None,
     **fields: Any,
 ) -> "RunRequest":
     """Builds the request of a run; `fields` are further fields of `RunRequest`."""
@@ -179,9 +186,15 @@ def build_request(
     over = () if over_paths == () else tuple(as_paths(over_paths))
     init_adapter = None if init_path is None else as_path(init_path, "init_adapter")
     below = (*over, *([init_adapter] if init_adapter else []))
-    records = [] if model else [*map(RecordedBase.read, below)]
+    if model is None or isinstance(model, str | Path):
+        records = [] if model else [*map(RecordedBase.read, below)]
+        base = base_for(model, records, console, **inputs)
+    else:
+        from lorafold.api.model_arguments import loaded_base
+
+        base = loaded_base(model, run_recipe, console, **inputs)
     return RunRequest(
-        base_for(model, records, console, **inputs),
+        replace(base, words=tokenizer),
         as_path(out),
         run_recipe,
         rows,

@@ -310,7 +310,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
     recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = task.request(Path(folder) / "adapter", recipe)
-        storage = resolve_storage(recipe, spec_of(recipe), task.base.source)
+        storage = resolve_storage(recipe, spec_of(recipe), task.base)
         if method == BASE:
             models = ComparedModels(request, task.base.stored(storage))
             return Measurement(BASE, seed, **eval_figures(models.evaluation(models.base(), task)))

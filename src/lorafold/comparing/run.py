@@ -130,7 +130,7 @@ def cell_digest(task: ComparisonTask, method: str) -> str:
     """A digest of all inputs of a measurement but the seed: model, rows, recipe, rewards, code."""
     recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
-    base = task.base.stored(resolve_storage(recipe, spec, task.base.source))
+    base = task.base.stored(resolve_storage(recipe, spec, task.base))
     environment = base.cache_key(recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     settings = recipe.model_dump(mode="json", exclude={"seed"})

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafold.errors import LorafoldError
 
+WRAPPERS = ("peft.", "torch._dynamo.", "torch.nn.parallel.")  # packages of modules
+
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
@@ -112,12 +114,19 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def disable_rescaling(model: nn.Module) -> None:
-    """Undoes and disables RWKV's in-place rescaling of weights for inference: a delta would not be
-    rescaled with its matrix, so merged weights would be wrong by a power of two.
+def prepare_model(model: nn.Module) -> None:
+    """Refuses models with modules of other tools, and undoes and disables RWKV's in-place rescaling
+    of weights for inference: a delta would not be rescaled with its matrix, so merged weights would
+    be wrong by a power of two.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else [model]:
         rwkv: Any = module
+        kind: type = type(module)
+        if not issubclass(kind, nn.Module) or kind.__module__.startswith(WRAPPERS):
+            raise LorafoldError(
+                f"model: found {kind.__module__}.{kind.__name__}, expected a loaded model, without"
+                " PEFT (use its unload() or merge_and_unload()), torch.compile or DataParallel"
+            )
         if "layers_are_rescaled" not in vars(module) or not rwkv.config.rescale_every:
             continue
         if rwkv.layers_are_rescaled:

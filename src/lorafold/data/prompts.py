@@ -137,10 +137,10 @@ def prompts_of(
         try:
             conversation = _conversation(row)
             last = len(conversation.messages) - 1
-            if conversation.messages[last]["role"] != "assistant":
+            if last >= 0 and conversation.messages[last]["role"] != "assistant":
                 prompts.append(PromptRow(prompt_of(conversation, tokenizer), None))
                 continue
-            if not last:
+            if last < 1:
                 raise LorafoldError(NO_PROMPT)
             reference = reference_of(conversation, last, tokenizer)
             prompts.append(PromptRow(reference.prompt, reference.text))

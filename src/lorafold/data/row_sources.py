@@ -17,6 +17,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorafold.data.json_input import json_type
 from lorafold.data.readers import CSV_HINT, SUPPORTED, Numbered, Warn, file_format, read_numbered
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
@@ -183,6 +184,45 @@ class DataSource:
         return _dataset(self.name, self._path)
 
 
+def select_split(source: str, data: Any) -> Any:
+    """Returns the train split of a dataset with splits, or its only one, and logs the others; other
+    data is returned unchanged.
+    """
+    splits = data if isinstance(data, Mapping) else {}
+    if not any(hasattr(split, "column_names") for split in splits.values()):
+        return data
+    if "train" not in splits and len(splits) != 1:
+        raise LorafoldError(
+            f"{source}: found the splits {', '.join(splits)}, expected only one, or one named"
+            " train"
+        )
+    used = "train" if "train" in splits else next(iter(splits))
+    if others := [name for name in splits if name != used]:
+        log.warning("%s: using the split %s; left out: %s", source, used, ", ".join(others))
+    return splits[used]
+
+
+def numbered_rows(data: Any, source: str) -> Numbered:
+    """Numbers rows given in Python: an iterable of rows, a table (Arrow, pandas, polars), a mapping
+    of columns, or a dataset with splits.
+    """
+    number, data = 0, select_split(source, data)
+    if isinstance(data, Mapping) and str in map(type, data.values()):
+        raise LorafoldError(f"{source}: found a single row, expected a list of rows")
+    try:
+        if isinstance(data, Mapping) or hasattr(data, "__arrow_c_stream__"):
+            import pyarrow as pa
+
+            data = pa.table(data).to_pylist()  # NaN in a DataFrame becomes null
+        for number, row in enumerate(data, 1):
+            is_row = isinstance(row, dict)
+            yield number, row if is_row else f"found {json_type(row)}, expected an object"
+    except Exception as error:  # also of the user's generator
+        at = f"reading row {number + 1}: " if number else ""
+        reason = truncate_middle(" ".join(str(error).split()), 200)
+        raise LorafoldError(f"{source}: {at}{type(error).__name__}: {reason}") from error
+
+
 def parse_source(text: str) -> DataSource:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
@@ -223,11 +263,4 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
         what = "there is no such file, and loading a hub dataset of this name fails"
         what = "can't be read" if local else what
         raise LorafoldError(f"{source}: {what}: {reason}{near}") from error
-    if not isinstance(dataset, dict):
-        return dataset
-    if "train" not in dataset and len(dataset) != 1:
-        raise LorafoldError(
-            f"{source}: found the splits {', '.join(dataset)}, expected only one, or one named"
-            " train"
-        )
-    return dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+    return select_split(source, dataset)

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lorafold.core.contexts import disable_rescaling
+from lorafold.core.contexts import prepare_model
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import text_auto_class
 from lorafold.models.load_errors import check_complete, loading, warn_unread
@@ -129,7 +129,7 @@ def read_weights(
     else:
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         set_model_dtype(model, wanted.dtype)
-    disable_rescaling(model)
+    prepare_model(model)
     remember_source(model, source)
     # adapters record this name as their base
     model.config._name_or_path = model.name_or_path = source.name

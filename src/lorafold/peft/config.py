@@ -12,6 +12,7 @@ Unknown fields must be neutral (null, false, empty).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ from lorafold.models.sources import name_of_base
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import AdapterFormat, rename_patterns, select, shortest_names
 from lorafold.peft.table import METHODS, unlisted_methods
+from lorafold.peft.table_lora import with_init
 from lorafold.peft.table_types import Field, Method, Regex, TargetModule
 from lorafold.peft.tokens import INDICES, TokenIds, config_entry
 
@@ -146,7 +148,9 @@ def write_config(
     return dict(sorted(config.items()))
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
+def read_config(
+    config: Mapping[str, Any], called: str = CONFIG
+) -> tuple[Spec, PeftSelection, Bias]:
     """Parses adapter_config.json. The error lists invalid and unsupported fields."""
     method = method_of(config)
     spec, problems = method.read(config)
@@ -173,9 +177,24 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, PeftSelection, Bias]:
     texts = {k: ANY_VALUE.dump_json(v).decode() for k, v in unknown.items()}
     problems += [f"{k}={truncate_middle(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {join_problems(problems)}")
+        raise LorafoldError(f"{called}: {join_problems(problems)}")
     bias = shared.pop("bias")
     return spec, PeftSelection(**shared), bias
+
+
+def read_new(config: Any) -> tuple[Spec, PeftSelection, Bias]:
+    """Parses a `peft.LoraConfig` for a new adapter. The error names unsupported settings."""
+    if getattr(config, "peft_type", None) != "LORA":
+        found = truncate_middle(repr(config), 60)
+        raise LorafoldError(f"spec: found {found}, expected a spec, such as lf.LoRA(rank=16)")
+    values = json.loads(json.dumps(config.to_dict(), default=sorted))  # without sets
+    init, values["init_lora_weights"] = values["init_lora_weights"], True
+    heads = dict((task, heads) for _, task, heads in TASKS).get(values["task_type"], ())
+    values["modules_to_save"] = [*(values["modules_to_save"] or ()), *heads]
+    spec: Any
+    spec, selection, bias = read_config(values, "LoraConfig")
+    over = with_init(spec.over if values["use_dora"] else spec, init)
+    return replace(spec, over=over) if values["use_dora"] else over, selection, bias
 
 
 def method_of(config: Mapping[str, Any]) -> Method:

@@ -89,6 +89,18 @@ def init_from_file(value: bool | str) -> str:
     return INITS[value]
 
 
+def with_init(spec: LoRA, init: Any) -> LoRA | PiSSA | OLoRA:
+    """The spec of a new adapter with this value of `init_lora_weights`."""
+    kind, _, niter = str(init).partition("_niter_")
+    if init in (True, "gaussian", "loftq"):
+        return spec if init is True else replace(spec, init=init)
+    if kind in ("pissa", "olora") and not (spec.rslora or spec.rank_pattern or spec.alpha_pattern):
+        shared = (spec.rank, spec.alpha, spec.dropout)
+        return OLoRA(*shared) if kind == "olora" else PiSSA(*shared, int(niter or 0))
+    with_others = "" if kind not in ("pissa", "olora") else " with use_rslora or patterns"
+    raise LorafoldError(f"init_lora_weights={init!r}: not supported{with_others}")
+
+
 def fan_in_fan_out(sites: Sequence[TargetModule]) -> dict[str, bool]:
     """PEFT's flag for modules whose weight is (in, out), such as the Conv1D layers of GPT-2."""
     return {"fan_in_fan_out": any(site.target and issubclass(site.layer, Conv1D) for site in sites)}

@@ -17,7 +17,6 @@ from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions, positions_in
 from lorafold.models.quantizations import ON_LOAD, QUANTIZED, UNQUANTIZED
-from lorafold.models.sources import ModelSource
 from lorafold.objectives import OBJECTIVES
 from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
 from lorafold.recipe.recipe import Recipe
@@ -84,7 +83,7 @@ def trainable_storage(recipe: Recipe) -> str:
 
 
 def resolve_storage(
-    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[SavedAdapter] = ()
+    recipe: Recipe, spec: Spec, base: Base, adapters: Sequence[SavedAdapter] = ()
 ) -> str:
     """The quantization or dtype in which to load the base model.
 
@@ -93,10 +92,12 @@ def resolve_storage(
     quantized if bitsandbytes is not installed, or if the method trains the base model's weights.
     """
     storage, is_set = str(recipe.storage), "storage" in recipe.model_fields_set
+    if base.loaded is not None:
+        return base.storage
     if spec.trains_base:
         return trainable_storage(recipe)
     if not is_set:
-        in_files, made_on = default_storage(source), training_storage_of(adapters)
+        in_files, made_on = default_storage(base.source), training_storage_of(adapters)
         if in_files != "auto":
             storage = in_files
         elif made_on is not None and made_on.storage in (*ON_LOAD, *UNQUANTIZED):

@@ -7,15 +7,19 @@ it finds no model there either, it downloads the model by its Hub ID.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lorafold.data.chat_template import date_used
 from lorafold.data.control_tokens import allow_tokens
@@ -61,6 +65,8 @@ class Base:
     trust_remote_code: Run Python code that comes with the model.
     allow_other_base: Accept adapters that were trained on another base model.
     dtype: The compute dtype, bf16 or fp32; None chooses it by `storage` and device.
+    loaded: The model itself, if the caller loaded it; `model` is its name.
+    words: The tokenizer to use instead of the model's.
     where: The chosen device.
     """
 
@@ -71,6 +77,8 @@ class Base:
     trust_remote_code: bool = False
     allow_other_base: bool = False
     dtype: str | None = None
+    loaded: PreTrainedModel | None = field(default=None, repr=False)
+    words: PreTrainedTokenizerBase | None = field(default=None, repr=False, compare=False)
     where: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,12 +104,17 @@ class Base:
             return storage
         name = f"{storage.quantization}, computed in " if storage.quantization else ""
         dtype = getattr(torch, STORAGES[self.dtype].dtype)
-        return storage._replace(dtype=dtype, reason=f"{name}{self.dtype}: as in training")
+        why = "as in training" if self.loaded is None else "as loaded"
+        return storage._replace(dtype=dtype, reason=f"{name}{self.dtype}: {why}")
 
     @cached_property
     def identity(self) -> str:
-        """The SHA-256, in hexadecimal, of all files that can affect the model's outputs."""
-        return of_model(self.source)
+        """The SHA-256, in hexadecimal, of all files that can affect the model's outputs, or of a
+        loaded model's fingerprint.
+        """
+        if self.loaded is None:
+            return of_model(self.source)
+        return sha256(json.dumps(fingerprint.of_model(self.loaded)).encode()).hexdigest()
 
     def cache_key(self, template: str | None, *packages: str) -> dict[str, Any]:
         """The cache key of a run's results, to which the caller adds recipe and rows. `packages`
@@ -126,7 +139,8 @@ class Base:
         return date_used(tokenizer)
 
     def stored(self, storage: str) -> Base:
-        return replace(self, model=self.source, storage=storage)
+        model = self.source if self.loaded is None else self.model
+        return replace(self, model=model, storage=storage)
 
     def stored_as_trained(self, adapters: Sequence[SavedAdapter | RecordedBase] = ()) -> Base:
         """The same model; if its storage is auto, with the quantization of its files, or else with
@@ -157,6 +171,8 @@ class Base:
 
     def config(self) -> PreTrainedConfig:
         """The configuration. It is read by name if the model's files are not located yet."""
+        if self.loaded is not None:
+            return self.loaded.config
         if isinstance(self.model, ModelSource):
             return read_configuration(str(self.model.path), None, self.trust_remote_code)
         return read_configuration(str(self.model), self.revision, self.trust_remote_code)
@@ -165,6 +181,11 @@ class Base:
         """A language model in evaluation mode. Its weights are rounded to its storage dtype even if
         the compute dtype differs.
         """
+        if self.loaded is not None:
+            # a copy that shares the tensors, so that the caller's model stays as it is
+            tensors = chain(self.loaded.parameters(), self.loaded.buffers())
+            own = {id(t): nn.Parameter(t.detach()) if t.requires_grad else t for t in tensors}
+            return deepcopy(self.loaded, own).eval()
         if self.storage in UNQUANTIZED and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
             return load_model(self.source, rounded, self.where).float()
@@ -175,6 +196,8 @@ class Base:
         tokens in text as tokens if the adapters trained them.
         """
         own = [one.path for one in adapters if one.own_tokenizer]
+        if self.words is not None:
+            return deepcopy(self.words)
         tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
         ids = (one.selection.tokens for one in adapters)
         trained = {
@@ -190,17 +213,19 @@ class Base:
         return mapped_model_of(self.source)
 
     def in_files(self) -> Weights | None:
-        """The weights in the model's files, read on access, or None if they are quantized."""
+        """The weights in the model's files, read on access, or None if they are quantized or the
+        model is loaded.
+        """
         from lorafold.models.checkpoint import original_weights
 
-        quantized = self.source.config().get("quantization_config")
+        quantized = self.loaded is not None or self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)
 
     def weights(self) -> Weights | None:
         """The original weights from the files if the model is quantized on load, else None."""
         return (
             unquantized_weights(self.source, self.loaded_as)
-            if self.loaded_as.quantization
+            if self.loaded_as.quantization and self.loaded is None
             else None
         )
 

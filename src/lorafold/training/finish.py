@@ -185,7 +185,6 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **({"new_tokens": setup.added_tokens.ids} if setup.added_tokens.ids else {}),
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: input_identity(request, setup.objective),
-        BASE_IDENTITY: files["model"]["sha256"],
         **(over_record(over) if (over := plan.adapter.over) else {}),
         **({} if vocabulary_size is None else {VOCABULARY: vocabulary_size}),
     }

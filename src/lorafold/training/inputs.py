@@ -186,6 +186,8 @@ def input_identity(request: RunRequest, objective: Objective) -> dict[str, Any]:
     """
     held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
     identity = {HELD_OUT: held_out, **objective.identity}
+    if request.base.loaded is not None:
+        identity["model"] = request.base.identity
     template = request.recipe.chat_template
     if template is not None and Path(template).is_file():
         identity["chat_template"] = file_digest(Path(template))[1]

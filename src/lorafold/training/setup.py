@@ -163,7 +163,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         check_paths_disjoint(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
-    storage = resolve_storage(request.recipe, spec, request.base.source, saved)
+    storage = resolve_storage(request.recipe, spec, request.base, saved)
     request = with_max_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
@@ -176,7 +176,8 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         files[name] = {"name": str(adapter), "sha256": of_adapter(adapter)}
     tokenizer, added = prepare_tokenizer(request, objective, console, saved)
     changes = added.ids, recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
-    own_tokenizer = any(changes) or bool(request.init_adapter and saved[-1].own_tokenizer)
+    own_tokenizer = any(changes) or base.words is not None
+    own_tokenizer = own_tokenizer or bool(request.init_adapter and saved[-1].own_tokenizer)
     day, dated_tokenizer = date_used(tokenizer), tokenizer
     if day:
         recorded_day = RunDirectory(request.out).recorded("day") if request.resume else None
@@ -241,9 +242,10 @@ def load_adapted_model(
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over_adapters, objective = setup.saved[: len(request.over)], setup.objective
     init_adapter = setup.saved[-1] if request.init_adapter else None
+    loaded_bytes = base.loaded.get_memory_footprint() if base.loaded is not None else 0
     checkpointing, no_estimate_line = choose_checkpointing(
         base.config(), largest_memory_setting(setup), recipe.gradient_checkpointing,
-        min(setup.layout.processes.gather(free_bytes(base.where))), console,
+        min(setup.layout.processes.gather(free_bytes(base.where))) + loaded_bytes, console,
     )  # fmt: skip
     with setup.layout.loading(base.where):
         model = objective.load(base, setup.tokenizer, recipe.seed)
