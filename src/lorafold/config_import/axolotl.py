@@ -36,15 +36,14 @@ from lorafold.config_import.rules import (
     if_on,
     is_off,
     mapped,
-    reject,
     rename_remarks,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
     unsupported_remarks,
 )
-from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
 from lorafold.models.quantizations import bnb_storage
@@ -301,7 +300,6 @@ MAIN_KEYS: Table = {
     "load_in_4bit": switch(mapped(storage=bnb_storage(4))),
     "load_in_8bit": switch(mapped(storage=bnb_storage(8))),
     "bf16": (_bf16, "auto"),
-    "bfloat16": mapped("determined by bf16"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(mapped(storage="fp32")),
     "learning_rate": to_field("lr", number),
@@ -315,7 +313,6 @@ MAIN_KEYS: Table = {
         ),
         1,
     ),
-    "batch_size": mapped("determines gradient accumulation"),
     "sequence_len": (
         if_else(
             is_policy,
@@ -339,7 +336,6 @@ MAIN_KEYS: Table = {
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
     "evaluation_strategy": trainer.interval_strategy,
-    "default_system_message": SYSTEM,
     "tokens": lambda value, settings: (
         unmapped("lorafold uses the tokenizer's own special tokens")
         if isinstance(value, dict)
@@ -366,20 +362,12 @@ MAIN_KEYS: Table = {
     "use_comet": tracker("comet_ml"),
     "use_trackio": tracker("trackio"),
     "use_swanlab": tracker("swanlab"),
-    "base_model": "--model",
-    "model_revision revision_of_model": "--revision",
     "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
-    "auto_resume_from_checkpoints": "pass --resume to resume a run",
-    "reinit_weights": reject("lorafold does not pretrain"),
-    "relora": reject("lorafold does not support ReLoRA"),
     "unfrozen_parameters": unfrozen_parameters,
-    "qat": reject("lorafold does not support quantization-aware training"),
     "plugins": _plugins,
-    "diffusion": reject("lorafold does not train diffusion language models"),
-    "special_tokens": "lorafold uses the tokenizer's own; add new tokens with --new-tokens",
     **trainer.SHARED_KEYS,
-    **AXOLOTL,
+    **static_rows("axolotl"),
 }
 LORA_KEYS: Table = {
     "peft_use_dora peft_use_rslora": (if_on(trainer.PART_OF_METHOD), False),
@@ -394,7 +382,6 @@ LORA_KEYS: Table = {
     ),
     "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-    "lora_fan_in_fan_out": mapped("determined by the base"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

@@ -35,13 +35,13 @@ from lorafold.config_import.rules import (
     rejection,
     rename_remarks,
     setting_in,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
     unsupported_remarks,
 )
-from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
@@ -297,7 +297,6 @@ MAIN_KEYS: Table = {
         lambda value, settings: trainer.PART_OF_METHOD if settings.is_on("pissa_init") else None,
         16,
     ),
-    "pissa_convert": mapped("lorafold always saves the adapter as LoRA for the original base"),
     "adapter_name_or_path": named_adapters,
     "create_new_adapter": (
         lambda value, settings: (
@@ -333,7 +332,6 @@ MAIN_KEYS: Table = {
     ),
     "gradient_accumulation_steps": (AS_OPTION, 1),
     "cutoff_len": (AS_OPTION, 2048),
-    "packing": read_with("neat_packing"),
     "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
         trainer.FULL_LOSS if _of_supervised(value, settings) else trainer.COMPLETIONS
@@ -350,27 +348,19 @@ MAIN_KEYS: Table = {
     "disable_gradient_checkpointing": to_field(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
-    "gradient_checkpointing": mapped("determined by disable_gradient_checkpointing"),
     "val_size": (trainer.held_out_rows, 0.0),
-    "default_system": SYSTEM,
     "use_swanlab": switch(mapped(trackers=("swanlab",))),
     "template": lambda value, settings: unmapped(
         f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
         " --chat-template FILE"
     ),
-    "model_revision": "--revision",
     "dataset": _dataset,
-    "dataset_dir": read_with("dataset"),
     "eval_dataset": trainer.EVAL_DATA,
     "do_train": trainer.TRAIN_SWITCH,
-    "train_from_scratch": reject("lorafold does not pretrain"),
-    "use_galore": reject("lorafold does not support GaLore"),
-    "use_apollo": reject("lorafold does not support APOLLO"),
-    "use_badam": reject("lorafold does not support BAdam"),
     **trainer.TRAINER_KEYS,
     **trainer.SHARED_KEYS,
     "evaluation_strategy": trainer.interval_strategy,
-    **LLAMAFACTORY,
+    **static_rows("llamafactory"),
 }
 LORA_KEYS: Table = {
     "lora_rank": (

@@ -31,12 +31,12 @@ from lorafold.config_import.rules import (
     pass_option,
     read_with,
     setting_in,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import bnb_storage
@@ -221,11 +221,9 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
 
 MAIN_KEYS: Table = {
     "fine_tune_type": (_fine_tune_type, "lora"),
-    f"{BLOCK}.alpha": mapped("determined by scale"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
     "optimizer": (_optimizer, "adam"),
-    "optimizer_config": read_with("optimizer"),
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
@@ -244,17 +242,12 @@ MAIN_KEYS: Table = {
     "seed": to_field("seed", integer),
     "report_to": trainer.trackers,
     "train": trainer.TRAIN_SWITCH,
-    "test": "use lorafold eval to evaluate test.jsonl",
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
     " ".join(COLUMN_KEYS.values()): read_with("data"),
     "adapter_path": ("--out", "adapters"),
-    "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
     "trust_remote_code": trainer.TRUST,
-    "config": "the path of this file",
-    "project_name": NAMES_OF_RUNS,
-    "steps_per_report val_batches test_batches": LOGGING,
-    "clear_cache_threshold": MEMORY,
+    **static_rows("mlx"),
 }
 LORA_KEYS: Table = {
     f"{BLOCK}.rank": (to_field("rank", integer), 8),

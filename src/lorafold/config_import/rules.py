@@ -13,8 +13,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, join_problems, truncate_middle
@@ -103,6 +106,17 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
+def static_rows(section: str) -> Table:
+    """The rows of a section of `keys.yaml`."""
+    kinds: Mapping[str, Callable[[str], Handler]]
+    kinds = {"taken": mapped, "changed": changed, "refused": reject, "left": str}
+    return {
+        keys: kinds[kind](REASONS.get(remark, remark))
+        for kind, rows in KEYS[section].items()
+        for remark, keys in rows.items()
+    }
+
+
 def _reader(row: Handler, key: str = "") -> Reader:
     if row == AS_OPTION:
         option = FOREIGN_OPTIONS[key]
@@ -143,6 +157,8 @@ def unmapped(instead: str, flag: str = "") -> Outcome:
 
 
 OFF = mapped("off")
+KEYS = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+REASONS: Mapping[str, str] = KEYS["reasons"]
 
 
 def read_with(key: str) -> Outcome:

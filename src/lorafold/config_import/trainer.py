@@ -22,12 +22,12 @@ from lorafold.config_import.rules import (
     if_else,
     mapped,
     rejection,
+    static_rows,
     switch,
     to_field,
     to_options,
     unmapped,
 )
-from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import (
     FOREIGN_OPTIONS,
@@ -229,9 +229,7 @@ SHARED_KEYS: Table = {
     ),
     "seed": to_field("seed", integer),
     "trust_remote_code": TRUST,
-    "output_dir": "--out",
-    "resume_from_checkpoint": "lorafold resumes only its own runs, with --resume",
-    **TRAINER,
+    **static_rows("trainer"),
 }
 # The Trainer's keys under its own names
 TRAINER_KEYS: Table = {
@@ -246,9 +244,7 @@ TRAINER_KEYS: Table = {
     "num_train_epochs": (AS_OPTION, 3.0),
     "use_cpu": switch(unmapped("pass --device cpu", "--device cpu")),
     "report_to": trackers,
-    "overwrite_output_dir": "pass --overwrite to replace the output of an earlier run",
-    "model_name_or_path": "--model",
-    **TRANSFORMERS,
+    **static_rows("transformers"),
 }
 
 

@@ -32,12 +32,12 @@ from lorafold.config_import.rules import (
     read_with,
     reject,
     require,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, targets
 from lorafold.models.quantizations import bnb_storage
@@ -109,7 +109,6 @@ MODEL_KEYS: Table = {
     "bf16": (if_on(read_with("dtype")), True),
     "fp16": (if_on(read_with("dtype")), False),
     "gradient_checkpointing": (to_field("gradient_checkpointing", boolean), True),
-    "model_name_or_path": "--model",
     "model_revision": lambda value, settings: (
         mapped("the default revision") if value == "main" else pass_option("--revision", value)
     ),
@@ -141,8 +140,7 @@ COMMON = (
     *table(
         {
             "test_split_size": trainer.held_out_rows,
-            "do_train": mapped("lorafold train always trains"),
-            **TRL,
+            **static_rows("trl"),
         }
     ),
 )
@@ -222,16 +220,13 @@ LENGTH_KEYS: Table = {
     "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
     "gradient_accumulation_steps": (AS_OPTION, 1),
     "max_length": (_max_length, 1024),
-    "max_prompt_length max_completion_length": changed(
-        "lorafold truncates prompt and completion together, at max_length"
-    ),
     "truncation_mode": by_value(
         {
             "keep_start": mapped("rows are truncated at the end"),
             "keep_end": changed("lorafold truncates rows at the end"),
         }
     ),
-    "pad_to_multiple_of": MEMORY,
+    **static_rows("length"),
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
 PREFERENCE_KEYS: Table = {

@@ -31,11 +31,11 @@ from lorafold.config_import.rules import (
     expected_rows,
     mapped,
     read_with,
+    static_rows,
     table,
     to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import boolean, integer, modules, names, number
 from lorafold.models.quantizations import bnb_storage
@@ -139,22 +139,12 @@ def _prefixed(prefix: str, rows: Table) -> Table:
 
 LOADING_KEYS: Table = {
     "full_finetuning": (_method, False),
-    "model_name": "--model",
     "load_in_4bit": (storage, True),
     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
     "load_in_fp8": read_with("load_in_4bit"),
-    "dtype": "if the base is not quantized, set its dtype with --storage",
     "max_seq_length": (_length, 2048),
-    "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
-    "use_gradient_checkpointing": mapped("determined by get_peft_model"),
-    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
-    " use_exact_model_name text_only auto_model quantization_config"
-    " return_logits": MODEL,
-    "attn_implementation": ATTENTION,
-    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph unsloth_force_compile": NUMBERS,
-    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
-    " disable_log_stats fast_inference random_state": MEMORY,
+    **static_rows("unsloth_loading"),
 }
 ADAPTER_KEYS: Table = {
     "use_gradient_checkpointing": (
@@ -165,14 +155,8 @@ ADAPTER_KEYS: Table = {
         ),
         "unsloth",
     ),
-    "random_state": mapped("determined by seed"),
     "max_seq_length": None,
-    "model": mapped("the base model"),
-    "layers_to_transform layers_pattern finetune_last_n_layers"
-    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
-    " finetune_attention_modules"
-    " finetune_mlp_modules": "pass --set targets=REGEX for these modules",
-    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
+    **static_rows("unsloth_adapter"),
 }
 LORA_KEYS: Table = {
     "r": (to_field("rank", integer), 16),
@@ -190,13 +174,9 @@ LORA_KEYS: Table = {
 MAIN_RULES: tuple[Rule, ...] = (
     *table(
         {
-            "trainer": mapped("determines the objective"),
             **_prefixed(LOAD, LOADING_KEYS),
             "max_length max_seq_length": read_with(f"{LOAD}max_seq_length"),
             **_prefixed(ADAPT, ADAPTER_KEYS),
-            "gradient_checkpointing": mapped("determined by get_peft_model"),
-            "bf16 fp16": mapped("determined by the base's quantization or dtype"),
-            "embedding_learning_rate": ABSENT,
             f"{DATASET}path": _loaded_rows,
             f"{DATASET}name {DATASET}split {DATASET}data_files": read_with(f"{DATASET}path"),
             "train_dataset": lambda value, settings: (
@@ -208,21 +188,7 @@ MAIN_RULES: tuple[Rule, ...] = (
             "get_chat_template.chat_template": lambda value, settings: unmapped(
                 f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
-            "get_chat_template.mapping get_chat_template.map_eos_token"
-            " get_chat_template.system_message": "lorafold uses the model's own template",
-            "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
-            " train_on_responses_only.trainer": mapped("lorafold creates its own"),
-            **_prefixed(
-                "train_on_responses_only.",
-                {
-                    "instruction_part response_part tokenizer num_proc": mapped(
-                        "lorafold finds the completions by itself"
-                    )
-                },
-            ),
-            "ref_model": "the reference is the model without the new adapter",
-            "formatting_func": "apply the function to the rows before training",
-            "callbacks compute_metrics": ABSENT,
+            **static_rows("unsloth"),
         }
     ),
     *table(_prefixed(ADAPT, LORA_KEYS), is_lora),
