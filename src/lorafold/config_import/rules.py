@@ -11,7 +11,7 @@ support; all such errors are reported together.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -225,11 +225,31 @@ def choice(value: Any, *choices: str) -> str:
     return str(value)
 
 
-def apply_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Converts every key of `config`, and the tool's defaults that matter.
+class Expression(str):
+    """The source of a value that a script computes."""
 
-    If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so the
-    file's values are left out.
+
+def apply_rules(
+    rules: Sequence[Rule], config: Mapping[str, Any], objects: Collection[str] = ()
+) -> tuple[TranslatedKey, ...]:
+    """Converts every key of `config`, and the tool's defaults that matter. A value that is an
+    `Expression` is not read, except for keys of `objects`.
+    """
+    unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
+    read = _apply(rules, {key: value for key, value in config.items() if key not in unread})
+    fields = {entry.key: entry.outcome.fields for entry in read}
+    result = [entry for entry in read if entry.key not in unread]
+    for key, text in unread.items():
+        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in fields.get(key, ())]
+        flag, remark = " ".join(options), "not read because it is not a literal"
+        outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
+        result.append(TranslatedKey(key, text, True, outcome))
+    return tuple(result)
+
+
+def _apply(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+    """If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so
+    the file's values are left out.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries, problems = [], []

@@ -43,7 +43,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import algorithm_class
 
 AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
-FROM_ZERO = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
+FROM_ZERO = "the other tool warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
 COMPLETIONS = mapped("the loss is computed on completions only")

@@ -9,12 +9,15 @@ tool.
 from __future__ import annotations
 
 import json
+import operator
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,22 @@ from lorafold.config_import import (
     llamafactory,
     mlx,
     peft_config,
+    swift,
+    torchtune,
     trl,
     unsloth,
 )
-from lorafold.config_import.rules import Outcome, Rule, ToolSettings, TranslatedKey, apply_rules
+from lorafold.config_import.rules import (
+    KEYS,
+    REASONS,
+    Expression,
+    Outcome,
+    Rule,
+    TranslatedKey,
+    apply_rules,
+    static_rows,
+    table,
+)
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
@@ -57,15 +72,34 @@ NOTES = {
     " template: for such rows pass --chat-template none",
     "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
 }
-UNSUPPORTED_FILES = {  # keys of other files, with a description of the file
-    "compute_environment": "an accelerate configuration, which sets up processes and not training;"
-    " to start two, run torchrun --nproc_per_node 2 -m lorafold train",
-    "zero_optimization": "a DeepSpeed configuration, which sets up sharding and not training; to"
-    " shard the weights, run lorafold train --strategy fsdp",
-    "model_class": "a LLaMA-Factory v1 configuration, which lorafold can't read; expected the"
-    " format with stage and finetuning_type",
-    "architectures": "a model configuration, expected a training configuration",
+UNSUPPORTED_FILES: Mapping[str, str] = KEYS["unsupported_files"]
+FILE_RULES = table(static_rows("file"))
+# Commands that train: the kind, by a pattern of a word and the word after it
+LAUNCHES = {
+    r"(?:.*/)?trl (sft|dpo|kto|reward|grpo|rloo)": "trl-{}",
+    r"(?:.*/)?swift (sft|pt|rlhf)": "ms-swift",
+    r".*swift[/.]cli[/.](sft|pt|rlhf)(?:\.py)? .*": "ms-swift",
+    r"(?:.*/)?axolotl (?:train|finetune)": "axolotl",
+    r"axolotl\.cli\.train .*": "axolotl",
+    r"(?:.*/)?(?:llamafactory-cli|lmf) train": "llamafactory",
+    r"(?:.*/)?mlx_lm lora": "mlx-lm",
+    r"(?:.*/)?mlx_lm\.lora .*": "mlx-lm",
+    r"(?:.*/)?tune run": "torchtune",
+    r"(?:.*/)?(autotrain|litgpt|megatron) .*": "{}",
+    r"(?:.*[/.])?(?:run_)?(sft|dpo|kto|orpo|cpo|grpo|rloo)\.py .*": "trl-{}",
+    r"trl\.scripts\.(sft|dpo|kto|grpo|rloo) .*": "trl-{}",
+    r".*/reward_modeling\.py .*": "trl-reward",
+    r".*\.py .*": "",
 }
+TOKEN = re.compile(
+    r"""\\\n|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
+    |(?:[^\s'"\\$;&|<>()]|\\[^\n]|'[^']*'|"(?:\\.|[^"\\])*"
+    |\$\(\([^)]*\)\)|\$\([^)]*\)|\$\{[^}]*\}|\$)+""",
+    re.DOTALL | re.VERBOSE,
+)
+VARIABLE = re.compile(r"'[^']*'|\$\{?(\w+)(?::-([^}]*))?\}?")
+CALCULATION = re.compile(r"\$\((?:expr|\() *(\w+) *\\?([-+*/]) *(\w+) *\)+")
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @dataclass(frozen=True)
@@ -98,6 +132,20 @@ TOOLS: dict[str, Tool] = {
     "llamafactory": _from_rules(
         "LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES, note=AFTER_TURNS
     ),
+    "torchtune": Tool(
+        "torchtune",
+        torchtune.MARKERS,
+        lambda config: apply_rules(torchtune.RULES, torchtune.flatten(config)),
+        torchtune.KNOWN,
+        "torchtune formats rows itself, lorafold with the chat template of the model's files",
+    ),
+    "ms-swift": Tool(
+        "ms-swift",
+        swift.MARKERS,
+        swift.read_keys,
+        swift.KNOWN,
+        "ms-swift formats rows with its own templates, lorafold with the model's chat template",
+    ),
     **{
         kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind], note=NOTES.get(kind, ""))
         for kind, (name, markers, _) in trl.TRAINERS.items()
@@ -118,13 +166,6 @@ TOOLS: dict[str, Tool] = {
         None,
         "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
     ),
-}
-# Switches that are read with another key, and that key's value
-SWITCH_SETTINGS = {
-    "bf16": ("dtype", "bfloat16"),
-    "fp16": ("dtype", "float16"),
-    "use_dora": ("use_peft", "true"),
-    "use_rslora": ("use_peft", "true"),
 }
 
 
@@ -149,7 +190,7 @@ class Translation:
     @property
     def unread(self) -> list[TranslatedKey]:
         """Keys that a recipe would contain, but whose values the script computes."""
-        return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
+        return [e for e in self.left if isinstance(e.value, Expression) and e.outcome.flag]
 
     def written(self) -> dict[str, Any]:
         """The recipe's fields that differ from its defaults, and `storage` if a key set it, because
@@ -252,10 +293,12 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    config = _read(source, kind)
-    tool = TOOLS[kind or detect_tool(source, config)]
+    config, launched = _read(source, kind)
+    about_file = {rule.key: config[rule.key] for rule in FILE_RULES if rule.key in config}
+    config = {key: value for key, value in config.items() if key not in about_file}
+    tool = TOOLS[kind or launched or detect_tool(source, config)]
     try:
-        entries = tool.read_keys(config)
+        entries = (*tool.read_keys(config), *apply_rules(FILE_RULES, about_file))
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
             trainable_storage(recipe)
@@ -279,14 +322,121 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
 
 
-def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
+def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
+    """The settings of a file, and the kind of tool that a shell script starts."""
     text = read_text(path, "a training configuration")
     if not text.strip():
         raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
+    if path.suffix in (".sh", ".bash"):
+        return _read_shell(path, text)
+    if path.suffix == ".ipynb":
+        cells = [c for c in read_object(path).get("cells", ()) if c.get("cell_type") == "code"]
+        code = "\n".join("".join(cell["source"]) for cell in cells)
+        return unsloth.arguments_of(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", code), str(path)), ""
     if path.suffix == ".py" or kind == "unsloth":
-        return unsloth.arguments_of(text, str(path))
-    if path.suffix == ".json":
-        return read_object(path)
+        return unsloth.arguments_of(text, str(path)), ""
+    return (read_object(path) if path.suffix == ".json" else _read_yaml(path, text)), ""
+
+
+def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
+    trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
+    if not trainings:
+        raise LorafoldError(
+            f"{path}: found no command that trains, expected for example trl sft, swift sft, tune"
+            " run, axolotl train, llamafactory-cli train or mlx_lm.lora"
+        )
+    (words, (kind, start, end)), *others = trainings
+    if kind in REASONS:
+        raise LorafoldError(f"{path}: found {REASONS[kind]}")
+    given, files = _arguments(words[end:])
+    subcommand = words[end - 1]
+    given = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}.get(subcommand, {}) | given
+    suffixes = (".yaml", ".yml", ".json")
+    name = given.pop("config", next((one for one in files if one.endswith(suffixes)), None))
+    config: dict[str, Any] = {}
+    if name:
+        file = next((one for one in (path.parent / name, Path(name)) if one.is_file()), None)
+        if file is None:
+            copy = f"; copy it with tune cp {name} {path.parent}" if kind == "torchtune" else ""
+            raise LorafoldError(f"{path}: reads {name}, which was not found{copy}")
+        config = {**_read(file, None)[0]}
+    for key, value in given.items():
+        block, (*parents, last) = config, key.split(".")
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        block[last] = _typed(value, str(path))
+    about = {"launcher": words[:start], "another_training": [o for one, _ in others for o in one]}
+    return config | {key: shlex.join(value) for key, value in about.items() if value}, kind
+
+
+def _launch(words: Sequence[str]) -> tuple[str, int, int] | None:
+    """The kind of tool that a command starts, and the indices of its name and first argument."""
+    for index, pair in enumerate(pairwise([*words, ""])):
+        for pattern, kind in LAUNCHES.items():
+            options = [word for word in words[index:] if word.startswith("--")]
+            if (found := re.fullmatch(pattern, " ".join(pair))) and (kind or len(options) > 2):
+                return kind.format(*found.groups()), index, index + 2 - pattern.endswith(" .*")
+    return None
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The commands of a shell script, as words with the values of the variables that it sets. A
+    word with any other expression is an `Expression`.
+    """
+    variables: dict[str, str] = {}
+    words: list[str] = []
+    for token in [*TOKEN.findall(text.replace("\r", "")), "\n"]:
+        if token[0] not in "\n;&|()<>" and not re.match(r"\\\n|\#|\d?[<>]", token):
+            words.append(token)
+        elif token[0] in "\n;&|()" and words:
+            pairs = [word.partition("=") for word in words if word != "export"]
+            if all(name.isidentifier() and equals for name, equals, _ in pairs):
+                variables |= {n: " ".join(_expand(value, variables)) for n, _, value in pairs}
+            else:
+                yield [one for word in words for one in _expand(word, variables)]
+            words = []
+
+
+def _expand(word: str, variables: Mapping[str, str]) -> list[str]:
+    def calculated(found: re.Match[str]) -> str:
+        first, second = (variables.get(found[index], found[index]) for index in (1, 3))
+        is_known = first.isdigit() and second.isdigit() and int(second)
+        return str(OPERATORS[found[2]](int(first), int(second))) if is_known else found[0]
+
+    text = VARIABLE.sub(lambda v: variables.get(v[1], v[2] or v[0]), word)
+    try:
+        words = shlex.split(CALCULATION.sub(calculated, text))
+    except ValueError:
+        words = [f"${text}"]
+    return [Expression(one) if "$" in one else one for one in words]
+
+
+def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options of a command, and its other arguments."""
+    given: dict[str, Any] = {}
+    others, key = [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "-c" or name.startswith("--") or (equals and re.fullmatch(r"[a-z_.]+", name)):
+            key = "config" if word == "-c" else name.removeprefix("--").replace("-", "_")
+            given[key] = value if equals else True
+        elif key:
+            before = given[key]
+            several = before if isinstance(before, list) else [before]
+            given[key] = word if before is True else [*several, word]
+        else:
+            others.append(word)
+    return given, others
+
+
+def _typed(value: Any, source: str) -> Any:
+    if isinstance(value, list):
+        return [_typed(one, source) for one in value]
+    is_yaml = type(value) is str and re.match(r"[\[{]|(?:true|false|null)$", value, re.IGNORECASE)
+    return parse_yaml(value, source) if is_yaml else value
+
+
+def _read_yaml(path: Path, text: str) -> Mapping[str, Any]:
     config = parse_yaml(text, str(path))
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise LorafoldError(
@@ -344,11 +494,13 @@ def _without_fields(entry: TranslatedKey, names: Sequence[str], method: str) -> 
 
 
 def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
+    if found := [name for keys, name in UNSUPPORTED_FILES.items() if {*keys.split()} <= {*config}]:
+        raise LorafoldError(f"{path}: found {REASONS[found[0]]}")
     markers, unknown = {}, {}
     for kind, tool in TOOLS.items():
         markers[kind] = sum(_has(config, *marker.partition("=")) for marker in tool.markers.split())
         known = config.keys() if tool.known is None else tool.known
-        unknown[kind] = [key for key in config if key not in known]
+        unknown[kind] = [key for key in config if not {key, key.split(".")[0]} & {*known}]
     rank = {kind: (not markers[kind], len(unknown[kind]), -markers[kind]) for kind in TOOLS}
     best, *others = [kind for kind in TOOLS if rank[kind] == min(rank.values())]
     if markers[best] and not others and 3 * len(unknown[best]) <= len(config):
@@ -359,8 +511,6 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
             f"{path}: found a lorafold recipe ({listed(keys)}), expected another tool's file; train"
             f" with: lorafold train --config {path}"
         )
-    if file_kind := next((what for key, what in UNSUPPORTED_FILES.items() if key in config), None):
-        raise LorafoldError(f"{path}: found {file_kind}")
     # PEFT's file may contain any key, so every file would tie with it
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = listed(TOOLS[kind].name for kind in kinds)
@@ -380,34 +530,3 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
     given = config.get(key)
     values = given if isinstance(given, list) else [given]
     return key in config and (not equals or value in values)
-
-
-def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """The outcome of another tool's option, such as lora_r; `given` maps all such options to their
-    values. None if no tool has the option.
-    """
-    name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
-    for rules in _rule_tables():
-        if rule := rules.get(name):
-            defaults = {one.key: one.default for one in rules.values()}
-            known = {rules[n].key: v for n, v in given.items() if n in rules}
-            # a key without effect among the others may have one by itself
-            outcomes = (
-                rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
-                for others in (known, {})
-            )
-            return next(filter(None, outcomes), None)
-    return None
-
-
-def _rule_tables() -> Iterator[Mapping[str, Rule]]:
-    yield _by_name(trl.RULES["trl-sft"])
-    # the arguments of PEFT's LoRA too, without the script's function name
-    prefixes = (unsloth.LOAD, unsloth.ADAPT)
-    own = [rule for rule in unsloth.MAIN_RULES if rule.key.startswith(prefixes)]
-    yield {rule.key.partition(".")[2]: rule for rule in own}
-    yield from map(_by_name, (*trl.RULES.values(), llamafactory.RULES, axolotl.RULES, mlx.RULES))
-
-
-def _by_name(rules: Sequence[Rule]) -> Mapping[str, Rule]:
-    return {rule.key: rule for rule in rules}

@@ -8,7 +8,8 @@ packing, TRL's batch counts packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorafold.config_import.rules import (
     AS_OPTION,
     OFF,
     Outcome,
+    Rule,
     Table,
     ToolSettings,
     by_value,
@@ -431,3 +433,18 @@ RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()
 }
+# The objective of a trainer; None for supervised training
+OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TRAINERS} | {
+    "trl-sft": None, "trl-cpo": "simpo"
+}  # fmt: skip
+
+
+def rules_over(
+    kind: str, own: Sequence[Rule], defaults: Mapping[str, Any]
+) -> tuple[Rule, ...]:
+    """The rules of a tool that passes its settings to a trainer: its `own` rules, and the trainer's
+    with the tool's `defaults`.
+    """
+    taken = {rule.key for rule in own} | IN_MODEL
+    rest = (rule for rule in RULES[kind] if rule.key not in taken)
+    return (*own, *(replace(r, default=defaults.get(r.key, r.default)) for r in rest))

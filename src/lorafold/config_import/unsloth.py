@@ -5,20 +5,20 @@ TRL's trainers, with Unsloth's defaults in place of TRL's.
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
 
 A script is parsed and never executed. A value is a literal, or a name to which the script assigns
-one literal; any other value is an `Expression`. Only the first call of each function counts.
-Processing of rows before training is ignored.
+one literal; any other value is an `Expression`. Only the first call of each function counts, and of
+all trainers' configurations. Processing of rows before training is ignored.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from lorafold.config_import import trainer, trl
 from lorafold.config_import.rules import (
     PLACEHOLDER,
+    Expression,
     Outcome,
     Rule,
     Table,
@@ -43,6 +43,7 @@ from lorafold.models.quantizations import bnb_storage
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
 MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WHOLE = ("embed_tokens", "lm_head")
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
 TRAINERS = {
@@ -74,19 +75,8 @@ DEFAULTS = {
     "weight_decay": 0.001,
     "seed": 3407,
     "optim": "adamw_8bit",
-    "learning_rate": 5e-5,
     "warmup_steps": 0.1,
     "max_length": None,
-}
-# Objectives other than supervised training
-OBJECTIVES = {
-    "trl-dpo": "dpo",
-    "trl-kto": "kto",
-    "trl-orpo": "orpo",
-    "trl-cpo": "simpo",
-    "trl-reward": "reward",
-    "trl-grpo": "grpo",
-    "trl-rloo": "rloo",
 }
 OBJECTS = {
     *("model", "tokenizer", "processing_class", "args", "data_collator", "trainer"),
@@ -124,8 +114,21 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
     return mapped(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
+def _targets(value: Any, settings: ToolSettings) -> Outcome:
+    """Embeddings among the targets are trained as a whole."""
+    given = modules(value)
+    whole = tuple(name for name in WHOLE if not isinstance(given, str) and name in given)
+    if not whole:
+        return mapped(targets=given)
+    return mapped(
+        "Unsloth trains embeddings as a whole, without LoRA",
+        targets=tuple(name for name in given if name not in whole),
+        modules_to_save=whole,
+    )
+
+
 def objective_of(settings: ToolSettings) -> str | None:
-    return OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
+    return trl.OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
 
 
 def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
@@ -161,7 +164,7 @@ ADAPTER_KEYS: Table = {
 LORA_KEYS: Table = {
     "r": (to_field("rank", integer), 16),
     "lora_alpha": (to_field("alpha", number), 16),
-    "target_modules": (to_field("targets", modules), LINEARS),
+    "target_modules": (_targets, LINEARS),
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings[f"{ADAPT}target_modules"], names(value)
     ),
@@ -177,6 +180,8 @@ MAIN_RULES: tuple[Rule, ...] = (
             **_prefixed(LOAD, LOADING_KEYS),
             "max_length max_seq_length": read_with(f"{LOAD}max_seq_length"),
             **_prefixed(ADAPT, ADAPTER_KEYS),
+            "learning_rate": (trainer.rate(is_lora), 5e-5),
+            "lora_dropout": None,
             f"{DATASET}path": _loaded_rows,
             f"{DATASET}name {DATASET}split {DATASET}data_files": read_with(f"{DATASET}path"),
             "train_dataset": lambda value, settings: (
@@ -196,38 +201,19 @@ MAIN_RULES: tuple[Rule, ...] = (
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
-    own = {*(rule.key for rule in MAIN_RULES), *trl.IN_MODEL, "lora_dropout", "learning_rate"}
     defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
-    rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
-    return (
-        *MAIN_RULES,
-        *table({"learning_rate": (trainer.rate(is_lora), defaults["learning_rate"])}),
-        *table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
-        *(replace(rule, default=defaults.get(rule.key, rule.default)) for rule in rest),
-    )
+    dropout = table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora)
+    return trl.rules_over(kind, (*MAIN_RULES, *dropout), defaults)
 
 
 RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
 KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 
-class Expression(str):
-    """The source of a value that is not a literal."""
-
-
 def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in OBJECTS)}
-    unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
-    read = apply_rules(rules, {k: v for k, v in config.items() if k not in unread})
-    defaults = {entry.key: entry.outcome.fields for entry in read}
-    result = [entry for entry in read if entry.key not in unread]
-    for key, text in unread.items():
-        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
-        flag, remark = " ".join(options), "not read because it is not a literal"
-        outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
-        result.append(TranslatedKey(key, text, True, outcome))
-    return tuple(result)
+    return apply_rules(rules, config, objects)
 
 
 def arguments_of(text: str, source: str) -> Mapping[str, Any]:
@@ -237,16 +223,20 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
         line = f"line {n}: " if (n := getattr(error, "lineno", None)) else ""
         raise LorafoldError(f"{source}: {line}not valid Python") from None
     literals, seen = _literals(tree), set[str]()
-    arguments = {}
+    arguments: dict[str, Any] = {}
+    others = []
     for call in _calls(tree):
         name, owner = _name_of(call.func)
-        if name in TRAINERS and "trainer" not in arguments:
-            arguments["trainer"] = name
-        elif name not in CONFIGS and name not in FUNCTIONS:
+        what = "trainer" if name in TRAINERS else "config" if name in CONFIGS else name
+        if what == name not in FUNCTIONS:
             continue
-        if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
+        if what == "trainer" and what in seen:
+            others.append(f"{name} (line {call.lineno})")
+        if what in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
             continue
-        seen.add(name)
+        seen.add(what)
+        if what == "trainer":
+            arguments[what] = name
         prefix = f"{name}." if name in FUNCTIONS else ""
         for key, node in _arguments(call, FUNCTIONS.get(name, ())):
             if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
@@ -256,7 +246,7 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
             f"{source}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
             " Unsloth script"
         )
-    return arguments
+    return arguments | ({"another_training": ", ".join(others)} if others else {})
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
