@@ -16,7 +16,6 @@ from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     PLACEHOLDER,
     TURN_KEYS,
@@ -83,7 +82,11 @@ CONVERSATION_KEYS = {
     "chat_template", "field_messages", "message_property_mappings", "message_field_role",
     "message_field_content", "field_tools", "field_chosen", "field_rejected",
 }  # fmt: skip
-SAME_VALUES = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+# Values with the same effect as in lorafold; gpt is axolotl's alias of assistant
+SAME_VALUES = {
+    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
+    **dict.fromkeys(("train_on_eos", "train_on_eot"), ("turn",)),
+}
 
 
 BATCH = trainer.batch(
@@ -292,7 +295,7 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"to use its template {template}, write it to a file and pass --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
-    yield from unsupported_remarks([k for k, v in rest.items() if SAME_VALUES.get(k) != v])
+    yield from unsupported_remarks([k for k, v in rest.items() if v not in SAME_VALUES.get(k, ())])
 
 
 MAIN_KEYS: Table = {
@@ -302,10 +305,8 @@ MAIN_KEYS: Table = {
     "bf16": (_bf16, "auto"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(mapped(storage="fp32")),
-    "learning_rate": to_field("lr", number),
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
-    "num_epochs": (AS_OPTION, 1.0),
     "micro_batch_size": (of_policy(grpo.batch, BATCH), 1),
     "gradient_accumulation_steps": (
         of_policy(
@@ -372,7 +373,6 @@ MAIN_KEYS: Table = {
 LORA_KEYS: Table = {
     "peft_use_dora peft_use_rslora": (if_on(trainer.PART_OF_METHOD), False),
     "peft_init_lora_weights peft": if_on(trainer.PART_OF_METHOD),
-    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": AS_OPTION,
     "lora_dropout": (objectives.dropout, 0.0),
     "lora_target_linear": switch(mapped(targets="all-linear")),
     "lora_target_modules": if_else(
@@ -382,6 +382,7 @@ LORA_KEYS: Table = {
     ),
     "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+    **static_rows("axolotl_lora"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

@@ -251,7 +251,7 @@ def updates_per_sample(factor: str) -> Reader:
 
 REFERENCE: Table = {
     "sync_ref_model": _sync_ref_model,
-    "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
+    **static_rows("grpo_reference"),
 }
 SHARED: Table = {
     "reward_funcs": (_reward_funcs, ()),
@@ -287,9 +287,7 @@ GRPO: Table = {
     **SHARED,
     "loss_type": (loss_type, "dapo"),
     "importance_sampling_level": (importance_sampling_level, "token"),
-    "num_generations": (to_options("group", integer), 8),
     "beta": (beta, 0.0),
-    "use_bias_correction_kl": (read_with("beta"), True),
     "scale_rewards": (
         to_options(
             "scale", lambda value: choice(SCALES.get(str(value).lower(), value), *SCALES.values())

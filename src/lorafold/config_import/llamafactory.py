@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Outcome,
     Rule,
@@ -326,12 +325,9 @@ MAIN_KEYS: Table = {
         ),
         False,
     ),
-    "learning_rate": (to_field("lr", number), 5e-5),
     "per_device_train_batch_size": (
         trainer.batch("device", is_packed, "LLaMA-Factory cutoff_len"), 8,
     ),
-    "gradient_accumulation_steps": (AS_OPTION, 1),
-    "cutoff_len": (AS_OPTION, 2048),
     "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
         trainer.FULL_LOSS if _of_supervised(value, settings) else trainer.COMPLETIONS
@@ -377,9 +373,8 @@ LORA_KEYS: Table = {
         alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
     ),
     "lora_dropout": (trainer.dropout(setting_in("stage", "dpo", "kto")), 0.0),
-    "lora_target": (AS_OPTION, "all"),
-    "additional_target": AS_OPTION,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+    **static_rows("llamafactory_lora"),
 }
 DPO_KEYS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
@@ -391,11 +386,10 @@ REFERENCE_KEYS: Table = {
     "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
 QUANTIZATION_KEYS: Table = {
-    "quantization_method": (mapped("part of the base's quantization"), "bnb"),
-    "quantization_type": (mapped("part of the base's quantization"), "nf4"),
     "double_quantization": switch(
         mapped("always on with nf4"), changed("always on with lorafold's nf4")
     ),
+    **static_rows("llamafactory_quantization"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

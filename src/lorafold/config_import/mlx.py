@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     Outcome,
     Reader,
     Rule,
@@ -227,8 +226,6 @@ MAIN_KEYS: Table = {
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
-    "grad_accumulation_steps": (mapped("included in batch"), 1),
-    "max_seq_length": (AS_OPTION, 2048),
     "mask_prompt": (
         switch(
             mapped("only the last message is trained", train_on="last"),
@@ -236,16 +233,13 @@ MAIN_KEYS: Table = {
         ),
         False,
     ),
-    "grad_checkpoint": (AS_OPTION, False),
     "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
     "save_every": (in_steps("save_every", "save_every"), 100),
-    "seed": to_field("seed", integer),
     "report_to": trainer.trackers,
     "train": trainer.TRAIN_SWITCH,
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
     " ".join(COLUMN_KEYS.values()): read_with("data"),
-    "adapter_path": ("--out", "adapters"),
     "trust_remote_code": trainer.TRUST,
     **static_rows("mlx"),
 }

@@ -21,7 +21,15 @@ import yaml
 
 from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, join_problems, truncate_middle
-from lorafold.foreign_options import FOREIGN_OPTIONS, boolean, did_you_mean, number
+from lorafold.foreign_options import (
+    FOREIGN_OPTIONS,
+    boolean,
+    did_you_mean,
+    integer,
+    modules,
+    names,
+    number,
+)  # fmt: skip
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import ADAPTER_FIELDS
 
@@ -108,12 +116,12 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
 
 def static_rows(section: str) -> Table:
     """The rows of a section of `keys.yaml`."""
-    kinds: Mapping[str, Callable[[str], Handler]]
-    kinds = {"taken": mapped, "changed": changed, "refused": reject, "left": str}
     return {
-        keys: kinds[kind](REASONS.get(remark, remark))
+        key: (row, yaml.safe_load(default)) if default else row
         for kind, rows in KEYS[section].items()
         for remark, keys in rows.items()
+        for row in [ROWS[kind](REASONS.get(remark, remark))]
+        for key, _, default in (one.partition("=") for one in keys.split())
     }
 
 
@@ -227,6 +235,18 @@ def choice(value: Any, *choices: str) -> str:
 
 class Expression(str):
     """The source of a value that a script computes."""
+
+
+READERS = {f.__name__: f for f in (number, integer, boolean, names, modules, str)}
+# How the rows of `keys.yaml` are read
+ROWS: Mapping[str, Callable[[str], Handler]] = {
+    "taken": mapped,
+    "changed": changed,
+    "refused": reject,
+    "left": str,
+    "fields": lambda text: to_field(text.split()[0], READERS[text.split()[1]]),
+    "options": lambda text: to_options(text.split()[0], READERS[text.split()[1]]),
+}
 
 
 def apply_rules(

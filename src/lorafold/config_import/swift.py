@@ -1,5 +1,6 @@
-"""Converts ms-swift's settings, with its defaults as of August 2026 (4.x; 3.x calls `tuner_type`
-`train_type`). ms-swift passes them to the Trainer, and for `rlhf_type` to TRL's trainers.
+"""Converts ms-swift's settings, with its defaults as of August 2026: files for `swift sft`, command
+lines and args.json. ms-swift passes most of them to the Trainer, and with `rlhf_type` to TRL's
+trainers. 3.x calls `tuner_type` `train_type`.
 
 The batch is for one process. Without `gradient_accumulation_steps`, a step has 16 rows.
 """
@@ -14,45 +15,33 @@ from typing import Any
 
 from lorafold.config_import import rules, trainer, trl
 from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
-from lorafold.errors import LorafoldError
-from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, targets
+from lorafold.foreign_options import NO_FP16, integer, names, number, targets
 from lorafold.models.quantizations import bnb_storage
 
 MARKERS = "tuner_type train_type rlhf_type quant_bits split_dataset_ratio lora_rank attn_impl"
 SFT = "sft"  # for a file without rlhf_type
-KINDS = {SFT: "trl-sft", "simpo": "trl-cpo", "rm": "trl-reward"} | {
-    name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")
+KINDS = {
+    **{name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")},
+    "simpo": "trl-cpo",
+    "rm": "trl-reward",
 }
 AUTO = "auto"  # for a file without a value
-DEFAULTS = {
-    "weight_decay": 0.1,
-    "lr_scheduler_type": "cosine",
-    "seed": 42,
-}
-# Defaults of a loss, if they differ from TRL's
+DEFAULTS = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "seed": 42}
 OF_LOSS: Mapping[str, Mapping[str, Any]] = {
     "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
     "grpo": {"loss_type": "grpo", "beta": 0.04, "temperature": 0.9},
 }
+RENAMED = {"train_type": "tuner_type", "max_epochs": "num_train_epochs"}
+# TRL's names of ms-swift's keys for GRPO
+OF_GRPO = {"max_length": "max_prompt_length", "overlong_filter": "mask_truncated_completions"}
 DTYPES = {
     AUTO: mapped(trainer.AUTO, storage="auto"),
     "bfloat16": mapped(storage="bf16"),
     "float16": rules.changed(NO_FP16, storage="bf16"),
     "float32": mapped(storage="fp32"),
 }
-RENAMED = {
-    "train_type": "tuner_type", "sft_type": "tuner_type", "max_epochs": "num_train_epochs"
-}  # fmt: skip
-# ms-swift's names of TRL's keys
-OF_POLICIES = {
-    "max_length": "max_prompt_length",
-    "overlong_filter": "mask_truncated_completions",
-}
-DATASET = re.compile(r"(?:(hf|ms)::)?([^#]+?)(?::([\w/.-]+))?(?:#(\d+))?", re.I)
-
-
-def is_lora(settings: ToolSettings) -> bool:
-    return bool(settings["tuner_type"] == "lora")
+DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
+is_lora = rules.setting_in("tuner_type", "lora")
 
 
 def accumulation(settings: ToolSettings) -> int:
@@ -63,52 +52,37 @@ def accumulation(settings: ToolSettings) -> int:
 def _tuner_type(value: Any, settings: ToolSettings) -> Outcome:
     if rules.choice(value, "lora", "full") == "full":
         return mapped(method="full")
-    kind = str(settings["init_weights"]).lower()
-    return trainer.kind_of_lora(settings.is_on("use_dora"), settings.is_on("use_rslora"), kind)
+    start = str(settings["init_weights"]).lower()
+    return trainer.kind_of_lora(settings.is_on("use_dora"), settings.is_on("use_rslora"), start)
 
 
 def _quant_bits(value: Any, settings: ToolSettings) -> Outcome:
-    made = bnb_storage(integer(value)) or "int8"
-    other = settings["quant_method"] not in (None, "bnb") or made != bnb_storage(integer(value))
-    why = f"lorafold quantizes with bitsandbytes; {made} is used" if other else ""
-    return rules.changed(why, storage=made)
-
-
-def _learning_rate(value: Any, settings: ToolSettings) -> Outcome | None:
-    own = 1e-4 if is_lora(settings) else 1e-5
-    return trainer.rate(is_lora)(own if value == AUTO else value, settings)
-
-
-def _max_length(value: Any, settings: ToolSettings) -> Outcome:
-    if value == AUTO:
-        return rules.changed("ms-swift's limit is the model's context, lorafold's is max_length")
-    return mapped(max_length=integer(value))
+    made = bnb_storage(integer(value)) if settings["quant_method"] in (None, "bnb") else None
+    why = "" if made else "lorafold quantizes with bitsandbytes; nf4 is used"
+    return rules.changed(why, storage=made or "nf4")
 
 
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
-    found = [DATASET.fullmatch(name) for name in names(value)]
-    sources = [_source(*one.groups(), settings) for one in found if one]  # type: ignore[misc]
-    return rules.data_outcome(sources, trl.OBJECTIVES[KINDS[settings["rlhf_type"] or SFT]])
-
-
-def _source(hub: str, path: str, subset: str, count: str, settings: ToolSettings) -> SourceDataset:
-    is_here = Path(path).exists() or Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet")
-    remarks = [f"only {count} rows: pass a file with them"] if count else []
-    if not (is_here or hub == "hf" or settings.is_on("use_hf")):
-        remarks += ["from ModelScope: pass its rows as a file, or the same dataset of the HF Hub"]
-        return SourceDataset(path, None, remarks=remarks)
-    return rules.dataset(path, subset, remarks=remarks)
+    sources = []
+    for hub, path, subset, count in (DATASET.findall(name)[0] for name in names(value)):
+        remarks = [f"only {count} rows: save them to a file"] * bool(count)
+        is_file = Path(path).exists() or Path(path).suffix in (".json", ".jsonl", ".csv")
+        if is_file or hub.lower() == "hf" or settings.is_on("use_hf"):
+            sources.append(rules.dataset(path, subset or None, remarks=remarks))
+        else:
+            remarks.append("from ModelScope: save it to a file or find it on the Hugging Face Hub")
+            sources.append(SourceDataset(path, None, remarks=remarks))
+    kind = KINDS.get(settings["rlhf_type"] or SFT, "")
+    return rules.data_outcome(sources, trl.OBJECTIVES.get(kind))
 
 
 def _loss_scale(value: Any, settings: ToolSettings) -> Outcome:
-    base, *others = str(value).split("+")
+    base, *others = str(value).removesuffix("+ignore_empty_think").split("+")
     if base == "all":
         return trainer.FULL_LOSS
-    why = f"lorafold gives all trained tokens the same weight; ignored: {', '.join(others)}"
-    train_on = "last" if base == "last_round" else "all"
-    others = [name for name in others if name != "ignore_empty_think"]
-    others += [base] if base not in ("default", "last_round") else []
-    return rules.changed(why if others else "", train_on=train_on)
+    equal = base in ("default", "last_round") and not others
+    why = "" if equal else "lorafold gives all trained tokens the same weight"
+    return rules.changed(why, train_on="last" if base == "last_round" else "all")
 
 
 MAIN_KEYS: Table = {
@@ -117,33 +91,29 @@ MAIN_KEYS: Table = {
         rules.if_else(rules.setting_in("quant_bits", None), rules.by_value(DTYPES)), AUTO,
     ),
     "quant_bits": _quant_bits,
-    "learning_rate": (_learning_rate, AUTO),
+    "learning_rate": (
+        lambda value, settings: trainer.rate(is_lora)(
+            {True: 1e-4, False: 1e-5}[is_lora(settings)] if value == AUTO else value, settings
+        ),
+        AUTO,
+    ),
     "adam_beta2": (
         lambda value, settings: mapped(betas=(number(settings["adam_beta1"]), number(value))), 0.95,
     ),
-    "adam_beta1": (rules.read_with("adam_beta2"), 0.9),
-    "gradient_checkpointing": (rules.to_field("gradient_checkpointing", boolean), True),
     "trust_remote_code": trainer.TRUST,
     "val_dataset": rules.if_on(trainer.EVAL_DATA),
     "split_dataset_ratio": (trainer.held_out_rows, 0.0),
-    "use_hf": (rules.if_on(rules.read_with("dataset")), False),
     "dataset": _dataset,
     "advantage_estimator": rules.by_value(
-        {"grpo": rules.OFF}, "lorafold's objective grpo has only this one; for rloo, set objective"
+        {"grpo": rules.OFF}, "for rloo, convert the file without this key and set objective: rloo"
     ),
     "freeze_parameters_ratio": rules.require(0, "lorafold's full method trains the whole model"),
     "freeze_vit freeze_aligner": rules.switch(
-        mapped("lorafold adapts the language model's blocks"),
-        rules.unmapped(rules.REASONS["every_layer"]),
+        mapped("lorafold adapts the language model"), rules.unmapped(rules.REASONS["every_layer"])
     ),
     **rules.static_rows("swift"),
 }
 LORA_KEYS: Table = {
-    "use_dora use_rslora": (rules.if_on(trainer.PART_OF_METHOD), False),
-    "init_weights": (trainer.PART_OF_METHOD, "true"),
-    "lora_rank": (rules.AS_OPTION, 8),
-    "lora_alpha": (rules.AS_OPTION, 32),
-    "lora_bias": rules.to_field("bias"),
     "target_modules": (
         lambda value, settings: mapped(targets=settings["target_regex"] or targets(value)),
         "all-linear",
@@ -151,14 +121,22 @@ LORA_KEYS: Table = {
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings["target_modules"], names(value)
     ),
-    "modules_to_save": rules.to_field("modules_to_save", names),
     "lorap_lr_ratio": trainer.loraplus_ratio,
     "adapters": lambda value, settings: (
         rules.pass_option("--init-adapter", names(value)[-1]) if value else rules.OFF
     ),
+    **rules.static_rows("swift_lora"),
 }
-SFT_KEYS: Table = {
-    "max_length": (_max_length, AUTO),
+# With completions that the model samples, TRL's rows for these keys apply
+ROW_KEYS: Table = {
+    "max_length": (
+        lambda value, settings: (
+            rules.changed("ms-swift's limit is the model's context, lorafold's is max_length")
+            if value == AUTO
+            else mapped(max_length=integer(value))
+        ),
+        AUTO,
+    ),
     "truncation_strategy": (
         rules.by_value(
             {"right": mapped("rows are truncated at the end")},
@@ -173,7 +151,7 @@ SFT_KEYS: Table = {
         lambda value, settings: mapped(accumulate=accumulation(settings)), AUTO,
     ),
 }
-COMPLETION_KEYS: Table = {
+SFT_KEYS: Table = {
     "task_type": (
         rules.by_value(
             {"causal_lm": mapped(objective="sft"), "seq_cls": mapped(objective="classify")},
@@ -181,30 +159,30 @@ COMPLETION_KEYS: Table = {
         ),
         "causal_lm",
     ),
-    "loss_type": rules.reject("lorafold does not have ms-swift's own losses"),
-    "packing": (rules.to_field("packing", boolean), False),
     "loss_scale": (_loss_scale, "default"),
+    **rules.static_rows("swift_sft"),
 }
 
 
 def _rules(name: str) -> tuple[rules.Rule, ...]:
-    kind = KINDS[name]
-    rows = MAIN_KEYS | ({} if kind == "trl-grpo" else SFT_KEYS)
-    rows = {**rows, **({"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {})}
+    kind = KINDS.get(name, "trl-sft")
+    rows = {**MAIN_KEYS, **({} if name == "grpo" else ROW_KEYS)}
+    rows |= SFT_KEYS if name == SFT else {}
+    rows |= {"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {}
     lora = {**LORA_KEYS, "lora_dropout": (trl.DROPOUTS[kind], 0.05)}
     own = (*rules.table(rows), *rules.table(lora, is_lora))
-    own += rules.table(COMPLETION_KEYS) if name == SFT else ()
-    return trl.rules_over(kind, own, {**DEFAULTS, **OF_LOSS.get(name, {})})
+    base = trl.COMMON if name == SFT else trl.RULES[kind]
+    return trl.rules_over(base, own, {**DEFAULTS, **OF_LOSS.get(name, {})})
 
 
-RULES = {name: _rules(name) for name in KINDS}
-KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAMED, *OF_POLICIES}
-# keys of args.json that matter to another loss
+RULES = {name: _rules(name) for name in (SFT, *KINDS)}
+KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAMED, *OF_GRPO}
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
-    name = config.get("rlhf_type") or SFT
-    if name not in KINDS:
-        raise LorafoldError(f"rlhf_type: found {name!r}, expected {', '.join(KINDS)}")
-    renamed = RENAMED | (OF_POLICIES if name == "grpo" else {})
-    return rules.apply_rules(RULES[name], {renamed.get(k, k): v for k, v in config.items()})
+    name = rules.choice(config.get("rlhf_type") or SFT, *RULES)
+    renamed = RENAMED | (OF_GRPO if name == "grpo" else {})
+    other = dict.fromkeys(sorted(KNOWN), rules.REASONS["other_stage"])
+    own = RULES[name]
+    unused = rules.table({k: v for k, v in other.items() if k not in {rule.key for rule in own}})
+    return rules.apply_rules((*own, *unused), {renamed.get(k, k): v for k, v in config.items()})

@@ -1,8 +1,8 @@
 """Converts torchtune's configurations, with its defaults as of April 2026. Keys of a block have its
-name, as in `model.lora_rank`, except that the dataset is read as a whole.
+name, as in `model.lora_rank`.
 
-A component that builds the model determines the method: lora_llama3_1_8b, qlora_llama3_1_8b and
-llama3_1_8b train LoRA, LoRA on 4 bits and all weights. The batch is for one device.
+The component that builds the model determines the method: qlora_llama2_7b trains LoRA on a base in
+4 bits, llama2_7b all weights. The batch is for one device.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from typing import Any
 
 from lorafold.config_import import rules, trainer
 from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
-from lorafold.foreign_options import boolean, integer, names, number
+from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
 MARKERS = "checkpointer metric_logger max_steps_per_epoch enable_activation_checkpointing"
-COMPONENT = "_component_"
-BLOCKS = ("model", "tokenizer", "checkpointer", "optimizer", "lr_scheduler", "loss")
 NONE = "none"  # for a file without an entry
+DATASET = "dataset."
 OBJECTIVES = {
-    **dict.fromkeys(
-        ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss"), "sft"
-    ),
+    "LinearCrossEntropyLoss": "sft",
+    "CEWithChunkedOutputLoss": "sft",
     "DPOLoss": "dpo",
     "RSOLoss": "hinge",
 }
@@ -33,43 +31,34 @@ OPTIMIZERS = {
     "PagedAdamW": "paged_adamw",
     "PagedAdamW8bit": "paged_adamw_8bit",
 }
-STORAGES = {"bf16": mapped(storage="bf16"), "fp32": mapped(storage="fp32")}
-MLP = ("gate_proj", "up_proj", "down_proj")
-# torchtune's modules, and the layers that contain them in the files of Phi
-FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
-    MLP[:2], "gate_up_proj"
-)
-SOURCES = {  # of builders that name their rows
+SOURCES = {  # of datasets that builders name
     "alpaca": "tatsu-lab/alpaca",
     "alpaca_cleaned": "yahma/alpaca-cleaned",
     "stack_exchange_paired": "lvwerra/stack-exchange-paired",
     "hh_rlhf_helpful": "RLHFlow/HH-RLHF-Helpful-standard",
 }
-COLUMNS = {"input": "prompt", "output": "completion"}  # torchtune's column: lorafold's
-DATASET_KEYS = {
-    COMPONENT, "source", "name", "split", "data_files", "column_map", "column",
-    "conversation_column", "conversation_style", "train_on_input", "packed",
-}  # fmt: skip
+# torchtune's column, of rows in the format `instruct`: lorafold's
+COLUMNS = {"input": "prompt", "output": "completion"}
 
 
 def flatten(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    flat = {}
+    """Keys of a command line, such as model.lora_rank, follow their block and replace its keys."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key in BLOCKS and isinstance(value, dict):
-            flat |= {f"{key}.{entry}": one for entry, one in value.items()}
-        else:
-            flat[key] = value
-    # references such as ${output_dir}/logs
+        block = f"{key}._component_" in KNOWN and isinstance(value, Mapping)
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if block else {key: value}
+
+    def referenced(found: re.Match[str]) -> str:  # such as ${output_dir}/logs
+        return str(flat.get(found[1], found[0]))
+
     return {
-        key: re.sub(r"\$\{([\w.]+)\}", lambda found: str(flat.get(found[1], found[0])), value)
-        if isinstance(value, str)
-        else value
+        key: re.sub(r"\$\{([\w.]+)\}", referenced, value) if isinstance(value, str) else value
         for key, value in flat.items()
     }
 
 
-def component(key: str, settings: ToolSettings) -> str:
-    return str(settings[f"{key}.{COMPONENT}"]).rpartition(".")[2]
+def component(block: str, settings: ToolSettings) -> str:
+    return str(settings[f"{block}._component_"]).rpartition(".")[2]
 
 
 def is_lora(settings: ToolSettings) -> bool:
@@ -77,16 +66,12 @@ def is_lora(settings: ToolSettings) -> bool:
 
 
 def is_quantized(settings: ToolSettings) -> bool:
-    return component("model", settings).startswith("qlora") or settings.is_on("model.quantize_base")
-
-
-def objective_of(settings: ToolSettings) -> str:
-    return OBJECTIVES.get(component("loss", settings), "sft")
+    return component("model", settings).startswith("qlora") or bool(settings["model.quantize_base"])
 
 
 def datasets(settings: ToolSettings) -> list[Mapping[str, Any]]:
-    value = settings["dataset"]
-    return [one for one in (value if isinstance(value, list) else [value]) if one]
+    flat = {k.removeprefix(DATASET): v for k, v in settings.config.items() if k.startswith(DATASET)}
+    return settings["dataset"] or [flat]
 
 
 def is_packed(settings: ToolSettings) -> bool:
@@ -94,60 +79,53 @@ def is_packed(settings: ToolSettings) -> bool:
 
 
 def _model(value: Any, settings: ToolSettings) -> Outcome:
-    if not is_lora(settings):
-        return mapped(method="full")
-    return trainer.kind_of_lora(settings.is_on("model.use_dora"), False, None)
+    if "vision" in str(value):
+        raise rules.rejection(value, "lorafold does not train on images")
+    lora = trainer.kind_of_lora(settings.is_on("model.use_dora"), False, None)
+    return lora if is_lora(settings) else mapped(method="full")
 
 
 def _targets(value: Any, settings: ToolSettings) -> Outcome:
-    linears = [name.replace("output_proj", "o_proj") for name in names(value)]
-    linears += MLP if settings.is_on("model.apply_lora_to_mlp") else ()
-    linears += ["lm_head"] if settings.is_on("model.apply_lora_to_output") else ()
-    is_fused = component("model", settings).removeprefix("q").startswith("lora_phi")
-    layers = tuple(dict.fromkeys(FUSED.get(n, n) if is_fused else n for n in linears))
-    why = "the model's files contain these layers fused" if is_fused else ""
-    return rules.changed(why, targets=layers)
-
-
-def _max_steps(value: Any, settings: ToolSettings) -> Outcome:
-    return rules.changed(
-        "torchtune trains on as many steps of each epoch, or fewer if the epoch ends first",
-        steps=int(integer(value) * settings.read("epochs", number)),
-    )
-
-
-def _schedule(value: Any, settings: ToolSettings) -> Outcome:
-    name = component("lr_scheduler", settings)
-    cosine = name == "get_cosine_schedule_with_warmup"
-    why = "" if cosine or name == NONE else f"lorafold does not support {name}; cosine is used"
-    return rules.changed(why, schedule="constant" if name == NONE else "cosine")
+    layers = [name.replace("output_proj", "o_proj") for name in names(value)]
+    layers += ["gate_proj", "up_proj", "down_proj"] * settings.is_on("model.apply_lora_to_mlp")
+    layers += ["lm_head"] * settings.is_on("model.apply_lora_to_output")
+    if "lora_phi" in component("model", settings):  # whose files contain fused layers
+        fused = {"q_proj|k_proj|v_proj": "qkv_proj", "gate_proj|up_proj": "gate_up_proj"}
+        for parts, whole in fused.items():
+            layers = [re.sub(f"^({parts})$", whole, name) for name in layers]
+    return mapped(targets=tuple(dict.fromkeys(layers)))
 
 
 def _loss(value: Any, settings: ToolSettings) -> Outcome:
     name = component("loss", settings)
     if name not in OBJECTIVES:
-        raise rules.rejection(value, f"lorafold supports only the losses {', '.join(OBJECTIVES)}")
+        raise rules.rejection(value, f"lorafold supports only {', '.join(OBJECTIVES)}")
     return mapped(objective=OBJECTIVES[name])
 
 
+def _schedule(value: Any, settings: ToolSettings) -> Outcome:
+    name = component("lr_scheduler", settings)
+    if name in (NONE, "get_cosine_schedule_with_warmup"):
+        return mapped(schedule="constant" if name == NONE else "cosine")
+    return rules.changed(f"lorafold does not support {name}; cosine is used", schedule="cosine")
+
+
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
-    sources, packing = [*map(_source, datasets(settings))], is_packed(settings)
-    rows = rules.data_outcome(sources, {"sft": None}.get(one := objective_of(settings), one))
-    return Outcome("left", {"packing": packing}, rows.remark, rows.flag)
+    objective = OBJECTIVES.get(component("loss", settings))
+    sources = [*map(_source, datasets(settings))]
+    return rules.data_outcome(sources, None if objective == "sft" else objective)
 
 
 def _source(one: Mapping[str, Any]) -> SourceDataset:
-    builder = str(one.get(COMPONENT)).rpartition(".")[2].removesuffix("_dataset")
-    theirs = one.get("column_map") or ({k: k for k in COLUMNS} if builder == "instruct" else {})
-    columns = {COLUMNS.get(k, k) if builder == "instruct" else k: v for k, v in theirs.items()}
-    is_openai = one.get("conversation_style") == "openai"
-    columns["messages" if is_openai else "conversations"] = one.get("conversation_column")
-    columns["text"] = one.get("column")
-    place = one.get("name"), one.get("split"), one.get("data_files")
-    path = one.get("source", SOURCES.get(builder))
+    builder = str(one.get("_component_")).rpartition(".")[2].removesuffix("_dataset")
+    own = COLUMNS if builder == "instruct" else {}
+    columns = {own.get(k, k): v for k, v in (one.get("column_map") or {k: k for k in own}).items()}
+    turns = "messages" if one.get("conversation_style") == "openai" else "conversations"
+    columns |= {turns: one.get("conversation_column"), "text": one.get("column")}
     return rules.dataset(
-        path, *place, columns=columns, remarks=_remarks(one, builder), kind=f" ({builder})"
-    )
+        one.get("source", SOURCES.get(builder)), one.get("name"), one.get("split"),
+        one.get("data_files"), columns=columns, remarks=_remarks(one, builder), kind=f" ({builder})",
+    )  # fmt: skip
 
 
 def _remarks(one: Mapping[str, Any], builder: str) -> Iterator[str]:
@@ -155,43 +133,32 @@ def _remarks(one: Mapping[str, Any], builder: str) -> Iterator[str]:
     if alpaca:
         yield "lorafold uses the model's chat template, not its prompt format (### Instruction:)"
     if one.get("train_on_input", alpaca):
-        yield str(trainer.FULL_LOSS.remark)
-    others = [k for k, v in one.items() if k not in DATASET_KEYS and not rules.is_off(v)]
-    yield from rules.unsupported_remarks(others)
+        yield f"torchtune trains on the prompts too: {trainer.FULL_LOSS.remark}"
 
 
 MAIN_KEYS: Table = {
-    f"model.{COMPONENT}": (_model, NONE),
-    "dtype": (
-        rules.if_else(is_quantized, mapped(storage=bnb_storage(4)), rules.by_value(STORAGES)),
-        "fp32",
+    "model._component_": (_model, NONE),
+    "dtype": rules.if_else(
+        is_quantized,
+        mapped(storage=bnb_storage(4)),
+        rules.by_value({name: mapped(storage=name) for name in ("bf16", "fp32")}),
     ),
-    "model.quantize_base": (rules.if_on(rules.read_with("dtype")), False),
-    f"loss.{COMPONENT}": _loss,
-    "device": rules.by_value(
-        {"cpu": rules.unmapped("pass --device cpu", "--device cpu")},
-        mapped("lorafold trains on a GPU if there is one"),
+    "loss._component_": _loss,
+    "max_steps_per_epoch": lambda value, settings: rules.changed(
+        "torchtune ends an epoch after as many steps, or before if it has fewer",
+        steps=int(integer(value) * number(settings["epochs"])),
     ),
-    "loss.beta loss.gamma": rules.to_field("beta", number),
-    "loss.label_smoothing": rules.to_options("label_smoothing"),
-    "epochs": (rules.to_field("epochs", number), 1),
-    "max_steps_per_epoch": _max_steps,
     "batch_size": (trainer.batch("device", is_packed, "torchtune tokenizer.max_seq_len"), 1),
-    "gradient_accumulation_steps": (rules.AS_OPTION, 1),
     "clip_grad_norm": (
         lambda value, settings: mapped(clip=0.0 if value in (NONE, "inf") else number(value)), NONE,
     ),
-    f"optimizer.{COMPONENT}": lambda value, settings: trainer.optimizer(
+    "optimizer._component_": lambda value, settings: trainer.optimizer(
         OPTIMIZERS.get(component("optimizer", settings), ""), settings
     ),
     "optimizer.lr": (trainer.rate(is_lora), 1e-3),
-    "optimizer.weight_decay": (rules.to_field("weight_decay", number), 0.01),
-    "optimizer.betas": rules.to_field("betas", lambda value: tuple(map(number, value))),
-    "optimizer.eps": rules.to_field("eps", number),
-    f"lr_scheduler.{COMPONENT}": (_schedule, NONE),
-    "lr_scheduler.num_warmup_steps": (
-        lambda value, settings: trainer.warmup_of(integer(value)), 0,
-    ),
+    "optimizer.betas": lambda value, settings: mapped(betas=tuple(map(number, value))),
+    "lr_scheduler._component_": (_schedule, NONE),
+    "lr_scheduler.num_warmup_steps": (lambda value, _: trainer.warmup_of(integer(value)), 0),
     "lr_scheduler.num_cycles": rules.require(0.5, "lorafold's schedule is half a cosine"),
     "tokenizer.max_seq_len": (
         lambda value, settings: (
@@ -201,24 +168,16 @@ MAIN_KEYS: Table = {
         ),
         NONE,
     ),
-    "enable_activation_checkpointing": (rules.to_field("gradient_checkpointing", boolean), False),
-    "seed": rules.to_field("seed", integer),
-    "dataset": _dataset,
+    "device": rules.by_value(
+        {"cpu": rules.unmapped("pass --device cpu", "--device cpu")},
+        mapped("lorafold trains on a GPU if there is one"),
+    ),
+    "dataset dataset._component_": _dataset,
     "dataset_val": trainer.EVAL_DATA,
     "run_val_every_n_steps": trainer.interval("eval_every"),
     "save_every_n_steps": trainer.interval("save_every"),
-    "checkpointer.keep_last_n_checkpoints": rules.to_field("keep", integer),
     **rules.static_rows("torchtune"),
 }
-LORA_KEYS: Table = {
-    "model.use_dora": (rules.if_on(trainer.PART_OF_METHOD), False),
-    "model.lora_attn_modules": _targets,
-    "model.apply_lora_to_mlp model.apply_lora_to_output": (
-        rules.if_on(rules.read_with("model.lora_attn_modules")), False,
-    ),
-    "model.lora_rank": (rules.to_field("rank", integer), 8),
-    "model.lora_alpha": (rules.to_field("alpha", number), 16),
-    "model.lora_dropout": (rules.to_field("dropout", number), 0.0),
-}
+LORA_KEYS: Table = {"model.lora_attn_modules": _targets, **rules.static_rows("torchtune_lora")}
 RULES = (*rules.table(MAIN_KEYS), *rules.table(LORA_KEYS, is_lora))
-KNOWN = frozenset(rule.key.partition(".")[0] for rule in RULES)
+KNOWN = frozenset(name for rule in RULES for name in (rule.key, rule.key.partition(".")[0]))

@@ -9,7 +9,6 @@ from math import ceil
 from typing import Any
 
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Condition,
     Handler,
@@ -211,9 +210,6 @@ interval_strategy = by_value(
 )
 # The Trainer's keys that tools rename
 SHARED_KEYS: Table = {
-    "weight_decay": (to_field("weight_decay", number), 0.0),
-    "max_grad_norm": (AS_OPTION, 1.0),
-    "adam_beta1 adam_beta2 adam_epsilon": AS_OPTION,
     "max_steps": lambda value, settings: (
         mapped(steps=integer(value)) if integer(value) > 0 else mapped("no limit: epochs apply")
     ),
@@ -227,7 +223,6 @@ SHARED_KEYS: Table = {
             "lorafold keeps 2 checkpoints and the best one; change this with --set keep=N"
         )
     ),
-    "seed": to_field("seed", integer),
     "trust_remote_code": TRUST,
     **static_rows("trainer"),
 }
@@ -241,7 +236,6 @@ TRAINER_KEYS: Table = {
         else warmup_of(number(value), share=True)
     ),
     "optim": (optimizer, "adamw_torch_fused"),
-    "num_train_epochs": (AS_OPTION, 3.0),
     "use_cpu": switch(unmapped("pass --device cpu", "--device cpu")),
     "report_to": trackers,
     **static_rows("transformers"),

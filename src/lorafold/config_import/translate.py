@@ -9,7 +9,6 @@ tool.
 from __future__ import annotations
 
 import json
-import operator
 import os
 import re
 import shlex
@@ -63,16 +62,8 @@ SECTIONS = {
 }
 
 
-AFTER_TURNS = (
-    "lorafold's loss excludes text that the chat template adds after the end of a turn, often a"
-    " newline; the other tool includes it"
-)
-NOTES = {
-    "trl-sft": f"{AFTER_TURNS}; TRL concatenates a prompt and completion of plain text without a"
-    " template: for such rows pass --chat-template none",
-    "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
-}
 UNSUPPORTED_FILES: Mapping[str, str] = KEYS["unsupported_files"]
+NOTES: Mapping[str, str] = KEYS["notes"]
 FILE_RULES = table(static_rows("file"))
 # Commands that train: the kind, by a pattern of a word and the word after it
 LAUNCHES = {
@@ -92,27 +83,26 @@ LAUNCHES = {
     r".*\.py .*": "",
 }
 TOKEN = re.compile(
-    r"""\\\n|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
+    r"""\\\n|`\#[^`]*`|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
     |(?:[^\s'"\\$;&|<>()]|\\[^\n]|'[^']*'|"(?:\\.|[^"\\])*"
     |\$\(\([^)]*\)\)|\$\([^)]*\)|\$\{[^}]*\}|\$)+""",
     re.DOTALL | re.VERBOSE,
 )
-VARIABLE = re.compile(r"'[^']*'|\$\{?(\w+)(?::-([^}]*))?\}?")
-CALCULATION = re.compile(r"\$\((?:expr|\() *(\w+) *\\?([-+*/]) *(\w+) *\)+")
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+OVERRIDE = re.compile(r"[a-z_][\w.]*")  # as in key=value
+PART = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|[^'"]+""", re.DOTALL)
+VARIABLE = re.compile(r"\$\{?(\w+)(?::-([^}]*))?\}?")
 
 
 @dataclass(frozen=True)
 class Tool:
     """Another tool. `markers` are keys, or key=value, separated by spaces; `known` are the keys
-    that it supports (None: all); `note` is about settings that its files never contain.
+    that it supports (None: all).
     """
 
     name: str
     markers: str
     read_keys: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
     known: frozenset[str] | None
-    note: str = ""
 
 
 def _from_rules(
@@ -120,52 +110,24 @@ def _from_rules(
     markers: str,
     rules: Sequence[Rule],
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-    note: str = "",
 ) -> Tool:
     """A tool with a table of rules; `flatten` moves keys in blocks to the top level."""
-    known = frozenset(rule.key for rule in rules)
-    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known, note)
+    known = frozenset(name for rule in rules for name in (rule.key, rule.key.split(".")[0]))
+    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known)
 
 
 TOOLS: dict[str, Tool] = {
     "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
-    "llamafactory": _from_rules(
-        "LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES, note=AFTER_TURNS
-    ),
-    "torchtune": Tool(
-        "torchtune",
-        torchtune.MARKERS,
-        lambda config: apply_rules(torchtune.RULES, torchtune.flatten(config)),
-        torchtune.KNOWN,
-        "torchtune formats rows itself, lorafold with the chat template of the model's files",
-    ),
-    "ms-swift": Tool(
-        "ms-swift",
-        swift.MARKERS,
-        swift.read_keys,
-        swift.KNOWN,
-        "ms-swift formats rows with its own templates, lorafold with the model's chat template",
-    ),
+    "llamafactory": _from_rules("LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES),
+    "torchtune": _from_rules("torchtune", torchtune.MARKERS, torchtune.RULES, torchtune.flatten),
+    "ms-swift": Tool("ms-swift", swift.MARKERS, swift.read_keys, swift.KNOWN),
     **{
-        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind], note=NOTES.get(kind, ""))
+        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind])
         for kind, (name, markers, _) in trl.TRAINERS.items()
     },
-    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora, NOTES["mlx-lm"]),
-    "unsloth": Tool(
-        "Unsloth",
-        unsloth.MARKERS,
-        unsloth.read_keys,
-        unsloth.KNOWN,
-        "lorafold reads the script without executing it: if the script processes the rows before"
-        " training, apply the same processing to your data",
-    ),
-    "peft": Tool(
-        "PEFT",
-        peft_config.MARKERS,
-        peft_config.read_keys,
-        None,
-        "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
-    ),
+    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora),
+    "unsloth": Tool("Unsloth", unsloth.MARKERS, unsloth.read_keys, unsloth.KNOWN),
+    "peft": Tool("PEFT", peft_config.MARKERS, peft_config.read_keys, None),
 }
 
 
@@ -296,7 +258,8 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     config, launched = _read(source, kind)
     about_file = {rule.key: config[rule.key] for rule in FILE_RULES if rule.key in config}
     config = {key: value for key, value in config.items() if key not in about_file}
-    tool = TOOLS[kind or launched or detect_tool(source, config)]
+    kind = kind or launched or detect_tool(source, config)
+    tool = TOOLS[kind]
     try:
         entries = (*tool.read_keys(config), *apply_rules(FILE_RULES, about_file))
         recipe = _recipe(entries)
@@ -307,7 +270,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     absent = ignored_fields(recipe)
     entries = tuple(_without_fields(entry, absent, recipe.method) for entry in entries)
     by_outcome = {s: tuple(e for e in entries if e.outcome.status == s) for s in SECTIONS}
-    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
+    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=NOTES.get(kind, ""))
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
@@ -339,13 +302,16 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
 
 
 def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
-    trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
-    if not trainings:
+    found = [(words, launch) for words in _commands(text) if (launch := _launch(words))]
+    if not found:
         raise LorafoldError(
             f"{path}: found no command that trains, expected for example trl sft, swift sft, tune"
             " run, axolotl train, llamafactory-cli train or mlx_lm.lora"
         )
-    (words, (kind, start, end)), *others = trainings
+    named = [one for one in found if one[1][0]]
+    (words, (kind, start, end)), *more = named or [max(found, key=lambda one: len(one[0]))]
+    if kind == "torchtune" and "--config" in words:
+        start = end = words.index("--config")
     if kind in REASONS:
         raise LorafoldError(f"{path}: found {REASONS[kind]}")
     given, files = _arguments(words[end:])
@@ -360,13 +326,10 @@ def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
             copy = f"; copy it with tune cp {name} {path.parent}" if kind == "torchtune" else ""
             raise LorafoldError(f"{path}: reads {name}, which was not found{copy}")
         config = {**_read(file, None)[0]}
-    for key, value in given.items():
-        block, (*parents, last) = config, key.split(".")
-        for parent in parents:
-            block = block.setdefault(parent, {})
-        block[last] = _typed(value, str(path))
-    about = {"launcher": words[:start], "another_training": [o for one, _ in others for o in one]}
-    return config | {key: shlex.join(value) for key, value in about.items() if value}, kind
+    config |= {key: _typed(value, str(path)) for key, value in given.items()}
+    others = "; ".join(" ".join(rest[first : last + 2]) for rest, (_, first, last) in more)
+    about = {"launcher": " ".join(words[:start]), "another_training": others}
+    return config | {key: value for key, value in about.items() if value}, kind
 
 
 def _launch(words: Sequence[str]) -> tuple[str, int, int] | None:
@@ -386,7 +349,7 @@ def _commands(text: str) -> Iterator[list[str]]:
     variables: dict[str, str] = {}
     words: list[str] = []
     for token in [*TOKEN.findall(text.replace("\r", "")), "\n"]:
-        if token[0] not in "\n;&|()<>" and not re.match(r"\\\n|\#|\d?[<>]", token):
+        if token[0] not in "\n;&|()<>" and not re.match(r"\\\n|`?\#|\d?[<>]", token):
             words.append(token)
         elif token[0] in "\n;&|()" and words:
             pairs = [word.partition("=") for word in words if word != "export"]
@@ -398,17 +361,20 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 
 def _expand(word: str, variables: Mapping[str, str]) -> list[str]:
-    def calculated(found: re.Match[str]) -> str:
-        first, second = (variables.get(found[index], found[index]) for index in (1, 3))
-        is_known = first.isdigit() and second.isdigit() and int(second)
-        return str(OPERATORS[found[2]](int(first), int(second))) if is_known else found[0]
+    def expanded(part: re.Match[str]) -> str:
+        def value(found: re.Match[str]) -> str:
+            text = variables.get(found[1], found[2])
+            if text is None:
+                return found[0]
+            escaped = re.sub(r"([\\'\"])", r"\\\1", text)
+            return escaped.replace("\\'", "'") if part[0][0] == '"' else escaped
 
-    text = VARIABLE.sub(lambda v: variables.get(v[1], v[2] or v[0]), word)
-    try:
-        words = shlex.split(CALCULATION.sub(calculated, text))
-    except ValueError:
-        words = [f"${text}"]
-    return [Expression(one) if "$" in one else one for one in words]
+        return part[0] if part[0][0] == "'" else VARIABLE.sub(value, part[0])
+
+    text = PART.sub(expanded, word)
+    if "$(" in text:
+        return [Expression(text)]
+    return [Expression(one) if "$" in one else one for one in shlex.split(text)]
 
 
 def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -417,9 +383,9 @@ def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     others, key = [], ""
     for word in words:
         name, equals, value = word.partition("=")
-        if word == "-c" or name.startswith("--") or (equals and re.fullmatch(r"[a-z_.]+", name)):
+        if word == "-c" or name.startswith("--") or (equals and OVERRIDE.fullmatch(name)):
             key = "config" if word == "-c" else name.removeprefix("--").replace("-", "_")
-            given[key] = value if equals else True
+            given[key] = type(word)(value) if equals else True
         elif key:
             before = given[key]
             several = before if isinstance(before, list) else [before]
@@ -500,7 +466,7 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
     for kind, tool in TOOLS.items():
         markers[kind] = sum(_has(config, *marker.partition("=")) for marker in tool.markers.split())
         known = config.keys() if tool.known is None else tool.known
-        unknown[kind] = [key for key in config if not {key, key.split(".")[0]} & {*known}]
+        unknown[kind] = [key for key in config if key not in known]
     rank = {kind: (not markers[kind], len(unknown[kind]), -markers[kind]) for kind in TOOLS}
     best, *others = [kind for kind in TOOLS if rank[kind] == min(rank.values())]
     if markers[best] and not others and 3 * len(unknown[best]) <= len(config):

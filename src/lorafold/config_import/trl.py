@@ -105,20 +105,16 @@ MODEL_KEYS: Table = {
     ),
     "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(mapped(storage=bnb_storage(8))), False),
-    "bnb_4bit_quant_type": (mapped("part of the base's quantization"), "nf4"),
-    "use_bnb_nested_quant": mapped("nf4 always uses nested quantization"),
     "torch_dtype": dtype,
     "bf16": (if_on(read_with("dtype")), True),
     "fp16": (if_on(read_with("dtype")), False),
-    "gradient_checkpointing": (to_field("gradient_checkpointing", boolean), True),
     "model_revision": lambda value, settings: (
         mapped("the default revision") if value == "main" else pass_option("--revision", value)
     ),
     "trust_remote_code": trainer.TRUST,
+    **static_rows("trl_model"),
 }
 LORA_KEYS: Table = {
-    "lora_r": (AS_OPTION, 16),
-    "lora_alpha": (AS_OPTION, 32),
     "lora_target_modules": (
         lambda value, settings: (
             trainer.AUTO_TARGETS if value == BY_ARCHITECTURE else mapped(targets=targets(value))
@@ -129,6 +125,7 @@ LORA_KEYS: Table = {
         settings["lora_target_modules"], names(value)
     ),
     "lora_modules_to_save": _modules_to_save,
+    **static_rows("trl_lora"),
 }
 MODEL = (
     *table(MODEL_KEYS),
@@ -202,13 +199,25 @@ def data_rows(objective: str | None) -> Table:
         for one in objects_with_path(value):
             files = one.get("data_files") or one.get("data_dir")
             remarks = [f"only the columns {one['columns']}"] if one.get("columns") else []
+            if one.get("weight", 1) != 1:
+                remarks.append(f"a share of its rows: pass --data {one['path']}:{one['weight']}")
             place = one["path"], one.get("name"), one.get("split"), files
             sources.append(dataset(*place, remarks=remarks))
         return data_outcome(sources, objective) if sources else None
 
+    def mixture(value: Any, settings: ToolSettings) -> Outcome | None:
+        if not isinstance(value, dict):
+            raise LorafoldError(f"found {value!r}, expected an object")
+        splits = [one for one in settings["dataset_splits"] or () if "train" in one] or [None]
+        named = [{"id": k, "weight": v, "split": splits[0]} for k, v in value.items()]
+        given = value.get("datasets", named)
+        renamed = [{**one, "path": one.get("id"), "name": one.get("config")} for one in given]
+        return datasets(renamed, settings)
+
     return {
         "dataset_name": name,
         "datasets": datasets,
+        "dataset_mixer dataset_mixture": mixture,  # of the alignment handbook
         "dataset_config dataset_train_split": read_with("dataset_name"),
         "dataset_test_split": "pass the rows of this split as --eval-data",
     }
@@ -220,7 +229,6 @@ LORA_DROPOUT = trainer.dropout(
 RATE = trainer.rate(is_lora)
 LENGTH_KEYS: Table = {
     "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
-    "gradient_accumulation_steps": (AS_OPTION, 1),
     "max_length": (_max_length, 1024),
     "truncation_mode": by_value(
         {
@@ -243,13 +251,7 @@ SAMPLING_KEYS: Table = {
     "learning_rate": (RATE, 1e-6),
     "per_device_train_batch_size": (grpo.batch, 8),
     "gradient_accumulation_steps": (grpo.accumulation, 1),
-    "max_prompt_length": changed(
-        "TRL truncated longer prompts, lorafold rejects them; max_length includes both parts"
-    ),
-    "reward_model_name_or_path": reject(
-        "lorafold's reward models are adapters, trained with --objective reward and passed as"
-        " --reward adapter:DIR"
-    ),
+    **static_rows("trl_sampling"),
 }
 REVERSE_KL = "lorafold supports only the reverse KL"
 POLICY_MARKERS = (
@@ -440,11 +442,11 @@ OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TRAINERS} | {
 
 
 def rules_over(
-    kind: str, own: Sequence[Rule], defaults: Mapping[str, Any]
+    rules: Sequence[Rule], own: Sequence[Rule], defaults: Mapping[str, Any]
 ) -> tuple[Rule, ...]:
     """The rules of a tool that passes its settings to a trainer: its `own` rules, and the trainer's
     with the tool's `defaults`.
     """
     taken = {rule.key for rule in own} | IN_MODEL
-    rest = (rule for rule in RULES[kind] if rule.key not in taken)
+    rest = (rule for rule in rules if rule.key not in taken)
     return (*own, *(replace(r, default=defaults.get(r.key, r.default)) for r in rest))

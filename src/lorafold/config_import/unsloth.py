@@ -37,7 +37,7 @@ from lorafold.config_import.rules import (
     unmapped,
 )
 from lorafold.errors import LorafoldError
-from lorafold.foreign_options import boolean, integer, modules, names, number
+from lorafold.foreign_options import boolean, integer, modules, names
 from lorafold.models.quantizations import bnb_storage
 
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
@@ -143,8 +143,6 @@ def _prefixed(prefix: str, rows: Table) -> Table:
 LOADING_KEYS: Table = {
     "full_finetuning": (_method, False),
     "load_in_4bit": (storage, True),
-    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
-    "load_in_fp8": read_with("load_in_4bit"),
     "max_seq_length": (_length, 2048),
     "trust_remote_code": trainer.TRUST,
     **static_rows("unsloth_loading"),
@@ -162,17 +160,15 @@ ADAPTER_KEYS: Table = {
     **static_rows("unsloth_adapter"),
 }
 LORA_KEYS: Table = {
-    "r": (to_field("rank", integer), 16),
-    "lora_alpha": (to_field("alpha", number), 16),
     "target_modules": (_targets, LINEARS),
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings[f"{ADAPT}target_modules"], names(value)
     ),
     "bias": to_field("bias"),
-    "modules_to_save": to_field("modules_to_save", names),
     "use_rslora": (read_with(f"{LOAD}full_finetuning"), False),
     "init_lora_weights": (read_with(f"{LOAD}full_finetuning"), True),
     "loftq_config": read_with(f"{LOAD}full_finetuning"),
+    **static_rows("unsloth_lora"),
 }
 MAIN_RULES: tuple[Rule, ...] = (
     *table(
@@ -203,7 +199,7 @@ MAIN_RULES: tuple[Rule, ...] = (
 def _rules(kind: str) -> tuple[Rule, ...]:
     defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
     dropout = table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora)
-    return trl.rules_over(kind, (*MAIN_RULES, *dropout), defaults)
+    return trl.rules_over(trl.RULES[kind], (*MAIN_RULES, *dropout), defaults)
 
 
 RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
