@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import lorafold, refused
-from lorafold.config_import import axolotl, llamafactory, mlx, trl
+from lorafold.config_import import axolotl, llamafactory, mlx, swift, torchtune, trl
 from lorafold.config_import.rules import UNKNOWN_KEY
 from lorafold.config_import.translate import TOOLS, Translation, translate, write
 from lorafold.errors import LorafoldError
@@ -45,6 +45,8 @@ RULES = {
     "llamafactory": llamafactory.RULES,
     **trl.RULES,
     "mlx-lm": mlx.RULES,
+    "torchtune": torchtune.RULES,
+    "ms-swift": swift.RULES[swift.SFT],
 }
 
 

@@ -116,17 +116,17 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):
         return changed(trainer.ADAMW, **fields)
-    readers = {"betas": _betas, "eps": number}
+    readers = {"betas": betas, "eps": number}
     fields |= {key: read(given[key]) for key, read in readers.items() if key in given}
     why = "" if given.get("bias_correction") else _uncorrected(fields.get("betas", BETAS), settings)
     return changed(why, **fields)
 
 
-def _betas(value: Any) -> tuple[float, ...]:
-    betas = tuple(map(number, value)) if isinstance(value, list) else ()
-    if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
+def betas(value: Any) -> tuple[float, ...]:
+    given = tuple(map(number, value)) if isinstance(value, list) else ()
+    if len(given) != 2 or not all(0 <= one < 1 for one in given):
         raise LorafoldError(f"found betas {value!r}, expected two numbers, at least 0 and below 1")
-    return betas
+    return given
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:

@@ -46,7 +46,7 @@ is_lora = rules.setting_in("tuner_type", "lora")
 
 def accumulation(settings: ToolSettings) -> int:
     given, rows = settings["gradient_accumulation_steps"], "per_device_train_batch_size"
-    return ceil(16 / settings.read(rows, integer)) if given == AUTO else integer(given)
+    return ceil(16 / max(1, settings.read(rows, integer))) if given == AUTO else integer(given)
 
 
 def _tuner_type(value: Any, settings: ToolSettings) -> Outcome:
@@ -98,7 +98,10 @@ MAIN_KEYS: Table = {
         AUTO,
     ),
     "adam_beta2": (
-        lambda value, settings: mapped(betas=(number(settings["adam_beta1"]), number(value))), 0.95,
+        lambda value, settings: mapped(
+            betas=(settings.read("adam_beta1", number), number(value))
+        ),
+        0.95,
     ),
     "trust_remote_code": trainer.TRUST,
     "val_dataset": rules.if_on(trainer.EVAL_DATA),
@@ -114,10 +117,8 @@ MAIN_KEYS: Table = {
     **rules.static_rows("swift"),
 }
 LORA_KEYS: Table = {
-    "target_modules": (
-        lambda value, settings: mapped(targets=settings["target_regex"] or targets(value)),
-        "all-linear",
-    ),
+    "target_modules": (lambda value, settings: mapped(targets=targets(value)), "all-linear"),
+    "target_regex": lambda value, settings: mapped(targets=trainer.text(value)),
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings["target_modules"], names(value)
     ),
@@ -180,7 +181,8 @@ KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAME
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
-    name = rules.choice(config.get("rlhf_type") or SFT, *RULES)
+    kind = ToolSettings(config, {"rlhf_type": SFT})
+    name = kind.read("rlhf_type", lambda value: rules.choice(value, *RULES))
     renamed = RENAMED | (OF_GRPO if name == "grpo" else {})
     other = dict.fromkeys(sorted(KNOWN), rules.REASONS["other_stage"])
     own = RULES[name]

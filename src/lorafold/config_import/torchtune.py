@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorafold.config_import import rules, trainer
+from lorafold.config_import import mlx, rules, trainer
 from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
+from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
@@ -71,7 +72,10 @@ def is_quantized(settings: ToolSettings) -> bool:
 
 def datasets(settings: ToolSettings) -> list[Mapping[str, Any]]:
     flat = {k.removeprefix(DATASET): v for k, v in settings.config.items() if k.startswith(DATASET)}
-    return settings["dataset"] or [flat]
+    several = settings["dataset"] or [flat]
+    if not isinstance(several, list) or not all(isinstance(one, Mapping) for one in several):
+        raise LorafoldError(f"dataset: found {several!r}, expected an object with _component_")
+    return several
 
 
 def is_packed(settings: ToolSettings) -> bool:
@@ -118,13 +122,14 @@ def _dataset(value: Any, settings: ToolSettings) -> Outcome:
 
 def _source(one: Mapping[str, Any]) -> SourceDataset:
     builder = str(one.get("_component_")).rpartition(".")[2].removesuffix("_dataset")
-    own = COLUMNS if builder == "instruct" else {}
-    columns = {own.get(k, k): v for k, v in (one.get("column_map") or {k: k for k in own}).items()}
+    own, given = COLUMNS if builder == "instruct" else {}, one.get("column_map")
+    theirs = given if isinstance(given, Mapping) else {key: key for key in own}
+    columns = {own.get(k, k): v for k, v in theirs.items()}
     turns = "messages" if one.get("conversation_style") == "openai" else "conversations"
     columns |= {turns: one.get("conversation_column"), "text": one.get("column")}
     return rules.dataset(
         one.get("source", SOURCES.get(builder)), one.get("name"), one.get("split"),
-        one.get("data_files"), columns=columns, remarks=_remarks(one, builder), kind=f" ({builder})",
+        one.get("data_files"), "", columns, _remarks(one, builder), f" ({builder})",
     )  # fmt: skip
 
 
@@ -156,7 +161,7 @@ MAIN_KEYS: Table = {
         OPTIMIZERS.get(component("optimizer", settings), ""), settings
     ),
     "optimizer.lr": (trainer.rate(is_lora), 1e-3),
-    "optimizer.betas": lambda value, settings: mapped(betas=tuple(map(number, value))),
+    "optimizer.betas": rules.to_field("betas", mlx.betas),
     "lr_scheduler._component_": (_schedule, NONE),
     "lr_scheduler.num_warmup_steps": (lambda value, _: trainer.warmup_of(integer(value)), 0),
     "lr_scheduler.num_cycles": rules.require(0.5, "lorafold's schedule is half a cosine"),

@@ -80,7 +80,7 @@ LAUNCHES = {
     r"(?:.*[/.])?(?:run_)?(sft|dpo|kto|orpo|cpo|grpo|rloo)\.py .*": "trl-{}",
     r"trl\.scripts\.(sft|dpo|kto|grpo|rloo) .*": "trl-{}",
     r".*/reward_modeling\.py .*": "trl-reward",
-    r".*\.py .*": "",
+    r".*(?:train|tune|run)\w*\.py .*": "",
 }
 TOKEN = re.compile(
     r"""\\\n|`\#[^`]*`|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
@@ -119,13 +119,13 @@ def _from_rules(
 TOOLS: dict[str, Tool] = {
     "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
     "llamafactory": _from_rules("LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES),
-    "torchtune": _from_rules("torchtune", torchtune.MARKERS, torchtune.RULES, torchtune.flatten),
-    "ms-swift": Tool("ms-swift", swift.MARKERS, swift.read_keys, swift.KNOWN),
     **{
         kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind])
         for kind, (name, markers, _) in trl.TRAINERS.items()
     },
     "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora),
+    "torchtune": _from_rules("torchtune", torchtune.MARKERS, torchtune.RULES, torchtune.flatten),
+    "ms-swift": Tool("ms-swift", swift.MARKERS, swift.read_keys, swift.KNOWN),
     "unsloth": Tool("Unsloth", unsloth.MARKERS, unsloth.read_keys, unsloth.KNOWN),
     "peft": Tool("PEFT", peft_config.MARKERS, peft_config.read_keys, None),
 }
@@ -302,14 +302,13 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
 
 
 def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
-    found = [(words, launch) for words in _commands(text) if (launch := _launch(words))]
-    if not found:
+    trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
+    if not trainings:
         raise LorafoldError(
             f"{path}: found no command that trains, expected for example trl sft, swift sft, tune"
             " run, axolotl train, llamafactory-cli train or mlx_lm.lora"
         )
-    named = [one for one in found if one[1][0]]
-    (words, (kind, start, end)), *more = named or [max(found, key=lambda one: len(one[0]))]
+    (words, (kind, start, end)), *more = trainings
     if kind == "torchtune" and "--config" in words:
         start = end = words.index("--config")
     if kind in REASONS:
@@ -336,8 +335,7 @@ def _launch(words: Sequence[str]) -> tuple[str, int, int] | None:
     """The kind of tool that a command starts, and the indices of its name and first argument."""
     for index, pair in enumerate(pairwise([*words, ""])):
         for pattern, kind in LAUNCHES.items():
-            options = [word for word in words[index:] if word.startswith("--")]
-            if (found := re.fullmatch(pattern, " ".join(pair))) and (kind or len(options) > 2):
+            if found := re.fullmatch(pattern, " ".join(pair)):
                 return kind.format(*found.groups()), index, index + 2 - pattern.endswith(" .*")
     return None
 
