@@ -336,7 +336,6 @@ MAIN_KEYS: Table = {
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
-    "evaluation_strategy": trainer.interval_strategy,
     "tokens": lambda value, settings: (
         unmapped("lorafold uses the tokenizer's own special tokens")
         if isinstance(value, dict)

@@ -17,7 +17,6 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
-    by_value,
     changed,
     choice,
     mapped,
@@ -294,19 +293,10 @@ GRPO: Table = {
         ),
         "group",
     ),
-    "multi_objective_aggregation": by_value(
-        {
-            "sum_then_normalize": mapped("rewards are summed, then normalized"),
-            "normalize_then_sum": SUM_FIRST,
-        }
-    ),
     "delta": bound_of_ratios(1),
     "off_policy_mask_threshold": bound_of_ratios(0),
     "top_entropy_quantile": require(1, SAME_WEIGHTS),
     "entropy_coef": require(0, SAME_WEIGHTS),
-    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
-    " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
-    " vespo_lambda_neg": None,
     **static_rows("grpo"),
 }
 RLOO: Table = {

@@ -355,7 +355,6 @@ MAIN_KEYS: Table = {
     "do_train": trainer.TRAIN_SWITCH,
     **trainer.TRAINER_KEYS,
     **trainer.SHARED_KEYS,
-    "evaluation_strategy": trainer.interval_strategy,
     **static_rows("llamafactory"),
 }
 LORA_KEYS: Table = {

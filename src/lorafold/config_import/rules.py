@@ -116,11 +116,23 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
 
 def static_rows(section: str) -> Table:
     """The rows of a section of `keys.yaml`."""
+    kinds = {kind: rows for kind, rows in KEYS[section].items() if kind != "values"}
+    rows = [
+        (keys, ROWS[kind](REASONS.get(remark, remark)))
+        for kind, remarks in kinds.items()
+        for remark, keys in remarks.items()
+    ]
+    for keys, outcomes in KEYS[section].get("values", {}).items():
+        made = {
+            value: remark if kind == "refused" else Outcome(kind, dict(*fields), remark)
+            for values, (kind, text, *fields) in outcomes.items()
+            for remark in [REASONS.get(text, text)]
+            for value in values.split()
+        }
+        rows.append((keys, by_value(made, made.pop("else", ""))))
     return {
         key: (row, yaml.safe_load(default)) if default else row
-        for kind, rows in KEYS[section].items()
-        for remark, keys in rows.items()
-        for row in [ROWS[kind](REASONS.get(remark, remark))]
+        for keys, row in rows
         for key, _, default in (one.partition("=") for one in keys.split())
     }
 
@@ -244,6 +256,7 @@ ROWS: Mapping[str, Callable[[str], Handler]] = {
     "changed": changed,
     "refused": reject,
     "left": str,
+    "unused": lambda text: None,
     "fields": lambda text: to_field(text.split()[0], READERS[text.split()[1]]),
     "options": lambda text: to_options(text.split()[0], READERS[text.split()[1]]),
 }

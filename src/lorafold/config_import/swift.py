@@ -42,6 +42,7 @@ DTYPES = {
 }
 DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
 is_lora = rules.setting_in("tuner_type", "lora")
+RATE = trainer.rate(is_lora)
 
 
 def accumulation(settings: ToolSettings) -> int:
@@ -60,6 +61,10 @@ def _quant_bits(value: Any, settings: ToolSettings) -> Outcome:
     made = bnb_storage(integer(value)) if settings["quant_method"] in (None, "bnb") else None
     why = "" if made else "lorafold quantizes with bitsandbytes; nf4 is used"
     return rules.changed(why, storage=made or "nf4")
+
+
+def _betas(value: Any, settings: ToolSettings) -> Outcome:
+    return mapped(betas=tuple(settings.read(f"adam_beta{index}", number) for index in (1, 2)))
 
 
 def _dataset(value: Any, settings: ToolSettings) -> Outcome:
@@ -92,24 +97,17 @@ MAIN_KEYS: Table = {
     ),
     "quant_bits": _quant_bits,
     "learning_rate": (
-        lambda value, settings: trainer.rate(is_lora)(
-            {True: 1e-4, False: 1e-5}[is_lora(settings)] if value == AUTO else value, settings
+        lambda value, settings: RATE(
+            (1e-4 if is_lora(settings) else 1e-5) if value == AUTO else value, settings
         ),
         AUTO,
     ),
-    "adam_beta2": (
-        lambda value, settings: mapped(
-            betas=(settings.read("adam_beta1", number), number(value))
-        ),
-        0.95,
-    ),
+    "adam_beta1": (_betas, 0.9),
+    "adam_beta2": (_betas, 0.95),
     "trust_remote_code": trainer.TRUST,
     "val_dataset": rules.if_on(trainer.EVAL_DATA),
     "split_dataset_ratio": (trainer.held_out_rows, 0.0),
     "dataset": _dataset,
-    "advantage_estimator": rules.by_value(
-        {"grpo": rules.OFF}, "for rloo, convert the file without this key and set objective: rloo"
-    ),
     "freeze_parameters_ratio": rules.require(0, "lorafold's full method trains the whole model"),
     "freeze_vit freeze_aligner": rules.switch(
         mapped("lorafold adapts the language model"), rules.unmapped(rules.REASONS["every_layer"])
@@ -138,13 +136,7 @@ ROW_KEYS: Table = {
         ),
         AUTO,
     ),
-    "truncation_strategy": (
-        rules.by_value(
-            {"right": mapped("rows are truncated at the end")},
-            rules.changed("lorafold truncates longer rows at the end"),
-        ),
-        "delete",
-    ),
+    **rules.static_rows("swift_rows"),
     "per_device_train_batch_size": (
         trainer.batch("process", trl.is_packed, "ms-swift max_length", accumulation), 1,
     ),
@@ -153,13 +145,6 @@ ROW_KEYS: Table = {
     ),
 }
 SFT_KEYS: Table = {
-    "task_type": (
-        rules.by_value(
-            {"causal_lm": mapped(objective="sft"), "seq_cls": mapped(objective="classify")},
-            "lorafold does not train embeddings and rerankers",
-        ),
-        "causal_lm",
-    ),
     "loss_scale": (_loss_scale, "default"),
     **rules.static_rows("swift_sft"),
 }

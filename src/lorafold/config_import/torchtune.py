@@ -173,10 +173,6 @@ MAIN_KEYS: Table = {
         ),
         NONE,
     ),
-    "device": rules.by_value(
-        {"cpu": rules.unmapped("pass --device cpu", "--device cpu")},
-        mapped("lorafold trains on a GPU if there is one"),
-    ),
     "dataset dataset._component_": _dataset,
     "dataset_val": trainer.EVAL_DATA,
     "run_val_every_n_steps": trainer.interval("eval_every"),

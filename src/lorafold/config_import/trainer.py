@@ -16,7 +16,6 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
-    by_value,
     changed,
     if_else,
     mapped,
@@ -201,13 +200,6 @@ TRAIN_SWITCH: Handler = switch(
     mapped("lorafold train always trains"), unmapped("off in the file, but lorafold train trains")
 )
 EVAL_DATA = unmapped("pass the rows as --eval-data", "--eval-data EVAL_DATA")
-interval_strategy = by_value(
-    {"steps": mapped("an interval in steps")},
-    unmapped(
-        "lorafold writes about ten checkpoints per run and evaluates the held-out rows at each;"
-        " change this with --set save_every=STEPS and --set eval_every=STEPS"
-    ),
-)
 # The Trainer's keys that tools rename
 SHARED_KEYS: Table = {
     "max_steps": lambda value, settings: (
@@ -215,7 +207,6 @@ SHARED_KEYS: Table = {
     ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
-    "save_strategy eval_strategy": interval_strategy,
     "save_total_limit": lambda value, settings: (
         mapped("the best one is kept in addition", keep=integer(value))
         if integer(value) > 0

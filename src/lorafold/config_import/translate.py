@@ -77,9 +77,8 @@ LAUNCHES = {
     r"(?:.*/)?mlx_lm\.lora .*": "mlx-lm",
     r"(?:.*/)?tune run": "torchtune",
     r"(?:.*/)?(autotrain|litgpt|megatron) .*": "{}",
-    r"(?:.*[/.])?(?:run_)?(sft|dpo|kto|orpo|cpo|grpo|rloo)\.py .*": "trl-{}",
-    r"trl\.scripts\.(sft|dpo|kto|grpo|rloo) .*": "trl-{}",
-    r".*/reward_modeling\.py .*": "trl-reward",
+    r"(?:.*[/.]|(?=.*\.py ))(?:run_)?(sft|[dc]po|kto|orpo|grpo|rloo)(?:\.py)? .*": "trl-{}",
+    r"(?:.*/)?(reward)_modeling\.py .*": "trl-{}",
     r".*(?:train|tune|run)\w*\.py .*": "",
 }
 TOKEN = re.compile(
@@ -88,6 +87,8 @@ TOKEN = re.compile(
     |\$\(\([^)]*\)\)|\$\([^)]*\)|\$\{[^}]*\}|\$)+""",
     re.DOTALL | re.VERBOSE,
 )
+SUBCOMMANDS = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}  # of ms-swift
+CONFIG_FILE = re.compile(r"\.(?:ya?ml|json)$")
 OVERRIDE = re.compile(r"[a-z_][\w.]*")  # as in key=value
 PART = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|[^'"]+""", re.DOTALL)
 VARIABLE = re.compile(r"\$\{?(\w+)(?::-([^}]*))?\}?")
@@ -314,12 +315,9 @@ def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
     if kind in REASONS:
         raise LorafoldError(f"{path}: found {REASONS[kind]}")
     given, files = _arguments(words[end:])
-    subcommand = words[end - 1]
-    given = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}.get(subcommand, {}) | given
-    suffixes = (".yaml", ".yml", ".json")
-    name = given.pop("config", next((one for one in files if one.endswith(suffixes)), None))
+    given = SUBCOMMANDS.get(words[end - 1], {}) | given
     config: dict[str, Any] = {}
-    if name:
+    if name := given.pop("config", next(filter(CONFIG_FILE.search, files), None)):
         file = next((one for one in (path.parent / name, Path(name)) if one.is_file()), None)
         if file is None:
             copy = f"; copy it with tune cp {name} {path.parent}" if kind == "torchtune" else ""

@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Outcome,
     Rule,
@@ -32,12 +31,10 @@ from lorafold.config_import.rules import (
     objects_with_path,
     pass_option,
     read_with,
-    reject,
     require,
     static_rows,
     switch,
     table,
-    to_field,
     unmapped,
 )
 from lorafold.errors import LorafoldError
@@ -100,9 +97,6 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
 MODEL_KEYS: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
-    "lora_task_type": by_value(
-        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), mapped("determined by the objective"))
-    ),
     "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(mapped(storage=bnb_storage(8))), False),
     "torch_dtype": dtype,
@@ -230,12 +224,6 @@ RATE = trainer.rate(is_lora)
 LENGTH_KEYS: Table = {
     "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
     "max_length": (_max_length, 1024),
-    "truncation_mode": by_value(
-        {
-            "keep_start": mapped("rows are truncated at the end"),
-            "keep_end": changed("lorafold truncates rows at the end"),
-        }
-    ),
     **static_rows("length"),
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
@@ -253,7 +241,6 @@ SAMPLING_KEYS: Table = {
     "gradient_accumulation_steps": (grpo.accumulation, 1),
     **static_rows("trl_sampling"),
 }
-REVERSE_KL = "lorafold supports only the reverse KL"
 POLICY_MARKERS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
@@ -266,15 +253,6 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         " dataset_text_field dataset_kwargs eval_packing loss_type=nll loss_type=dft"
         " loss_type=chunked_nll max_seq_length",
         {
-            "loss_type": (
-                by_value(
-                    {
-                        **dict.fromkeys(("nll", "chunked_nll"), mapped(objective="sft")),
-                        "dft": "lorafold's sft supports only the mean of -log p",
-                    }
-                ),
-                "nll",
-            ),
             "learning_rate": (RATE, 2e-5),
             "packing": (_packing, False),
             "packing_strategy": if_else(
@@ -292,8 +270,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                     }
                 ),
             ),
-            "eval_packing": mapped("determined by packing"),
-            "max_seq_length": AS_OPTION,
+            **static_rows("trl_sft"),
             "completion_only_loss": switch(trainer.COMPLETIONS, trainer.FULL_LOSS),
             "assistant_only_loss": (
                 switch(
@@ -326,7 +303,6 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 ["sigmoid"],
             ),
-            "loss_weights": read_with("loss_type"),
             "beta": (
                 trainer.beta(
                     lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
@@ -334,13 +310,8 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 0.1,
             ),
             "label_smoothing": trainer.dpo_label_smoothing,
-            "f_divergence_type": by_value(
-                {"reverse_kl": mapped(REVERSE_KL)}, f"{REVERSE_KL} (reverse_kl)"
-            ),
-            "f_alpha_divergence_coef": read_with("f_divergence_type"),
+            **static_rows("trl_dpo"),
             "ld_alpha": require(1, "lorafold gives all tokens of both completions the same weight"),
-            "use_weighting": reject("lorafold gives every pair the same weight"),
-            "discopop_tau": None,
             **data_rows("dpo"),
             **grpo.REFERENCE,
             **PREFERENCE_KEYS,
@@ -350,19 +321,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "KTO",
         "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
         {
-            "loss_type": (
-                by_value(
-                    {
-                        "kto": changed(
-                            "TRL estimates z (the KL) over a micro-batch, lorafold over a step",
-                            objective="kto",
-                        )
-                    },
-                    "lorafold's kto supports only the loss kto",
-                ),
-                "kto",
-            ),
-            "beta": (to_field("beta", number), 0.1),
+            **static_rows("trl_kto"),
             "desirable_weight": (trainer.loss_option("desirable_weight", lambda _: "kto"), 1.0),
             "undesirable_weight": (trainer.loss_option("undesirable_weight", lambda _: "kto"), 1.0),
             **data_rows("kto"),
@@ -389,14 +348,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "CPO",
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
         {
-            "loss_type": (
-                by_value(
-                    {"simpo": mapped(objective="simpo")},
-                    "lorafold supports only simpo of CPO's losses",
-                ),
-                "sigmoid",
-            ),
-            "beta": (to_field("beta", number), 0.1),
+            **static_rows("trl_cpo"),
             "simpo_gamma": (trainer.loss_option("gamma", lambda _: "simpo"), 0.5),
             "cpo_alpha": (trainer.sft_term_of("simpo"), 1.0),
             "alpha": require(0, "lorafold does not support AlphaPO's reward transformation"),

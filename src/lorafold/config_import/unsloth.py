@@ -46,17 +46,9 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 WHOLE = ("embed_tokens", "lm_head")
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
-TRAINERS = {
-    "SFTTrainer": "trl-sft",
-    "UnslothTrainer": "trl-sft",
-    "DPOTrainer": "trl-dpo",
-    "KTOTrainer": "trl-kto",
-    "ORPOTrainer": "trl-orpo",
-    "CPOTrainer": "trl-cpo",
-    "RewardTrainer": "trl-reward",
-    "GRPOTrainer": "trl-grpo",
-    "RLOOTrainer": "trl-rloo",
-}
+TRAINERS = {f"{kind.removeprefix('trl-').upper()}Trainer": kind for kind in trl.TRAINERS} | {
+    "RewardTrainer": "trl-reward", "UnslothTrainer": "trl-sft"
+}  # fmt: skip
 CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",
@@ -220,14 +212,14 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
         raise LorafoldError(f"{source}: {line}not valid Python") from None
     literals, seen = _literals(tree), set[str]()
     arguments: dict[str, Any] = {}
-    others = []
     for call in _calls(tree):
         name, owner = _name_of(call.func)
         what = "trainer" if name in TRAINERS else "config" if name in CONFIGS else name
-        if what == name not in FUNCTIONS:
+        if what == name and name not in FUNCTIONS:
             continue
         if what == "trainer" and what in seen:
-            others.append(f"{name} (line {call.lineno})")
+            more = *arguments.get("another_training", ()), f"{name} (line {call.lineno})"
+            arguments["another_training"] = more
         if what in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
             continue
         seen.add(what)
@@ -242,7 +234,7 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
             f"{source}: found no from_pretrained call of {' or '.join(MODELS[:2])}, expected an"
             " Unsloth script"
         )
-    return arguments | ({"another_training": ", ".join(others)} if others else {})
+    return arguments
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
