@@ -300,7 +300,7 @@ def test_a_command_line_of_a_shell_script(tmp_path, env, command, tool, fields, 
     ("text", "part"),
     [
         ("echo hello\n", "found no command that trains, expected for example trl sft"),
-        ("tune run lora_dpo --config llama2/7B_lora", "copy it with tune cp llama2/7B_lora"),
+        ("tune run lora_dpo --config llama2/7B_lora", "was not found; copy it with tune cp"),
         ("axolotl train none.yml", "reads none.yml, which was not found"),
         ("autotrain llm --train --model m", "found an AutoTrain configuration"),
         ("litgpt finetune_lora m", "found a LitGPT configuration"),

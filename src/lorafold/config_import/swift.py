@@ -166,10 +166,9 @@ KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAME
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
-    kind = ToolSettings(config, {"rlhf_type": SFT})
-    name = kind.read("rlhf_type", lambda value: rules.choice(value, *RULES))
+    settings = ToolSettings(config, {"rlhf_type": SFT})
+    name = settings.read("rlhf_type", lambda value: rules.choice(value, *RULES))
     renamed = RENAMED | (OF_GRPO if name == "grpo" else {})
-    other = dict.fromkeys(sorted(KNOWN), rules.REASONS["other_stage"])
-    own = RULES[name]
-    unused = rules.table({k: v for k, v in other.items() if k not in {rule.key for rule in own}})
-    return rules.apply_rules((*own, *unused), {renamed.get(k, k): v for k, v in config.items()})
+    others = " ".join(sorted(KNOWN - {rule.key for rule in RULES[name]}))
+    own = (*RULES[name], *rules.table({others: rules.REASONS["other_stage"]}))
+    return rules.apply_rules(own, {renamed.get(k, k): v for k, v in config.items()})

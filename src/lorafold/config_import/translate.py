@@ -320,8 +320,8 @@ def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
     if name := given.pop("config", next(filter(CONFIG_FILE.search, files), None)):
         file = next((one for one in (path.parent / name, Path(name)) if one.is_file()), None)
         if file is None:
-            copy = f"; copy it with tune cp {name} {path.parent}" if kind == "torchtune" else ""
-            raise LorafoldError(f"{path}: reads {name}, which was not found{copy}")
+            hint = "; copy it with tune cp" * (kind == "torchtune")
+            raise LorafoldError(f"{path}: reads {name}, which was not found{hint}")
         config = {**_read(file, None)[0]}
     config |= {key: _typed(value, str(path)) for key, value in given.items()}
     others = "; ".join(" ".join(rest[first : last + 2]) for rest, (_, first, last) in more)
@@ -392,8 +392,6 @@ def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _typed(value: Any, source: str) -> Any:
-    if isinstance(value, list):
-        return [_typed(one, source) for one in value]
     is_yaml = type(value) is str and re.match(r"[\[{]|(?:true|false|null)$", value, re.IGNORECASE)
     return parse_yaml(value, source) if is_yaml else value
 
