@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import lorafold, refused
-from lorafold.config_import import axolotl, llamafactory, mlx, trl
+from lorafold.config_import import axolotl, llamafactory, mlx, swift, torchtune, trl
 from lorafold.config_import.rules import UNKNOWN_KEY
 from lorafold.config_import.translate import TOOLS, Translation, translate, write
 from lorafold.errors import LorafoldError
@@ -45,6 +45,8 @@ RULES = {
     "llamafactory": llamafactory.RULES,
     **trl.RULES,
     "mlx-lm": mlx.RULES,
+    "torchtune": torchtune.RULES,
+    "ms-swift": swift.RULES[swift.SFT],
 }
 
 
@@ -238,6 +240,81 @@ def test_what_pefts_file_says_beside_the_method(tmp_path):
         peft_file(tmp_path, task_type="TOKEN_CLS")
     with pytest.raises(LorafoldError, match="peft_type 'OFT' is not supported"):
         peft_file(tmp_path, peft_type="OFT")
+
+
+LAUNCHED = """#!/bin/bash
+set -e  # don't stop
+export NAME="acme/tiny one"; LR=2e-4 RANK=16
+OUT=$(mktemp -d)
+KWARGS='{"enable_thinking": false}'
+{env}{command}
+swift infer --adapters out  # no training
+trl dpo --model_name_or_path "$NAME"
+"""
+LF = "stage: sft\nlora_rank: 8\nlora_target: all\nlearning_rate: 1.0e-4\ncutoff_len: 512\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "command", "tool", "fields", "flags"),
+    [
+        ("HF_HOME=/x ", """trl sft --model_name_or_path "$NAME" --use_peft --lora_r ${RANK} \\
+            --lora_target_modules q_proj v_proj --learning_rate=$LR `# rate` 2>&1 | tee log""",
+         "TRL's SFT", {"rank": 16, "lr": 2e-4, "targets": ("q_proj", "v_proj")},
+         "--model 'acme/tiny one'"),
+        ("CUDA_VISIBLE_DEVICES=0,1 accelerate launch --num_processes 2 ",
+         "trl/scripts/grpo.py --reward_funcs a.b --use_peft --chat_template_kwargs \"$KWARGS\"",
+         "TRL's GRPO", {"template_kwargs": {"enable_thinking": False}}, ""),
+        ("NPROC_PER_NODE=2 ", "swift rlhf --model m --train_type lora --dataset 'acme/a#5' hf::b"
+         " --beta 0.3 --output_dir $OUT", "ms-swift", {"objective": "dpo", "beta": 0.3},
+         "--data DATA --data b"),
+        ("", "axolotl train theirs.yml --lora-r 64", "axolotl", {"rank": 64}, "--model m"),
+        ("FORCE_TORCHRUN=1 ", "llamafactory-cli train lf.yaml learning_rate=3e-5",
+         "LLaMA-Factory", {"rank": 8, "lr": 3e-5, "max_length": 512}, ""),
+        ("torchrun ", "src/train.py --stage dpo --lora_rank 4 --lora_target all --pref_beta 0.2",
+         "LLaMA-Factory", {"objective": "dpo", "rank": 4, "beta": 0.2}, ""),
+        ("python -m ", "mlx_lm.lora --model a/b --train --data rows --iters 6 --mask-prompt",
+         "mlx-lm", {"steps": 6, "train_on": "last"}, "--data rows"),
+        ("", "tune run --nproc_per_node 2 lora_finetune_distributed --config tune.yaml"
+         " model.lora_rank=32 optimizer.lr=1e-5", "torchtune", {"rank": 32, "lr": 1e-5}, ""),
+    ],
+)  # fmt: skip
+def test_a_command_line_of_a_shell_script(tmp_path, env, command, tool, fields, flags):
+    axolotl_of(tmp_path)
+    (tmp_path / "lf.yaml").write_text(LF)
+    (tmp_path / "tune.yaml").write_text(
+        "model: {_component_: a.lora_llama2_7b, lora_rank: 4, lora_attn_modules: [q_proj]}\n"
+        "loss: {_component_: a.LinearCrossEntropyLoss}\noptimizer: {_component_: a.AdamW}\n"
+    )
+    script = LAUNCHED.replace("{env}", env).replace("{command}", command)
+    for name, text in (("a.sh", script), ("b.sh", script.replace("\n", "\r\n"))):
+        found = translated(tmp_path, text, name=name)
+        assert found.tool == tool
+        assert {name: getattr(found.recipe, name) for name in fields} == fields
+        assert flags in found.command()
+        assert ("launcher" in keys(found, "left")) == bool(env) or tool == "torchtune"
+        assert "trl dpo" in next(e.value for e in found.left if e.key == "another_training")
+        assert not [e.key for e in found.left if e.outcome.remark.startswith(UNKNOWN_KEY)]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("echo hello\n", "found no command that trains, expected for example trl sft"),
+        ("tune run lora_dpo --config llama2/7B_lora", "was not found; copy it with tune cp"),
+        ("axolotl train none.yml", "reads none.yml, which was not found"),
+        ("autotrain llm --train --model m", "found an AutoTrain configuration"),
+        ("litgpt finetune_lora m", "found a LitGPT configuration"),
+        ("NPROC_PER_NODE=2 megatron sft --model m", "expected swift sft, pt or rlhf"),
+        ("swift rlhf --rlhf_type gkd --model m", "rlhf_type: found 'gkd', expected sft or dpo"),
+        ("swift sft --tuner_type reft --model m", "tuner_type: found 'reft', expected lora or"),
+        ("python train.py --x 1 --y 2 --z 3", "the keys do not identify the tool"),
+    ],
+)
+def test_a_shell_script_without_a_training_that_is_read_is_refused(tmp_path, text, part):
+    with pytest.raises(LorafoldError) as caught:
+        translated(tmp_path, text, name="a.sh")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):

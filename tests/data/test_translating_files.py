@@ -12,8 +12,7 @@ import yaml
 
 from adapter_files import json_of
 from lorafold.api.train import train
-from lorafold.config_import import grpo
-from lorafold.config_import.rules import UNKNOWN_KEY
+from lorafold.config_import.rules import REASONS, UNKNOWN_KEY
 from lorafold.config_import.translate import write
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.parsing import load_recipe
@@ -26,12 +25,77 @@ from translation_cases import (
     keys,
     llamafactory_of,
     remark,
+    swift_of,
+    torchtune_of,
     translated,
     trl_of,
 )
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
+TORCHTUNE = """
+output_dir: /tmp/chef
+model:
+  _component_: torchtune.models.llama3_2.qlora_llama3_2_1b
+  lora_attn_modules: [q_proj, output_proj]
+  apply_lora_to_mlp: True
+  apply_lora_to_output: False
+  lora_rank: 4
+  lora_alpha: 8
+  use_dora: True
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: ${base}/original/tokenizer.model
+  max_seq_len: 1536
+base: /tmp/tiny-llama
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: ${base}
+  model_type: LLAMA3_2
+  recipe_checkpoint: null
+dataset:
+  _component_: torchtune.datasets.instruct_dataset
+  source: acme/sums
+  column_map: {input: question, output: answer}
+  packed: True
+seed: 7
+batch_size: 2
+gradient_accumulation_steps: 4
+epochs: 2
+max_steps_per_epoch: 50
+optimizer:
+  _component_: bitsandbytes.optim.PagedAdamW8bit
+  lr: 3e-4
+  weight_decay: 0.05
+loss:
+  _component_: torchtune.rlhf.loss.DPOLoss
+  beta: 0.2
+clip_grad_norm: 1.0
+dtype: bf16
+enable_activation_checkpointing: True
+metric_logger: {_component_: torchtune.training.metric_logging.DiskLogger}
+oddity: 1
+"""
+SWIFT = """
+model: acme/tiny-qwen
+train_type: lora
+use_hf: true
+dataset: [acme/chats#500, rows.jsonl]
+lora_rank: 16
+target_modules: [q_proj, v_proj]
+modules_to_save: [embed_tokens]
+quant_bits: 4
+quant_method: bnb
+per_device_train_batch_size: 2
+loss_scale: last_round+ignore_empty_think
+packing: true
+attn_impl: flash_attn
+max_length: 2048
+truncation_strategy: right
+warmup_ratio: 0.05
+system: Be brief.
+oddity: 1
+"""
 LLAMAFACTORY = """
 model_name_or_path: acme/tiny-qwen
 stage: sft
@@ -258,7 +322,7 @@ FILES = {
          "trl.mask_truncated_completions"},
         {"base_model", "datasets", "output_dir", "vllm", "trl.use_vllm", "trl.vllm_server_timeout",
          "trl.async_prefetch", "trl.oddity"},
-        {"trl.oddity": UNKNOWN_KEY, "trl.use_vllm": grpo.SAMPLING,
+        {"trl.oddity": UNKNOWN_KEY, "trl.use_vllm": REASONS["sampling"],
          "datasets": "rows of {prompt} and the columns that the rewards read",
          "trl.reward_funcs": "lists of messages"},
     ),
@@ -303,6 +367,37 @@ FILES = {
         ),
         set(), {"base_model", "datasets", "output_dir", "precompute_ref_log_probs"},
         {"datasets": "{prompt, completion, label}"},
+    ),
+    "torchtune": File(
+        TORCHTUNE, "torchtune",
+        Recipe(
+            method="dora", rank=4, alpha=8, dropout=0.0, objective="dpo", beta=0.2,
+            targets=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), storage="nf4",
+            lr=3e-4, lr_b=3e-4, schedule="constant", warmup=0.0, optimizer="paged-adamw8bit",
+            weight_decay=0.05, epochs=2, steps=100, batch=8, accumulate=4, max_length=1536,
+            packing=True, gradient_checkpointing=True, seed=7,
+        ),
+        {"batch_size", "max_steps_per_epoch"},
+        {"output_dir", "tokenizer._component_", "tokenizer.path", "checkpointer._component_",
+         "checkpointer.checkpoint_dir", "checkpointer.model_type", "dataset._component_",
+         "metric_logger", "base", "oddity"},
+        {"oddity": UNKNOWN_KEY, "batch_size": "packed sequences"},
+        "--model /tmp/tiny-llama --data acme/sums --columns completion=answer,prompt=question"
+        " --out /tmp/chef",
+    ),
+    "ms-swift": File(
+        SWIFT, "ms-swift",
+        Recipe(
+            rank=16, alpha=32, dropout=0.05, targets=("q_proj", "v_proj"), objective="sft",
+            modules_to_save=("embed_tokens",), storage="nf4", lr=1e-4, lr_b=1e-4, warmup=0.05,
+            betas=(0.9, 0.95), weight_decay=0.1, optimizer="adamw", epochs=3, batch=16,
+            accumulate=8, max_length=2048, packing=True, train_on="last", seed=42,
+            gradient_checkpointing=True, eval_fraction=0.0,
+        ),
+        {"per_device_train_batch_size"},
+        {"model", "dataset", "attn_impl", "system", "oddity"},
+        {"oddity": UNKNOWN_KEY, "dataset": "acme/chats (only 500 rows", "system": "column system"},
+        "--model acme/tiny-qwen --data acme/chats --data rows.jsonl --out OUT",
     ),
     "trl-sft": File(
         TRL_SFT, "TRL's SFT",
@@ -359,6 +454,11 @@ TRAINED: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "llamafactory": (
         llamafactory_of, SHORT | {"per_device_train_batch_size": 2, "learning_rate": 1e-3}, TEXTS,
+    ),
+    "torchtune": (torchtune_of, {"batch_size": 2, "epochs": 1, "max_steps_per_epoch": 2}, TEXTS),
+    "ms-swift": (
+        swift_of, {"max_steps": 2, "lora_alpha": 16, "lora_dropout": 0, "torch_dtype": "float32",
+        "gradient_accumulation_steps": 1}, TEXTS,
     ),
     "axolotl-dpo": (axolotl_of, SHORT | FOUR | {"rl": "dpo"}, PAIRS * 2),
     "llamafactory-dpo": (

@@ -26,6 +26,7 @@ from trl.scripts.rloo import RLOOScriptArguments
 
 from lorafold.config_import import unsloth
 from lorafold.config_import.rules import UNKNOWN_KEY
+from lorafold.config_import.translate import translate
 from lorafold.config_import.trl import RULES
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
@@ -33,6 +34,7 @@ from lorafold.models.tokenizer import set_template
 from lorafold.recipe.recipe import Recipe
 from lorafold.training_step.param_groups import set_learning_rates
 from translation_cases import (
+    SCRIPT,
     axolotl_of,
     keys,
     llamafactory_of,
@@ -86,6 +88,45 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
     assert json.loads(json.dumps(found.as_json()))["tool"] == "Unsloth"
 
 
+def test_embeddings_among_unsloths_targets_are_trained_as_a_whole(tmp_path):
+    targets = 'r=32, target_modules=["q_proj", "embed_tokens", "lm_head"],'
+    found = unsloth_of(tmp_path, **{"r=32,": targets})
+    assert (found.recipe.targets, found.recipe.modules_to_save) == (
+        ("q_proj",), ("embed_tokens", "lm_head"),
+    )  # fmt: skip
+    assert "as a whole" in remark(found, "get_peft_model.target_modules")
+
+
+SECOND = "settings = DPOConfig(max_steps=9, beta=0.3)\nDPOTrainer(model, args=settings).train()\n"
+
+
+@pytest.mark.parametrize("suffix", [".py", ".ipynb"])
+def test_a_second_training_of_a_script_is_named_and_changes_nothing(tmp_path, suffix):
+    script = f"%pip install unsloth\n{SCRIPT}{SECOND}"
+    cells = [{"cell_type": "code", "source": script.splitlines(keepends=True)}]
+    text = json.dumps({"cells": [{"cell_type": "markdown", "source": ["# x"]}, *cells]})
+    (tmp_path / f"a{suffix}").write_text(text if suffix == ".ipynb" else f"{SCRIPT}{SECOND}")
+    found = translate(tmp_path / f"a{suffix}")
+    assert found.recipe == unsloth_of(tmp_path).recipe
+    [second] = [e for e in found.left if e.key == "another_training"]
+    assert second.value[0].startswith("DPOTrainer (line ")
+    assert "a file of its own" in second.outcome.remark
+
+
+def test_the_alignment_handbooks_mixtures(tmp_path):
+    old = {"dataset_mixer": {"acme/a": 1.0, "acme/b": 0.5}, "preprocessing_num_workers": 2}
+    found = trl_of(tmp_path, "trl-sft", **old)
+    assert "--data acme/a --data acme/b" in found.command()
+    assert "--data acme/b:0.5" in remark(found, "dataset_mixer")
+    split = trl_of(tmp_path, "trl-sft", **old, dataset_splits=["train_sft", "test_sft"])
+    assert "--data DATA" in split.command()
+    assert "split train_sft: save" in remark(split, "dataset_mixer")
+    new = {"datasets": [{"id": "acme/a", "config": "small"}, {"id": "acme/b"}], "seed": 0}
+    found = trl_of(tmp_path, "trl-sft", dataset_mixture=new)
+    assert "configuration small" in remark(found, "dataset_mixture")
+    assert "--data DATA --data acme/b" in found.command()
+
+
 @pytest.mark.parametrize(
     ("dataset", "flags", "said"),
     [
@@ -106,6 +147,10 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
           "field_chosen": "better", "roles": {"user": ["human"]}},
          "--columns chosen=better,prompt=asked", "roles: not supported"),
         ({"path": "acme/a", "type": "alpaca", "field_messages": "m"}, "", "messages: not"),
+        ({"path": "acme/a", "type": "chat_template", "roles_to_train": ["gpt"]},
+         "--data acme/a", "acme/a (chat_template)"),
+        ({"path": "acme/a", "type": "chat_template", "roles_to_train": ["human"]}, "",
+         "roles_to_train: not supported"),
         ({"path": "acme/a", "split": "train[:5%]"}, "--data DATA", "(split train[:5%]: save"),
         ({"path": "acme/a", "chat_template": "chatml", "shards": 4}, "", "shards: not supported"),
         ({"path": "acme/a", "type": {"field_instruction": "q", "field_output": "a"}},
@@ -390,6 +435,10 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path, extra, tool):
         ({"zero_optimization": {}, "train_batch_size": 8}, ["a DeepSpeed", "--strategy fsdp"]),
         ({"model": "m", "model_class": "llm", "peft_config": {}}, ["a LLaMA-Factory v1", "stage"]),
         ({"model_type": "llama", "architectures": []}, ["a model configuration"]),
+        ({"task": "llm-sft", "base_model": "m", "project_name": "p", "params": {"lr": 1}},
+         ["an AutoTrain configuration", "lr as --lr and --lr-b"]),
+        ({"checkpoint_dir": "c", "out_dir": "o", "lora_r": 8, "lora_query": True},
+         ["a LitGPT configuration", "lora_r as --rank"]),
         ({"base_model": "m", "model_type": "x", "a": 1, "b": 2}, ["axolotl does not have a, b"]),
     ],
 )
@@ -399,7 +448,7 @@ def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path,
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value).removeprefix(str(tmp_path))) < 300
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 330
 
 
 def test_where_rows_lie(tmp_path):

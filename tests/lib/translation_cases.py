@@ -52,8 +52,10 @@ wandb_name:
 """
 
 
-def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:
-    path = tmp_path / "theirs.yml"
+def translated(
+    tmp_path: Path, text: str, kind: str | None = None, name: str = "theirs.yml"
+) -> Translation:
+    path = tmp_path / name
     path.write_text(text)
     return translate(path, kind)
 
@@ -81,6 +83,21 @@ def grpo_of(tmp_path: Path, outside: dict | None = None, **block) -> Translation
     """A least file of axolotl that trains a policy, with these settings in its block."""
     least = {"reward_funcs": ["rewards.score"], "max_completion_length": 64}
     return axolotl_of(tmp_path, rl="grpo", trl=least | block, **(outside or {}))
+
+
+def torchtune_of(tmp_path: Path, **settings) -> Translation:
+    least = {
+        "model": {
+            "_component_": "torchtune.models.llama3.lora_llama3_8b", "lora_attn_modules": ["q_proj"]
+        },
+        "loss": {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss"},
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": "1e-3"}, "dtype": "fp32",
+    }  # fmt: skip
+    return translated(tmp_path, yaml.safe_dump(least | settings), "torchtune")
+
+
+def swift_of(tmp_path: Path, **settings) -> Translation:
+    return translated(tmp_path, yaml.safe_dump({"tuner_type": "lora"} | settings), "ms-swift")
 
 
 MLX = {"model": "acme/tiny", "train": True, "fine_tune_type": "lora", "iters": 600}

@@ -112,12 +112,14 @@ def recipe(
     The report goes to stderr, or with --json to stdout.
 
     Args:
-        source: The configuration: a YAML file of axolotl, LLaMA-Factory, TRL or mlx-lm, a script
-            for Unsloth (.py, which is parsed but not executed), or PEFT's adapter_config.json or
-            its directory.
+        source: The configuration: a YAML file of axolotl, LLaMA-Factory, TRL, torchtune, ms-swift
+            or mlx-lm, a shell script (.sh) that starts one of them, an Unsloth script or notebook
+            (.py or .ipynb, which are parsed but not executed), or PEFT's adapter_config.json or its
+            directory.
         out: The file for the recipe, in YAML. Default: stdout.
         kind: axolotl, llamafactory, trl-sft, trl-dpo, trl-kto, trl-orpo, trl-cpo, trl-reward,
-            trl-grpo, trl-rloo, mlx-lm, unsloth or peft. Default: detected from the file's keys.
+            trl-grpo, trl-rloo, mlx-lm, torchtune, ms-swift, unsloth or peft. Default: detected
+            from the command of a shell script or the file's keys.
         overwrite: Replace an existing recipe.
 
     Examples:

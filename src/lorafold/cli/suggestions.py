@@ -38,6 +38,14 @@ HINTS = {
     ),
 }
 
+# Switches that are read with another key, and that key's value
+SWITCH_SETTINGS = {
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "use_dora": ("use_peft", "true"),
+    "use_rslora": ("use_peft", "true"),
+}
+
 
 def unknown_command(
     name: str, commands: Collection[str], path: str, rest: Sequence[str] = (), option: str = ""
@@ -109,8 +117,6 @@ def _server_hint(plain: str, options: Mapping[str, Any]) -> str:
 def _training_tool_hint(
     key: str, values: Mapping[str, str | None], options: Mapping[str, Any]
 ) -> str:
-    from lorafold.config_import.translate import counterpart
-
     samples = {name: SAMPLE_VALUES[0] if value is None else value for name, value in values.items()}
     problems, trains = [], "--lr" in options
     for value in dict.fromkeys([samples[key], *SAMPLE_VALUES]):
@@ -135,6 +141,38 @@ def _training_tool_hint(
         remark = f" ({translated.remark})" if fields and translated.remark else ""
         return f"use {join(words)}{remark}"
     return problems[0] if trains else ""
+
+
+def counterpart(key: str, given: Mapping[str, Any]) -> Any:
+    """The outcome of another tool's option, such as lora_r; `given` maps all such options to their
+    values. None if no tool has the option.
+    """
+    from lorafold.config_import.rules import ToolSettings
+
+    name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
+    for rules in _rule_tables():
+        if rule := rules.get(name):
+            defaults = {one.key: one.default for one in rules.values()}
+            known = {rules[n].key: v for n, v in given.items() if n in rules}
+            # a key without effect among the others may have one by itself
+            outcomes = (
+                rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
+                for others in (known, {})
+            )
+            return next(filter(None, outcomes), None)
+    return None
+
+
+def _rule_tables() -> Iterator[Mapping[str, Any]]:
+    from lorafold.config_import import axolotl, llamafactory, mlx, swift, trl, unsloth
+
+    # the arguments of PEFT's LoRA too, without the script's function name
+    prefixes = (unsloth.LOAD, unsloth.ADAPT)
+    own = [rule for rule in unsloth.MAIN_RULES if rule.key.startswith(prefixes)]
+    tables = (llamafactory.RULES, axolotl.RULES, mlx.RULES, swift.RULES[swift.SFT])
+    yield {rule.key: rule for rule in trl.RULES["trl-sft"]}
+    yield {rule.key.partition(".")[2]: rule for rule in own}
+    yield from ({rule.key: rule for rule in one} for one in (*trl.RULES.values(), *tables))
 
 
 def _flags(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:

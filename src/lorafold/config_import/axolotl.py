@@ -16,7 +16,6 @@ from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     PLACEHOLDER,
     TURN_KEYS,
@@ -36,15 +35,14 @@ from lorafold.config_import.rules import (
     if_on,
     is_off,
     mapped,
-    reject,
     rename_remarks,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
     unsupported_remarks,
 )
-from lorafold.config_import.unsupported import AXOLOTL, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
 from lorafold.models.quantizations import bnb_storage
@@ -84,7 +82,11 @@ CONVERSATION_KEYS = {
     "chat_template", "field_messages", "message_property_mappings", "message_field_role",
     "message_field_content", "field_tools", "field_chosen", "field_rejected",
 }  # fmt: skip
-SAME_VALUES = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+# Values with the same effect as in lorafold; gpt is axolotl's alias of assistant
+SAME_VALUES = {
+    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
+    **dict.fromkeys(("train_on_eos", "train_on_eot"), ("turn",)),
+}
 
 
 BATCH = trainer.batch(
@@ -293,7 +295,7 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"to use its template {template}, write it to a file and pass --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
-    yield from unsupported_remarks([k for k, v in rest.items() if SAME_VALUES.get(k) != v])
+    yield from unsupported_remarks([k for k, v in rest.items() if v not in SAME_VALUES.get(k, ())])
 
 
 MAIN_KEYS: Table = {
@@ -301,13 +303,10 @@ MAIN_KEYS: Table = {
     "load_in_4bit": switch(mapped(storage=bnb_storage(4))),
     "load_in_8bit": switch(mapped(storage=bnb_storage(8))),
     "bf16": (_bf16, "auto"),
-    "bfloat16": mapped("determined by bf16"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(mapped(storage="fp32")),
-    "learning_rate": to_field("lr", number),
     "lr_scheduler": (trainer.schedule, "cosine"),
     "optimizer": (trainer.optimizer, "adamw_torch_fused"),
-    "num_epochs": (AS_OPTION, 1.0),
     "micro_batch_size": (of_policy(grpo.batch, BATCH), 1),
     "gradient_accumulation_steps": (
         of_policy(
@@ -315,7 +314,6 @@ MAIN_KEYS: Table = {
         ),
         1,
     ),
-    "batch_size": mapped("determines gradient accumulation"),
     "sequence_len": (
         if_else(
             is_policy,
@@ -338,8 +336,6 @@ MAIN_KEYS: Table = {
     "val_set_size": (trainer.held_out_rows, 0.0),
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
-    "evaluation_strategy": trainer.interval_strategy,
-    "default_system_message": SYSTEM,
     "tokens": lambda value, settings: (
         unmapped("lorafold uses the tokenizer's own special tokens")
         if isinstance(value, dict)
@@ -366,25 +362,16 @@ MAIN_KEYS: Table = {
     "use_comet": tracker("comet_ml"),
     "use_trackio": tracker("trackio"),
     "use_swanlab": tracker("swanlab"),
-    "base_model": "--model",
-    "model_revision revision_of_model": "--revision",
     "datasets pretraining_dataset": _datasets,
     "test_datasets": trainer.EVAL_DATA,
-    "auto_resume_from_checkpoints": "pass --resume to resume a run",
-    "reinit_weights": reject("lorafold does not pretrain"),
-    "relora": reject("lorafold does not support ReLoRA"),
     "unfrozen_parameters": unfrozen_parameters,
-    "qat": reject("lorafold does not support quantization-aware training"),
     "plugins": _plugins,
-    "diffusion": reject("lorafold does not train diffusion language models"),
-    "special_tokens": "lorafold uses the tokenizer's own; add new tokens with --new-tokens",
     **trainer.SHARED_KEYS,
-    **AXOLOTL,
+    **static_rows("axolotl"),
 }
 LORA_KEYS: Table = {
     "peft_use_dora peft_use_rslora": (if_on(trainer.PART_OF_METHOD), False),
     "peft_init_lora_weights peft": if_on(trainer.PART_OF_METHOD),
-    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": AS_OPTION,
     "lora_dropout": (objectives.dropout, 0.0),
     "lora_target_linear": switch(mapped(targets="all-linear")),
     "lora_target_modules": if_else(
@@ -394,7 +381,7 @@ LORA_KEYS: Table = {
     ),
     "lora_target_parameters": _target_parameters,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-    "lora_fan_in_fan_out": mapped("determined by the base"),
+    **static_rows("axolotl_lora"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

@@ -28,10 +28,10 @@ from lorafold.config_import.rules import (
     mapped,
     pass_option,
     read_with,
-    reject,
     rejection,
     require,
     setting_in,
+    static_rows,
     table,
     to_options,
     unmapped,
@@ -47,14 +47,8 @@ REJECTED = {"gdpo": grpo.SUM_FIRST, "ebft": "lorafold has no energy-based object
 DEFAULTS = {"max_completion_length": grpo.NO_LIMIT, "use_bias_correction_kl": False}
 # `beta` is read with the other keys that may contain it
 BLOCK_KEYS: Table = {
-    "rollout_func": reject("lorafold samples completions itself, in one turn"),
-    "replay_buffer_size": reject("lorafold does not reuse completions"),
     "reroll_start_fraction": require(1, "lorafold uses the prompts in order"),
-    "skip_zero_advantage_batches": mapped("lorafold always skips groups with zero advantages"),
-    "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
-    " streaming_partial_batch streaming_min_groups reward_num_workers"
-    " replay_recompute_logps reroll_max_groups vllm_lora_sync"
-    " reward_processing_classes": grpo.SAMPLING,
+    **static_rows("axolotl_policies"),
 }
 BLOCK_RULES = (
     *(
@@ -194,13 +188,9 @@ MAIN_KEYS: Table = {
     "rl": rl,
     "trl": beta_of("trl"),
     "trl.beta": beta_of("trl.beta"),
-    "vllm": grpo.SAMPLING,
     "rl_beta": (beta_of("rl_beta"), 0.1),
     "dpo_beta": beta_of("dpo_beta"),
     "orpo_alpha": beta_of("orpo_alpha"),
-    "dpo_use_weighting": reject("lorafold gives every pair the same weight"),
-    "rpo_alpha": reject("axolotl rejects this key; use dpo_loss_type: [sigmoid, sft]"),
-    "dpo_norm_loss": reject("axolotl rejects this key"),
     "simpo_gamma": trainer.loss_option("gamma", objective_of),
     "kto_desirable_weight": trainer.loss_option("desirable_weight", objective_of),
     "kto_undesirable_weight": trainer.loss_option("undesirable_weight", objective_of),
@@ -211,7 +201,7 @@ MAIN_KEYS: Table = {
         if is_reward_model(settings)
         else None
     ),
-    "process_reward_model": reject("lorafold's reward models score whole texts"),
+    **static_rows("axolotl_objectives"),
 }
 DPO_KEYS: Table = {
     "dpo_loss_type": (

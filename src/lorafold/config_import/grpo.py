@@ -17,7 +17,6 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
-    by_value,
     changed,
     choice,
     mapped,
@@ -25,12 +24,12 @@ from lorafold.config_import.rules import (
     reject,
     rejection,
     require,
+    static_rows,
     switch,
     to_field,
     to_options,
     unmapped,
 )
-from lorafold.config_import.unsupported import LOGGING, MEMORY, NUMBERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import boolean, integer, names, number
 
@@ -48,7 +47,6 @@ NO_LIMIT = "no limit"  # for a file without a completion length
 MAX_NEW = 256  # tokens of a completion if there is no limit
 PROMPT = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
-SAMPLING = "lorafold samples completions in the training process, from the weights that it trains"
 FULL_SAMPLING = "lorafold samples completions at temperature 1 from all tokens"
 SUM_FIRST = "lorafold sums rewards before it normalizes them"
 SAME_WEIGHTS = "lorafold gives all tokens the same weight, and its loss has no entropy term"
@@ -252,7 +250,7 @@ def updates_per_sample(factor: str) -> Reader:
 
 REFERENCE: Table = {
     "sync_ref_model": _sync_ref_model,
-    "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
+    **static_rows("grpo_reference"),
 }
 SHARED: Table = {
     "reward_funcs": (_reward_funcs, ()),
@@ -279,57 +277,27 @@ SHARED: Table = {
     "temperature top_p repetition_penalty": sampling_option(1),
     "top_k": sampling_option(0, -1),
     "min_p": sampling_option(0),
-    "generation_kwargs": FULL_SAMPLING,
     "chat_template_kwargs": to_field("template_kwargs"),
     "mask_truncated_completions": (_mask_truncated, False),
     **REFERENCE,
-    "disable_dropout": mapped("lorafold trains without dropout"),
-    "num_generations_eval": "lorafold samples one completion per held-out prompt and reports the"
-    " mean reward with its confidence interval",
-    "vllm_structured_outputs_regex vllm_guided_decoding_regex": reject(
-        "lorafold does not support structured outputs in training"
-    ),
-    "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
-    " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
-    " vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size"
-    " vllm_importance_sampling_correction vllm_importance_sampling_mode"
-    " vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
-    " vllm_importance_sampling_cap ds3_gather_for_generation cache_implementation"
-    " use_transformers_continuous_batching transformers_continuous_batching_config"
-    " use_transformers_paged": SAMPLING,
-    "log_completions log_multimodal num_completions_to_print log_unique_prompts"
-    " log_completions_hub_repo": LOGGING,
-    "pad_to_multiple_of": MEMORY,
+    **static_rows("policies"),
 }
 GRPO: Table = {
     **SHARED,
     "loss_type": (loss_type, "dapo"),
     "importance_sampling_level": (importance_sampling_level, "token"),
-    "num_generations": (to_options("group", integer), 8),
     "beta": (beta, 0.0),
-    "use_bias_correction_kl": (read_with("beta"), True),
     "scale_rewards": (
         to_options(
             "scale", lambda value: choice(SCALES.get(str(value).lower(), value), *SCALES.values())
         ),
         "group",
     ),
-    "multi_objective_aggregation": by_value(
-        {
-            "sum_then_normalize": mapped("rewards are summed, then normalized"),
-            "normalize_then_sum": SUM_FIRST,
-        }
-    ),
     "delta": bound_of_ratios(1),
     "off_policy_mask_threshold": bound_of_ratios(0),
     "top_entropy_quantile": require(1, SAME_WEIGHTS),
     "entropy_coef": require(0, SAME_WEIGHTS),
-    "use_adaptive_entropy": reject(SAME_WEIGHTS),
-    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
-    " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
-    " vespo_lambda_neg": None,
-    "max_tool_calling_iterations": "lorafold samples completions of one turn, without tool calls",
-    "cast_lm_head_to_fp32 use_liger_loss": NUMBERS,
+    **static_rows("grpo"),
 }
 RLOO: Table = {
     **SHARED,

@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Outcome,
     Rule,
@@ -35,13 +34,13 @@ from lorafold.config_import.rules import (
     rejection,
     rename_remarks,
     setting_in,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
     unsupported_remarks,
 )
-from lorafold.config_import.unsupported import LLAMAFACTORY, SYSTEM
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
@@ -297,7 +296,6 @@ MAIN_KEYS: Table = {
         lambda value, settings: trainer.PART_OF_METHOD if settings.is_on("pissa_init") else None,
         16,
     ),
-    "pissa_convert": mapped("lorafold always saves the adapter as LoRA for the original base"),
     "adapter_name_or_path": named_adapters,
     "create_new_adapter": (
         lambda value, settings: (
@@ -327,13 +325,9 @@ MAIN_KEYS: Table = {
         ),
         False,
     ),
-    "learning_rate": (to_field("lr", number), 5e-5),
     "per_device_train_batch_size": (
         trainer.batch("device", is_packed, "LLaMA-Factory cutoff_len"), 8,
     ),
-    "gradient_accumulation_steps": (AS_OPTION, 1),
-    "cutoff_len": (AS_OPTION, 2048),
-    "packing": read_with("neat_packing"),
     "neat_packing": (_neat_packing, False),
     "train_on_prompt": lambda value, settings: (
         trainer.FULL_LOSS if _of_supervised(value, settings) else trainer.COMPLETIONS
@@ -350,27 +344,18 @@ MAIN_KEYS: Table = {
     "disable_gradient_checkpointing": to_field(
         "gradient_checkpointing", lambda value: not boolean(value)
     ),
-    "gradient_checkpointing": mapped("determined by disable_gradient_checkpointing"),
     "val_size": (trainer.held_out_rows, 0.0),
-    "default_system": SYSTEM,
     "use_swanlab": switch(mapped(trackers=("swanlab",))),
     "template": lambda value, settings: unmapped(
         f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
         " --chat-template FILE"
     ),
-    "model_revision": "--revision",
     "dataset": _dataset,
-    "dataset_dir": read_with("dataset"),
     "eval_dataset": trainer.EVAL_DATA,
     "do_train": trainer.TRAIN_SWITCH,
-    "train_from_scratch": reject("lorafold does not pretrain"),
-    "use_galore": reject("lorafold does not support GaLore"),
-    "use_apollo": reject("lorafold does not support APOLLO"),
-    "use_badam": reject("lorafold does not support BAdam"),
     **trainer.TRAINER_KEYS,
     **trainer.SHARED_KEYS,
-    "evaluation_strategy": trainer.interval_strategy,
-    **LLAMAFACTORY,
+    **static_rows("llamafactory"),
 }
 LORA_KEYS: Table = {
     "lora_rank": (
@@ -387,9 +372,8 @@ LORA_KEYS: Table = {
         alpha=number(value) or 2.0 * settings.read("lora_rank", integer)
     ),
     "lora_dropout": (trainer.dropout(setting_in("stage", "dpo", "kto")), 0.0),
-    "lora_target": (AS_OPTION, "all"),
-    "additional_target": AS_OPTION,
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+    **static_rows("llamafactory_lora"),
 }
 DPO_KEYS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
@@ -401,11 +385,10 @@ REFERENCE_KEYS: Table = {
     "ref_model_quantization_bit": _ref_model_quantization_bit,
 }
 QUANTIZATION_KEYS: Table = {
-    "quantization_method": (mapped("part of the base's quantization"), "bnb"),
-    "quantization_type": (mapped("part of the base's quantization"), "nf4"),
     "double_quantization": switch(
         mapped("always on with nf4"), changed("always on with lorafold's nf4")
     ),
+    **static_rows("llamafactory_quantization"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

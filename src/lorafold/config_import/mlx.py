@@ -15,7 +15,6 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     Outcome,
     Reader,
     Rule,
@@ -31,12 +30,12 @@ from lorafold.config_import.rules import (
     pass_option,
     read_with,
     setting_in,
+    static_rows,
     switch,
     table,
     to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import LOGGING, MEMORY, NAMES_OF_RUNS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import bnb_storage
@@ -117,17 +116,17 @@ def _optimizer(value: Any, settings: ToolSettings) -> Outcome:
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": decay}
     if name not in ("adam", "adamw"):
         return changed(trainer.ADAMW, **fields)
-    readers = {"betas": _betas, "eps": number}
+    readers = {"betas": betas, "eps": number}
     fields |= {key: read(given[key]) for key, read in readers.items() if key in given}
     why = "" if given.get("bias_correction") else _uncorrected(fields.get("betas", BETAS), settings)
     return changed(why, **fields)
 
 
-def _betas(value: Any) -> tuple[float, ...]:
-    betas = tuple(map(number, value)) if isinstance(value, list) else ()
-    if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
+def betas(value: Any) -> tuple[float, ...]:
+    given = tuple(map(number, value)) if isinstance(value, list) else ()
+    if len(given) != 2 or not all(0 <= one < 1 for one in given):
         raise LorafoldError(f"found betas {value!r}, expected two numbers, at least 0 and below 1")
-    return betas
+    return given
 
 
 def _uncorrected(betas: tuple[float, float], settings: ToolSettings) -> str:
@@ -221,16 +220,12 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
 
 MAIN_KEYS: Table = {
     "fine_tune_type": (_fine_tune_type, "lora"),
-    f"{BLOCK}.alpha": mapped("determined by scale"),
     BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
     "optimizer": (_optimizer, "adam"),
-    "optimizer_config": read_with("optimizer"),
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
-    "grad_accumulation_steps": (mapped("included in batch"), 1),
-    "max_seq_length": (AS_OPTION, 2048),
     "mask_prompt": (
         switch(
             mapped("only the last message is trained", train_on="last"),
@@ -238,23 +233,15 @@ MAIN_KEYS: Table = {
         ),
         False,
     ),
-    "grad_checkpoint": (AS_OPTION, False),
     "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
     "save_every": (in_steps("save_every", "save_every"), 100),
-    "seed": to_field("seed", integer),
     "report_to": trainer.trackers,
     "train": trainer.TRAIN_SWITCH,
-    "test": "use lorafold eval to evaluate test.jsonl",
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
     " ".join(COLUMN_KEYS.values()): read_with("data"),
-    "adapter_path": ("--out", "adapters"),
-    "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
     "trust_remote_code": trainer.TRUST,
-    "config": "the path of this file",
-    "project_name": NAMES_OF_RUNS,
-    "steps_per_report val_batches test_batches": LOGGING,
-    "clear_cache_threshold": MEMORY,
+    **static_rows("mlx"),
 }
 LORA_KEYS: Table = {
     f"{BLOCK}.rank": (to_field("rank", integer), 8),

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafold.config_import.rules import (
     OFF,
+    REASONS,
     UNKNOWN_KEY,
     Outcome,
     TranslatedKey,
@@ -18,7 +19,6 @@ from lorafold.config_import.rules import (
     unmapped,
 )
 from lorafold.config_import.trainer import AUTO_TARGETS, kind_of_lora, target_parameters
-from lorafold.config_import.unsupported import ABSENT
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import make_spec, name_of
@@ -137,5 +137,5 @@ def _other_outcome(key: str, value: Any, harmless: bool, method: Method) -> Outc
     if key in ("init_weights", "init_ia3_weights", "fan_in_fan_out", "save_projection"):
         return mapped("determined by the base and the method")
     if key in method.known:
-        return unmapped(ABSENT)
+        return unmapped(REASONS["absent"])
     return OFF if harmless else unmapped(UNKNOWN_KEY)

@@ -11,14 +11,25 @@ support; all such errors are reported together.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import yaml
+
 from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, join_problems, truncate_middle
-from lorafold.foreign_options import FOREIGN_OPTIONS, boolean, did_you_mean, number
+from lorafold.foreign_options import (
+    FOREIGN_OPTIONS,
+    boolean,
+    did_you_mean,
+    integer,
+    modules,
+    names,
+    number,
+)  # fmt: skip
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import ADAPTER_FIELDS
 
@@ -103,6 +114,29 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
+def static_rows(section: str) -> Table:
+    """The rows of a section of `keys.yaml`."""
+    kinds = {kind: rows for kind, rows in KEYS[section].items() if kind != "values"}
+    rows = [
+        (keys, ROWS[kind](REASONS.get(remark, remark)))
+        for kind, remarks in kinds.items()
+        for remark, keys in remarks.items()
+    ]
+    for keys, outcomes in KEYS[section].get("values", {}).items():
+        made = {
+            value: remark if kind == "refused" else Outcome(kind, dict(*fields), remark)
+            for values, (kind, text, *fields) in outcomes.items()
+            for remark in [REASONS.get(text, text)]
+            for value in values.split()
+        }
+        rows.append((keys, by_value(made, made.pop("else", ""))))
+    return {
+        key: (row, yaml.safe_load(default)) if default else row
+        for keys, row in rows
+        for key, _, default in (one.partition("=") for one in keys.split())
+    }
+
+
 def _reader(row: Handler, key: str = "") -> Reader:
     if row == AS_OPTION:
         option = FOREIGN_OPTIONS[key]
@@ -143,6 +177,8 @@ def unmapped(instead: str, flag: str = "") -> Outcome:
 
 
 OFF = mapped("off")
+KEYS = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+REASONS: Mapping[str, str] = KEYS["reasons"]
 
 
 def read_with(key: str) -> Outcome:
@@ -209,11 +245,44 @@ def choice(value: Any, *choices: str) -> str:
     return str(value)
 
 
-def apply_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Converts every key of `config`, and the tool's defaults that matter.
+class Expression(str):
+    """The source of a value that a script computes."""
 
-    If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so the
-    file's values are left out.
+
+READERS = {f.__name__: f for f in (number, integer, boolean, names, modules, str)}
+# How the rows of `keys.yaml` are read
+ROWS: Mapping[str, Callable[[str], Handler]] = {
+    "taken": mapped,
+    "changed": changed,
+    "refused": reject,
+    "left": str,
+    "unused": lambda text: None,
+    "fields": lambda text: to_field(text.split()[0], READERS[text.split()[1]]),
+    "options": lambda text: to_options(text.split()[0], READERS[text.split()[1]]),
+}
+
+
+def apply_rules(
+    rules: Sequence[Rule], config: Mapping[str, Any], objects: Collection[str] = ()
+) -> tuple[TranslatedKey, ...]:
+    """Converts every key of `config`, and the tool's defaults that matter. A value that is an
+    `Expression` is not read, except for keys of `objects`.
+    """
+    unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
+    read = _apply(rules, {key: value for key, value in config.items() if key not in unread})
+    fields = {entry.key: entry.outcome.fields for entry in read}
+    result = [entry for entry in read if entry.key not in unread]
+    for key, text in unread.items():
+        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in fields.get(key, ())]
+        flag, remark = " ".join(options), "not read because it is not a literal"
+        outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
+        result.append(TranslatedKey(key, text, True, outcome))
+    return tuple(result)
+
+
+def _apply(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+    """If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so
+    the file's values are left out.
     """
     settings = ToolSettings(config, {rule.key: rule.default for rule in rules})
     entries, problems = [], []

@@ -9,7 +9,6 @@ from math import ceil
 from typing import Any
 
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Condition,
     Handler,
@@ -17,17 +16,16 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
-    by_value,
     changed,
     if_else,
     mapped,
     rejection,
+    static_rows,
     switch,
     to_field,
     to_options,
     unmapped,
 )
-from lorafold.config_import.unsupported import TRAINER, TRANSFORMERS
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import (
     FOREIGN_OPTIONS,
@@ -43,7 +41,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import algorithm_class
 
 AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the device, else fp32"
-FROM_ZERO = "transformers warms up from a learning rate of 0, lorafold from peak / warm-up steps"
+FROM_ZERO = "the other tool warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
 COMPLETIONS = mapped("the loss is computed on completions only")
@@ -202,24 +200,13 @@ TRAIN_SWITCH: Handler = switch(
     mapped("lorafold train always trains"), unmapped("off in the file, but lorafold train trains")
 )
 EVAL_DATA = unmapped("pass the rows as --eval-data", "--eval-data EVAL_DATA")
-interval_strategy = by_value(
-    {"steps": mapped("an interval in steps")},
-    unmapped(
-        "lorafold writes about ten checkpoints per run and evaluates the held-out rows at each;"
-        " change this with --set save_every=STEPS and --set eval_every=STEPS"
-    ),
-)
 # The Trainer's keys that tools rename
 SHARED_KEYS: Table = {
-    "weight_decay": (to_field("weight_decay", number), 0.0),
-    "max_grad_norm": (AS_OPTION, 1.0),
-    "adam_beta1 adam_beta2 adam_epsilon": AS_OPTION,
     "max_steps": lambda value, settings: (
         mapped(steps=integer(value)) if integer(value) > 0 else mapped("no limit: epochs apply")
     ),
     "eval_steps": interval("eval_every"),
     "save_steps": interval("save_every"),
-    "save_strategy eval_strategy": interval_strategy,
     "save_total_limit": lambda value, settings: (
         mapped("the best one is kept in addition", keep=integer(value))
         if integer(value) > 0
@@ -227,11 +214,8 @@ SHARED_KEYS: Table = {
             "lorafold keeps 2 checkpoints and the best one; change this with --set keep=N"
         )
     ),
-    "seed": to_field("seed", integer),
     "trust_remote_code": TRUST,
-    "output_dir": "--out",
-    "resume_from_checkpoint": "lorafold resumes only its own runs, with --resume",
-    **TRAINER,
+    **static_rows("trainer"),
 }
 # The Trainer's keys under its own names
 TRAINER_KEYS: Table = {
@@ -243,12 +227,9 @@ TRAINER_KEYS: Table = {
         else warmup_of(number(value), share=True)
     ),
     "optim": (optimizer, "adamw_torch_fused"),
-    "num_train_epochs": (AS_OPTION, 3.0),
     "use_cpu": switch(unmapped("pass --device cpu", "--device cpu")),
     "report_to": trackers,
-    "overwrite_output_dir": "pass --overwrite to replace the output of an earlier run",
-    "model_name_or_path": "--model",
-    **TRANSFORMERS,
+    **static_rows("transformers"),
 }
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,22 @@ from lorafold.config_import import (
     llamafactory,
     mlx,
     peft_config,
+    swift,
+    torchtune,
     trl,
     unsloth,
 )
-from lorafold.config_import.rules import Outcome, Rule, ToolSettings, TranslatedKey, apply_rules
+from lorafold.config_import.rules import (
+    KEYS,
+    REASONS,
+    Expression,
+    Outcome,
+    Rule,
+    TranslatedKey,
+    apply_rules,
+    static_rows,
+    table,
+)
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
@@ -48,37 +62,48 @@ SECTIONS = {
 }
 
 
-AFTER_TURNS = (
-    "lorafold's loss excludes text that the chat template adds after the end of a turn, often a"
-    " newline; the other tool includes it"
+UNSUPPORTED_FILES: Mapping[str, str] = KEYS["unsupported_files"]
+NOTES: Mapping[str, str] = KEYS["notes"]
+FILE_RULES = table(static_rows("file"))
+# Commands that train: the kind, by a pattern of a word and the word after it
+LAUNCHES = {
+    r"(?:.*/)?trl (sft|dpo|kto|reward|grpo|rloo)": "trl-{}",
+    r"(?:.*/)?swift (sft|pt|rlhf)": "ms-swift",
+    r".*swift[/.]cli[/.](sft|pt|rlhf)(?:\.py)? .*": "ms-swift",
+    r"(?:.*/)?axolotl (?:train|finetune)": "axolotl",
+    r"axolotl\.cli\.train .*": "axolotl",
+    r"(?:.*/)?(?:llamafactory-cli|lmf) train": "llamafactory",
+    r"(?:.*/)?mlx_lm lora": "mlx-lm",
+    r"(?:.*/)?mlx_lm\.lora .*": "mlx-lm",
+    r"(?:.*/)?tune run": "torchtune",
+    r"(?:.*/)?(autotrain|litgpt|megatron) .*": "{}",
+    r"(?:.*[/.]|(?=.*\.py ))(?:run_)?(sft|[dc]po|kto|orpo|grpo|rloo)(?:\.py)? .*": "trl-{}",
+    r"(?:.*/)?(reward)_modeling\.py .*": "trl-{}",
+    r".*(?:train|tune|run)\w*\.py .*": "",
+}
+TOKEN = re.compile(
+    r"""\\\n|`\#[^`]*`|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
+    |(?:[^\s'"\\$;&|<>()]|\\[^\n]|'[^']*'|"(?:\\.|[^"\\])*"
+    |\$\(\([^)]*\)\)|\$\([^)]*\)|\$\{[^}]*\}|\$)+""",
+    re.DOTALL | re.VERBOSE,
 )
-NOTES = {
-    "trl-sft": f"{AFTER_TURNS}; TRL concatenates a prompt and completion of plain text without a"
-    " template: for such rows pass --chat-template none",
-    "mlx-lm": f"{AFTER_TURNS}, and one token of padding after each row",
-}
-UNSUPPORTED_FILES = {  # keys of other files, with a description of the file
-    "compute_environment": "an accelerate configuration, which sets up processes and not training;"
-    " to start two, run torchrun --nproc_per_node 2 -m lorafold train",
-    "zero_optimization": "a DeepSpeed configuration, which sets up sharding and not training; to"
-    " shard the weights, run lorafold train --strategy fsdp",
-    "model_class": "a LLaMA-Factory v1 configuration, which lorafold can't read; expected the"
-    " format with stage and finetuning_type",
-    "architectures": "a model configuration, expected a training configuration",
-}
+SUBCOMMANDS = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}  # of ms-swift
+CONFIG_FILE = re.compile(r"\.(?:ya?ml|json)$")
+OVERRIDE = re.compile(r"[a-z_][\w.]*")  # as in key=value
+PART = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|[^'"]+""", re.DOTALL)
+VARIABLE = re.compile(r"\$\{?(\w+)(?::-([^}]*))?\}?")
 
 
 @dataclass(frozen=True)
 class Tool:
     """Another tool. `markers` are keys, or key=value, separated by spaces; `known` are the keys
-    that it supports (None: all); `note` is about settings that its files never contain.
+    that it supports (None: all).
     """
 
     name: str
     markers: str
     read_keys: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
     known: frozenset[str] | None
-    note: str = ""
 
 
 def _from_rules(
@@ -86,45 +111,24 @@ def _from_rules(
     markers: str,
     rules: Sequence[Rule],
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-    note: str = "",
 ) -> Tool:
     """A tool with a table of rules; `flatten` moves keys in blocks to the top level."""
-    known = frozenset(rule.key for rule in rules)
-    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known, note)
+    known = frozenset(name for rule in rules for name in (rule.key, rule.key.split(".")[0]))
+    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known)
 
 
 TOOLS: dict[str, Tool] = {
     "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
-    "llamafactory": _from_rules(
-        "LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES, note=AFTER_TURNS
-    ),
+    "llamafactory": _from_rules("LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES),
     **{
-        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind], note=NOTES.get(kind, ""))
+        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind])
         for kind, (name, markers, _) in trl.TRAINERS.items()
     },
-    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora, NOTES["mlx-lm"]),
-    "unsloth": Tool(
-        "Unsloth",
-        unsloth.MARKERS,
-        unsloth.read_keys,
-        unsloth.KNOWN,
-        "lorafold reads the script without executing it: if the script processes the rows before"
-        " training, apply the same processing to your data",
-    ),
-    "peft": Tool(
-        "PEFT",
-        peft_config.MARKERS,
-        peft_config.read_keys,
-        None,
-        "the file sets no data, learning rate, batch size or length: lorafold's defaults apply",
-    ),
-}
-# Switches that are read with another key, and that key's value
-SWITCH_SETTINGS = {
-    "bf16": ("dtype", "bfloat16"),
-    "fp16": ("dtype", "float16"),
-    "use_dora": ("use_peft", "true"),
-    "use_rslora": ("use_peft", "true"),
+    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora),
+    "torchtune": _from_rules("torchtune", torchtune.MARKERS, torchtune.RULES, torchtune.flatten),
+    "ms-swift": Tool("ms-swift", swift.MARKERS, swift.read_keys, swift.KNOWN),
+    "unsloth": Tool("Unsloth", unsloth.MARKERS, unsloth.read_keys, unsloth.KNOWN),
+    "peft": Tool("PEFT", peft_config.MARKERS, peft_config.read_keys, None),
 }
 
 
@@ -149,7 +153,7 @@ class Translation:
     @property
     def unread(self) -> list[TranslatedKey]:
         """Keys that a recipe would contain, but whose values the script computes."""
-        return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
+        return [e for e in self.left if isinstance(e.value, Expression) and e.outcome.flag]
 
     def written(self) -> dict[str, Any]:
         """The recipe's fields that differ from its defaults, and `storage` if a key set it, because
@@ -252,10 +256,13 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    config = _read(source, kind)
-    tool = TOOLS[kind or detect_tool(source, config)]
+    config, launched = _read(source, kind)
+    about_file = {rule.key: config[rule.key] for rule in FILE_RULES if rule.key in config}
+    config = {key: value for key, value in config.items() if key not in about_file}
+    kind = kind or launched or detect_tool(source, config)
+    tool = TOOLS[kind]
     try:
-        entries = tool.read_keys(config)
+        entries = (*tool.read_keys(config), *apply_rules(FILE_RULES, about_file))
         recipe = _recipe(entries)
         if spec_of(recipe).trains_base:
             trainable_storage(recipe)
@@ -264,7 +271,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     absent = ignored_fields(recipe)
     entries = tuple(_without_fields(entry, absent, recipe.method) for entry in entries)
     by_outcome = {s: tuple(e for e in entries if e.outcome.status == s) for s in SECTIONS}
-    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=tool.note)
+    return Translation(source, tool.name, _recipe(entries), **by_outcome, note=NOTES.get(kind, ""))
 
 
 def write(translation: Translation, out: str | Path, overwrite: bool = False) -> None:
@@ -279,14 +286,117 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
 
 
-def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
+def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
+    """The settings of a file, and the kind of tool that a shell script starts."""
     text = read_text(path, "a training configuration")
     if not text.strip():
         raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
+    if path.suffix in (".sh", ".bash"):
+        return _read_shell(path, text)
+    if path.suffix == ".ipynb":
+        cells = [c for c in read_object(path).get("cells", ()) if c.get("cell_type") == "code"]
+        code = "\n".join("".join(cell["source"]) for cell in cells)
+        return unsloth.arguments_of(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", code), str(path)), ""
     if path.suffix == ".py" or kind == "unsloth":
-        return unsloth.arguments_of(text, str(path))
-    if path.suffix == ".json":
-        return read_object(path)
+        return unsloth.arguments_of(text, str(path)), ""
+    return (read_object(path) if path.suffix == ".json" else _read_yaml(path, text)), ""
+
+
+def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
+    trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
+    if not trainings:
+        raise LorafoldError(
+            f"{path}: found no command that trains, expected for example trl sft, swift sft, tune"
+            " run, axolotl train, llamafactory-cli train or mlx_lm.lora"
+        )
+    (words, (kind, start, end)), *more = trainings
+    if kind == "torchtune" and "--config" in words:
+        start = end = words.index("--config")
+    if kind in REASONS:
+        raise LorafoldError(f"{path}: found {REASONS[kind]}")
+    given, files = _arguments(words[end:])
+    given = SUBCOMMANDS.get(words[end - 1], {}) | given
+    config: dict[str, Any] = {}
+    if name := given.pop("config", next(filter(CONFIG_FILE.search, files), None)):
+        file = next((one for one in (path.parent / name, Path(name)) if one.is_file()), None)
+        if file is None:
+            hint = "; copy it with tune cp" * (kind == "torchtune")
+            raise LorafoldError(f"{path}: reads {name}, which was not found{hint}")
+        config = {**_read(file, None)[0]}
+    config |= {key: _typed(value, str(path)) for key, value in given.items()}
+    others = "; ".join(" ".join(rest[first : last + 2]) for rest, (_, first, last) in more)
+    about = {"launcher": " ".join(words[:start]), "another_training": others}
+    return config | {key: value for key, value in about.items() if value}, kind
+
+
+def _launch(words: Sequence[str]) -> tuple[str, int, int] | None:
+    """The kind of tool that a command starts, and the indices of its name and first argument."""
+    for index, pair in enumerate(pairwise([*words, ""])):
+        for pattern, kind in LAUNCHES.items():
+            if found := re.fullmatch(pattern, " ".join(pair)):
+                return kind.format(*found.groups()), index, index + 2 - pattern.endswith(" .*")
+    return None
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The commands of a shell script, as words with the values of the variables that it sets. A
+    word with any other expression is an `Expression`.
+    """
+    variables: dict[str, str] = {}
+    words: list[str] = []
+    for token in [*TOKEN.findall(text.replace("\r", "")), "\n"]:
+        if token[0] not in "\n;&|()<>" and not re.match(r"\\\n|`?\#|\d?[<>]", token):
+            words.append(token)
+        elif token[0] in "\n;&|()" and words:
+            pairs = [word.partition("=") for word in words if word != "export"]
+            if all(name.isidentifier() and equals for name, equals, _ in pairs):
+                variables |= {n: " ".join(_expand(value, variables)) for n, _, value in pairs}
+            else:
+                yield [one for word in words for one in _expand(word, variables)]
+            words = []
+
+
+def _expand(word: str, variables: Mapping[str, str]) -> list[str]:
+    def expanded(part: re.Match[str]) -> str:
+        def value(found: re.Match[str]) -> str:
+            text = variables.get(found[1], found[2])
+            if text is None:
+                return found[0]
+            escaped = re.sub(r"([\\'\"])", r"\\\1", text)
+            return escaped.replace("\\'", "'") if part[0][0] == '"' else escaped
+
+        return part[0] if part[0][0] == "'" else VARIABLE.sub(value, part[0])
+
+    text = PART.sub(expanded, word)
+    if "$(" in text:
+        return [Expression(text)]
+    return [Expression(one) if "$" in one else one for one in shlex.split(text)]
+
+
+def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options of a command, and its other arguments."""
+    given: dict[str, Any] = {}
+    others, key = [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "-c" or name.startswith("--") or (equals and OVERRIDE.fullmatch(name)):
+            key = "config" if word == "-c" else name.removeprefix("--").replace("-", "_")
+            given[key] = type(word)(value) if equals else True
+        elif key:
+            before = given[key]
+            several = before if isinstance(before, list) else [before]
+            given[key] = word if before is True else [*several, word]
+        else:
+            others.append(word)
+    return given, others
+
+
+def _typed(value: Any, source: str) -> Any:
+    is_yaml = type(value) is str and re.match(r"[\[{]|(?:true|false|null)$", value, re.IGNORECASE)
+    return parse_yaml(value, source) if is_yaml else value
+
+
+def _read_yaml(path: Path, text: str) -> Mapping[str, Any]:
     config = parse_yaml(text, str(path))
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise LorafoldError(
@@ -344,6 +454,8 @@ def _without_fields(entry: TranslatedKey, names: Sequence[str], method: str) -> 
 
 
 def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
+    if found := [name for keys, name in UNSUPPORTED_FILES.items() if {*keys.split()} <= {*config}]:
+        raise LorafoldError(f"{path}: found {REASONS[found[0]]}")
     markers, unknown = {}, {}
     for kind, tool in TOOLS.items():
         markers[kind] = sum(_has(config, *marker.partition("=")) for marker in tool.markers.split())
@@ -359,8 +471,6 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
             f"{path}: found a lorafold recipe ({listed(keys)}), expected another tool's file; train"
             f" with: lorafold train --config {path}"
         )
-    if file_kind := next((what for key, what in UNSUPPORTED_FILES.items() if key in config), None):
-        raise LorafoldError(f"{path}: found {file_kind}")
     # PEFT's file may contain any key, so every file would tie with it
     kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = listed(TOOLS[kind].name for kind in kinds)
@@ -380,34 +490,3 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
     given = config.get(key)
     values = given if isinstance(given, list) else [given]
     return key in config and (not equals or value in values)
-
-
-def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """The outcome of another tool's option, such as lora_r; `given` maps all such options to their
-    values. None if no tool has the option.
-    """
-    name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
-    for rules in _rule_tables():
-        if rule := rules.get(name):
-            defaults = {one.key: one.default for one in rules.values()}
-            known = {rules[n].key: v for n, v in given.items() if n in rules}
-            # a key without effect among the others may have one by itself
-            outcomes = (
-                rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
-                for others in (known, {})
-            )
-            return next(filter(None, outcomes), None)
-    return None
-
-
-def _rule_tables() -> Iterator[Mapping[str, Rule]]:
-    yield _by_name(trl.RULES["trl-sft"])
-    # the arguments of PEFT's LoRA too, without the script's function name
-    prefixes = (unsloth.LOAD, unsloth.ADAPT)
-    own = [rule for rule in unsloth.MAIN_RULES if rule.key.startswith(prefixes)]
-    yield {rule.key.partition(".")[2]: rule for rule in own}
-    yield from map(_by_name, (*trl.RULES.values(), llamafactory.RULES, axolotl.RULES, mlx.RULES))
-
-
-def _by_name(rules: Sequence[Rule]) -> Mapping[str, Rule]:
-    return {rule.key: rule for rule in rules}

@@ -8,15 +8,16 @@ packing, TRL's batch counts packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
-    AS_OPTION,
     OFF,
     Outcome,
+    Rule,
     Table,
     ToolSettings,
     by_value,
@@ -30,14 +31,12 @@ from lorafold.config_import.rules import (
     objects_with_path,
     pass_option,
     read_with,
-    reject,
     require,
+    static_rows,
     switch,
     table,
-    to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import MEMORY, TRL
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number, targets
 from lorafold.models.quantizations import bnb_storage
@@ -98,26 +97,18 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
 MODEL_KEYS: Table = {
     "use_peft": (_use_peft, False),
     "use_dora use_rslora": (if_on(read_with("use_peft")), False),
-    "lora_task_type": by_value(
-        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), mapped("determined by the objective"))
-    ),
     "load_in_4bit": (_load_in_4bit, False),
     "load_in_8bit": (switch(mapped(storage=bnb_storage(8))), False),
-    "bnb_4bit_quant_type": (mapped("part of the base's quantization"), "nf4"),
-    "use_bnb_nested_quant": mapped("nf4 always uses nested quantization"),
     "torch_dtype": dtype,
     "bf16": (if_on(read_with("dtype")), True),
     "fp16": (if_on(read_with("dtype")), False),
-    "gradient_checkpointing": (to_field("gradient_checkpointing", boolean), True),
-    "model_name_or_path": "--model",
     "model_revision": lambda value, settings: (
         mapped("the default revision") if value == "main" else pass_option("--revision", value)
     ),
     "trust_remote_code": trainer.TRUST,
+    **static_rows("trl_model"),
 }
 LORA_KEYS: Table = {
-    "lora_r": (AS_OPTION, 16),
-    "lora_alpha": (AS_OPTION, 32),
     "lora_target_modules": (
         lambda value, settings: (
             trainer.AUTO_TARGETS if value == BY_ARCHITECTURE else mapped(targets=targets(value))
@@ -128,6 +119,7 @@ LORA_KEYS: Table = {
         settings["lora_target_modules"], names(value)
     ),
     "lora_modules_to_save": _modules_to_save,
+    **static_rows("trl_lora"),
 }
 MODEL = (
     *table(MODEL_KEYS),
@@ -141,8 +133,7 @@ COMMON = (
     *table(
         {
             "test_split_size": trainer.held_out_rows,
-            "do_train": mapped("lorafold train always trains"),
-            **TRL,
+            **static_rows("trl"),
         }
     ),
 )
@@ -202,13 +193,25 @@ def data_rows(objective: str | None) -> Table:
         for one in objects_with_path(value):
             files = one.get("data_files") or one.get("data_dir")
             remarks = [f"only the columns {one['columns']}"] if one.get("columns") else []
+            if one.get("weight", 1) != 1:
+                remarks.append(f"a share of its rows: pass --data {one['path']}:{one['weight']}")
             place = one["path"], one.get("name"), one.get("split"), files
             sources.append(dataset(*place, remarks=remarks))
         return data_outcome(sources, objective) if sources else None
 
+    def mixture(value: Any, settings: ToolSettings) -> Outcome | None:
+        if not isinstance(value, dict):
+            raise LorafoldError(f"found {value!r}, expected an object")
+        splits = [one for one in settings["dataset_splits"] or () if "train" in one] or [None]
+        named = [{"id": k, "weight": v, "split": splits[0]} for k, v in value.items()]
+        given = value.get("datasets", named)
+        renamed = [{**one, "path": one.get("id"), "name": one.get("config")} for one in given]
+        return datasets(renamed, settings)
+
     return {
         "dataset_name": name,
         "datasets": datasets,
+        "dataset_mixer dataset_mixture": mixture,  # of the alignment handbook
         "dataset_config dataset_train_split": read_with("dataset_name"),
         "dataset_test_split": "pass the rows of this split as --eval-data",
     }
@@ -220,18 +223,8 @@ LORA_DROPOUT = trainer.dropout(
 RATE = trainer.rate(is_lora)
 LENGTH_KEYS: Table = {
     "per_device_train_batch_size": (trainer.batch("process", is_packed, "TRL max_length"), 8),
-    "gradient_accumulation_steps": (AS_OPTION, 1),
     "max_length": (_max_length, 1024),
-    "max_prompt_length max_completion_length": changed(
-        "lorafold truncates prompt and completion together, at max_length"
-    ),
-    "truncation_mode": by_value(
-        {
-            "keep_start": mapped("rows are truncated at the end"),
-            "keep_end": changed("lorafold truncates rows at the end"),
-        }
-    ),
-    "pad_to_multiple_of": MEMORY,
+    **static_rows("length"),
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
 PREFERENCE_KEYS: Table = {
@@ -246,15 +239,8 @@ SAMPLING_KEYS: Table = {
     "learning_rate": (RATE, 1e-6),
     "per_device_train_batch_size": (grpo.batch, 8),
     "gradient_accumulation_steps": (grpo.accumulation, 1),
-    "max_prompt_length": changed(
-        "TRL truncated longer prompts, lorafold rejects them; max_length includes both parts"
-    ),
-    "reward_model_name_or_path": reject(
-        "lorafold's reward models are adapters, trained with --objective reward and passed as"
-        " --reward adapter:DIR"
-    ),
+    **static_rows("trl_sampling"),
 }
-REVERSE_KL = "lorafold supports only the reverse KL"
 POLICY_MARKERS = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
@@ -267,15 +253,6 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         " dataset_text_field dataset_kwargs eval_packing loss_type=nll loss_type=dft"
         " loss_type=chunked_nll max_seq_length",
         {
-            "loss_type": (
-                by_value(
-                    {
-                        **dict.fromkeys(("nll", "chunked_nll"), mapped(objective="sft")),
-                        "dft": "lorafold's sft supports only the mean of -log p",
-                    }
-                ),
-                "nll",
-            ),
             "learning_rate": (RATE, 2e-5),
             "packing": (_packing, False),
             "packing_strategy": if_else(
@@ -293,8 +270,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                     }
                 ),
             ),
-            "eval_packing": mapped("determined by packing"),
-            "max_seq_length": AS_OPTION,
+            **static_rows("trl_sft"),
             "completion_only_loss": switch(trainer.COMPLETIONS, trainer.FULL_LOSS),
             "assistant_only_loss": (
                 switch(
@@ -327,7 +303,6 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 ),
                 ["sigmoid"],
             ),
-            "loss_weights": read_with("loss_type"),
             "beta": (
                 trainer.beta(
                     lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
@@ -335,13 +310,8 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
                 0.1,
             ),
             "label_smoothing": trainer.dpo_label_smoothing,
-            "f_divergence_type": by_value(
-                {"reverse_kl": mapped(REVERSE_KL)}, f"{REVERSE_KL} (reverse_kl)"
-            ),
-            "f_alpha_divergence_coef": read_with("f_divergence_type"),
+            **static_rows("trl_dpo"),
             "ld_alpha": require(1, "lorafold gives all tokens of both completions the same weight"),
-            "use_weighting": reject("lorafold gives every pair the same weight"),
-            "discopop_tau": None,
             **data_rows("dpo"),
             **grpo.REFERENCE,
             **PREFERENCE_KEYS,
@@ -351,19 +321,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "KTO",
         "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
         {
-            "loss_type": (
-                by_value(
-                    {
-                        "kto": changed(
-                            "TRL estimates z (the KL) over a micro-batch, lorafold over a step",
-                            objective="kto",
-                        )
-                    },
-                    "lorafold's kto supports only the loss kto",
-                ),
-                "kto",
-            ),
-            "beta": (to_field("beta", number), 0.1),
+            **static_rows("trl_kto"),
             "desirable_weight": (trainer.loss_option("desirable_weight", lambda _: "kto"), 1.0),
             "undesirable_weight": (trainer.loss_option("undesirable_weight", lambda _: "kto"), 1.0),
             **data_rows("kto"),
@@ -390,14 +348,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
         "CPO",
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
         {
-            "loss_type": (
-                by_value(
-                    {"simpo": mapped(objective="simpo")},
-                    "lorafold supports only simpo of CPO's losses",
-                ),
-                "sigmoid",
-            ),
-            "beta": (to_field("beta", number), 0.1),
+            **static_rows("trl_cpo"),
             "simpo_gamma": (trainer.loss_option("gamma", lambda _: "simpo"), 0.5),
             "cpo_alpha": (trainer.sft_term_of("simpo"), 1.0),
             "alpha": require(0, "lorafold does not support AlphaPO's reward transformation"),
@@ -436,3 +387,18 @@ RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
     for kind, (_, _, rows) in TRAINERS.items()
 }
+# The objective of a trainer; None for supervised training
+OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TRAINERS} | {
+    "trl-sft": None, "trl-cpo": "simpo"
+}  # fmt: skip
+
+
+def rules_over(
+    rules: Sequence[Rule], own: Sequence[Rule], defaults: Mapping[str, Any]
+) -> tuple[Rule, ...]:
+    """The rules of a tool that passes its settings to a trainer: its `own` rules, and the trainer's
+    with the tool's `defaults`.
+    """
+    taken = {rule.key for rule in own} | IN_MODEL
+    rest = (rule for rule in rules if rule.key not in taken)
+    return (*own, *(replace(r, default=defaults.get(r.key, r.default)) for r in rest))

@@ -5,20 +5,20 @@ TRL's trainers, with Unsloth's defaults in place of TRL's.
     SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
 
 A script is parsed and never executed. A value is a literal, or a name to which the script assigns
-one literal; any other value is an `Expression`. Only the first call of each function counts.
-Processing of rows before training is ignored.
+one literal; any other value is an `Expression`. Only the first call of each function counts, and of
+all trainers' configurations. Processing of rows before training is ignored.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from lorafold.config_import import trainer, trl
 from lorafold.config_import.rules import (
     PLACEHOLDER,
+    Expression,
     Outcome,
     Rule,
     Table,
@@ -31,31 +31,24 @@ from lorafold.config_import.rules import (
     expected_rows,
     mapped,
     read_with,
+    static_rows,
     table,
     to_field,
     unmapped,
 )
-from lorafold.config_import.unsupported import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS
 from lorafold.errors import LorafoldError
-from lorafold.foreign_options import boolean, integer, modules, names, number
+from lorafold.foreign_options import boolean, integer, modules, names
 from lorafold.models.quantizations import bnb_storage
 
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
 MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WHOLE = ("embed_tokens", "lm_head")
 MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
-TRAINERS = {
-    "SFTTrainer": "trl-sft",
-    "UnslothTrainer": "trl-sft",
-    "DPOTrainer": "trl-dpo",
-    "KTOTrainer": "trl-kto",
-    "ORPOTrainer": "trl-orpo",
-    "CPOTrainer": "trl-cpo",
-    "RewardTrainer": "trl-reward",
-    "GRPOTrainer": "trl-grpo",
-    "RLOOTrainer": "trl-rloo",
-}
+TRAINERS = {f"{kind.removeprefix('trl-').upper()}Trainer": kind for kind in trl.TRAINERS} | {
+    "RewardTrainer": "trl-reward", "UnslothTrainer": "trl-sft"
+}  # fmt: skip
 CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",
@@ -74,19 +67,8 @@ DEFAULTS = {
     "weight_decay": 0.001,
     "seed": 3407,
     "optim": "adamw_8bit",
-    "learning_rate": 5e-5,
     "warmup_steps": 0.1,
     "max_length": None,
-}
-# Objectives other than supervised training
-OBJECTIVES = {
-    "trl-dpo": "dpo",
-    "trl-kto": "kto",
-    "trl-orpo": "orpo",
-    "trl-cpo": "simpo",
-    "trl-reward": "reward",
-    "trl-grpo": "grpo",
-    "trl-rloo": "rloo",
 }
 OBJECTS = {
     *("model", "tokenizer", "processing_class", "args", "data_collator", "trainer"),
@@ -124,8 +106,21 @@ def _length(value: Any, settings: ToolSettings) -> Outcome:
     return mapped(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
+def _targets(value: Any, settings: ToolSettings) -> Outcome:
+    """Embeddings among the targets are trained as a whole."""
+    given = modules(value)
+    whole = tuple(name for name in WHOLE if not isinstance(given, str) and name in given)
+    if not whole:
+        return mapped(targets=given)
+    return mapped(
+        "Unsloth trains embeddings as a whole, without LoRA",
+        targets=tuple(name for name in given if name not in whole),
+        modules_to_save=whole,
+    )
+
+
 def objective_of(settings: ToolSettings) -> str | None:
-    return OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
+    return trl.OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), ""))
 
 
 def _loaded_rows(value: Any, settings: ToolSettings) -> Outcome:
@@ -139,22 +134,10 @@ def _prefixed(prefix: str, rows: Table) -> Table:
 
 LOADING_KEYS: Table = {
     "full_finetuning": (_method, False),
-    "model_name": "--model",
     "load_in_4bit": (storage, True),
-    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
-    "load_in_fp8": read_with("load_in_4bit"),
-    "dtype": "if the base is not quantized, set its dtype with --storage",
     "max_seq_length": (_length, 2048),
-    "revision": "--revision",
     "trust_remote_code": trainer.TRUST,
-    "use_gradient_checkpointing": mapped("determined by get_peft_model"),
-    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
-    " use_exact_model_name text_only auto_model quantization_config"
-    " return_logits": MODEL,
-    "attn_implementation": ATTENTION,
-    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph unsloth_force_compile": NUMBERS,
-    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
-    " disable_log_stats fast_inference random_state": MEMORY,
+    **static_rows("unsloth_loading"),
 }
 ADAPTER_KEYS: Table = {
     "use_gradient_checkpointing": (
@@ -165,38 +148,28 @@ ADAPTER_KEYS: Table = {
         ),
         "unsloth",
     ),
-    "random_state": mapped("determined by seed"),
     "max_seq_length": None,
-    "model": mapped("the base model"),
-    "layers_to_transform layers_pattern finetune_last_n_layers"
-    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
-    " finetune_attention_modules"
-    " finetune_mlp_modules": "pass --set targets=REGEX for these modules",
-    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
+    **static_rows("unsloth_adapter"),
 }
 LORA_KEYS: Table = {
-    "r": (to_field("rank", integer), 16),
-    "lora_alpha": (to_field("alpha", number), 16),
-    "target_modules": (to_field("targets", modules), LINEARS),
+    "target_modules": (_targets, LINEARS),
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings[f"{ADAPT}target_modules"], names(value)
     ),
     "bias": to_field("bias"),
-    "modules_to_save": to_field("modules_to_save", names),
     "use_rslora": (read_with(f"{LOAD}full_finetuning"), False),
     "init_lora_weights": (read_with(f"{LOAD}full_finetuning"), True),
     "loftq_config": read_with(f"{LOAD}full_finetuning"),
+    **static_rows("unsloth_lora"),
 }
 MAIN_RULES: tuple[Rule, ...] = (
     *table(
         {
-            "trainer": mapped("determines the objective"),
             **_prefixed(LOAD, LOADING_KEYS),
             "max_length max_seq_length": read_with(f"{LOAD}max_seq_length"),
             **_prefixed(ADAPT, ADAPTER_KEYS),
-            "gradient_checkpointing": mapped("determined by get_peft_model"),
-            "bf16 fp16": mapped("determined by the base's quantization or dtype"),
-            "embedding_learning_rate": ABSENT,
+            "learning_rate": (trainer.rate(is_lora), 5e-5),
+            "lora_dropout": None,
             f"{DATASET}path": _loaded_rows,
             f"{DATASET}name {DATASET}split {DATASET}data_files": read_with(f"{DATASET}path"),
             "train_dataset": lambda value, settings: (
@@ -208,21 +181,7 @@ MAIN_RULES: tuple[Rule, ...] = (
             "get_chat_template.chat_template": lambda value, settings: unmapped(
                 f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
-            "get_chat_template.mapping get_chat_template.map_eos_token"
-            " get_chat_template.system_message": "lorafold uses the model's own template",
-            "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
-            " train_on_responses_only.trainer": mapped("lorafold creates its own"),
-            **_prefixed(
-                "train_on_responses_only.",
-                {
-                    "instruction_part response_part tokenizer num_proc": mapped(
-                        "lorafold finds the completions by itself"
-                    )
-                },
-            ),
-            "ref_model": "the reference is the model without the new adapter",
-            "formatting_func": "apply the function to the rows before training",
-            "callbacks compute_metrics": ABSENT,
+            **static_rows("unsloth"),
         }
     ),
     *table(_prefixed(ADAPT, LORA_KEYS), is_lora),
@@ -230,38 +189,19 @@ MAIN_RULES: tuple[Rule, ...] = (
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
-    own = {*(rule.key for rule in MAIN_RULES), *trl.IN_MODEL, "lora_dropout", "learning_rate"}
     defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
-    rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
-    return (
-        *MAIN_RULES,
-        *table({"learning_rate": (trainer.rate(is_lora), defaults["learning_rate"])}),
-        *table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
-        *(replace(rule, default=defaults.get(rule.key, rule.default)) for rule in rest),
-    )
+    dropout = table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora)
+    return trl.rules_over(trl.RULES[kind], (*MAIN_RULES, *dropout), defaults)
 
 
 RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
 KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 
-class Expression(str):
-    """The source of a value that is not a literal."""
-
-
 def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in OBJECTS)}
-    unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
-    read = apply_rules(rules, {k: v for k, v in config.items() if k not in unread})
-    defaults = {entry.key: entry.outcome.fields for entry in read}
-    result = [entry for entry in read if entry.key not in unread]
-    for key, text in unread.items():
-        options = [f"--{name.replace('_', '-')} {name.upper()}" for name in defaults.get(key, ())]
-        flag, remark = " ".join(options), "not read because it is not a literal"
-        outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
-        result.append(TranslatedKey(key, text, True, outcome))
-    return tuple(result)
+    return apply_rules(rules, config, objects)
 
 
 def arguments_of(text: str, source: str) -> Mapping[str, Any]:
@@ -271,16 +211,20 @@ def arguments_of(text: str, source: str) -> Mapping[str, Any]:
         line = f"line {n}: " if (n := getattr(error, "lineno", None)) else ""
         raise LorafoldError(f"{source}: {line}not valid Python") from None
     literals, seen = _literals(tree), set[str]()
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for call in _calls(tree):
         name, owner = _name_of(call.func)
-        if name in TRAINERS and "trainer" not in arguments:
-            arguments["trainer"] = name
-        elif name not in CONFIGS and name not in FUNCTIONS:
+        what = "trainer" if name in TRAINERS else "config" if name in CONFIGS else name
+        if what == name and name not in FUNCTIONS:
             continue
-        if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
+        if what == "trainer" and what in seen:
+            more = *arguments.get("another_training", ()), f"{name} (line {call.lineno})"
+            arguments["another_training"] = more
+        if what in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
             continue
-        seen.add(name)
+        seen.add(what)
+        if what == "trainer":
+            arguments[what] = name
         prefix = f"{name}." if name in FUNCTIONS else ""
         for key, node in _arguments(call, FUNCTIONS.get(name, ())):
             if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):

@@ -1,0 +1,174 @@
+"""Converts ms-swift's settings, with its defaults as of August 2026: files for `swift sft`, command
+lines and args.json. ms-swift passes most of them to the Trainer, and with `rlhf_type` to TRL's
+trainers. 3.x calls `tuner_type` `train_type`.
+
+The batch is for one process. Without `gradient_accumulation_steps`, a step has 16 rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lorafold.config_import import rules, trainer, trl
+from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
+from lorafold.foreign_options import NO_FP16, integer, names, number, targets
+from lorafold.models.quantizations import bnb_storage
+
+MARKERS = "tuner_type train_type rlhf_type quant_bits split_dataset_ratio lora_rank attn_impl"
+SFT = "sft"  # for a file without rlhf_type
+KINDS = {
+    **{name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")},
+    "simpo": "trl-cpo",
+    "rm": "trl-reward",
+}
+AUTO = "auto"  # for a file without a value
+DEFAULTS = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "seed": 42}
+OF_LOSS: Mapping[str, Mapping[str, Any]] = {
+    "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
+    "grpo": {"loss_type": "grpo", "beta": 0.04, "temperature": 0.9},
+}
+RENAMED = {"train_type": "tuner_type", "max_epochs": "num_train_epochs"}
+# TRL's names of ms-swift's keys for GRPO
+OF_GRPO = {"max_length": "max_prompt_length", "overlong_filter": "mask_truncated_completions"}
+DTYPES = {
+    AUTO: mapped(trainer.AUTO, storage="auto"),
+    "bfloat16": mapped(storage="bf16"),
+    "float16": rules.changed(NO_FP16, storage="bf16"),
+    "float32": mapped(storage="fp32"),
+}
+DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
+is_lora = rules.setting_in("tuner_type", "lora")
+RATE = trainer.rate(is_lora)
+
+
+def accumulation(settings: ToolSettings) -> int:
+    given, rows = settings["gradient_accumulation_steps"], "per_device_train_batch_size"
+    return ceil(16 / max(1, settings.read(rows, integer))) if given == AUTO else integer(given)
+
+
+def _tuner_type(value: Any, settings: ToolSettings) -> Outcome:
+    if rules.choice(value, "lora", "full") == "full":
+        return mapped(method="full")
+    start = str(settings["init_weights"]).lower()
+    return trainer.kind_of_lora(settings.is_on("use_dora"), settings.is_on("use_rslora"), start)
+
+
+def _quant_bits(value: Any, settings: ToolSettings) -> Outcome:
+    made = bnb_storage(integer(value)) if settings["quant_method"] in (None, "bnb") else None
+    why = "" if made else "lorafold quantizes with bitsandbytes; nf4 is used"
+    return rules.changed(why, storage=made or "nf4")
+
+
+def _betas(value: Any, settings: ToolSettings) -> Outcome:
+    return mapped(betas=tuple(settings.read(f"adam_beta{index}", number) for index in (1, 2)))
+
+
+def _dataset(value: Any, settings: ToolSettings) -> Outcome:
+    sources = []
+    for hub, path, subset, count in (DATASET.findall(name)[0] for name in names(value)):
+        remarks = [f"only {count} rows: save them to a file"] * bool(count)
+        is_file = Path(path).exists() or Path(path).suffix in (".json", ".jsonl", ".csv")
+        if is_file or hub.lower() == "hf" or settings.is_on("use_hf"):
+            sources.append(rules.dataset(path, subset or None, remarks=remarks))
+        else:
+            remarks.append("from ModelScope: save it to a file or find it on the Hugging Face Hub")
+            sources.append(SourceDataset(path, None, remarks=remarks))
+    kind = KINDS.get(settings["rlhf_type"] or SFT, "")
+    return rules.data_outcome(sources, trl.OBJECTIVES.get(kind))
+
+
+def _loss_scale(value: Any, settings: ToolSettings) -> Outcome:
+    base, *others = str(value).removesuffix("+ignore_empty_think").split("+")
+    if base == "all":
+        return trainer.FULL_LOSS
+    equal = base in ("default", "last_round") and not others
+    why = "" if equal else "lorafold gives all trained tokens the same weight"
+    return rules.changed(why, train_on="last" if base == "last_round" else "all")
+
+
+MAIN_KEYS: Table = {
+    "tuner_type": (_tuner_type, "lora"),
+    "torch_dtype": (
+        rules.if_else(rules.setting_in("quant_bits", None), rules.by_value(DTYPES)), AUTO,
+    ),
+    "quant_bits": _quant_bits,
+    "learning_rate": (
+        lambda value, settings: RATE(
+            (1e-4 if is_lora(settings) else 1e-5) if value == AUTO else value, settings
+        ),
+        AUTO,
+    ),
+    "adam_beta1": (_betas, 0.9),
+    "adam_beta2": (_betas, 0.95),
+    "trust_remote_code": trainer.TRUST,
+    "val_dataset": rules.if_on(trainer.EVAL_DATA),
+    "split_dataset_ratio": (trainer.held_out_rows, 0.0),
+    "dataset": _dataset,
+    "freeze_parameters_ratio": rules.require(0, "lorafold's full method trains the whole model"),
+    "freeze_vit freeze_aligner": rules.switch(
+        mapped("lorafold adapts the language model"), rules.unmapped(rules.REASONS["every_layer"])
+    ),
+    **rules.static_rows("swift"),
+}
+LORA_KEYS: Table = {
+    "target_modules": (lambda value, settings: mapped(targets=targets(value)), "all-linear"),
+    "target_regex": lambda value, settings: mapped(targets=trainer.text(value)),
+    "target_parameters": lambda value, settings: trainer.target_parameters(
+        settings["target_modules"], names(value)
+    ),
+    "lorap_lr_ratio": trainer.loraplus_ratio,
+    "adapters": lambda value, settings: (
+        rules.pass_option("--init-adapter", names(value)[-1]) if value else rules.OFF
+    ),
+    **rules.static_rows("swift_lora"),
+}
+# With completions that the model samples, TRL's rows for these keys apply
+ROW_KEYS: Table = {
+    "max_length": (
+        lambda value, settings: (
+            rules.changed("ms-swift's limit is the model's context, lorafold's is max_length")
+            if value == AUTO
+            else mapped(max_length=integer(value))
+        ),
+        AUTO,
+    ),
+    **rules.static_rows("swift_rows"),
+    "per_device_train_batch_size": (
+        trainer.batch("process", trl.is_packed, "ms-swift max_length", accumulation), 1,
+    ),
+    "gradient_accumulation_steps": (
+        lambda value, settings: mapped(accumulate=accumulation(settings)), AUTO,
+    ),
+}
+SFT_KEYS: Table = {
+    "loss_scale": (_loss_scale, "default"),
+    **rules.static_rows("swift_sft"),
+}
+
+
+def _rules(name: str) -> tuple[rules.Rule, ...]:
+    kind = KINDS.get(name, "trl-sft")
+    rows = {**MAIN_KEYS, **({} if name == "grpo" else ROW_KEYS)}
+    rows |= SFT_KEYS if name == SFT else {}
+    rows |= {"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {}
+    lora = {**LORA_KEYS, "lora_dropout": (trl.DROPOUTS[kind], 0.05)}
+    own = (*rules.table(rows), *rules.table(lora, is_lora))
+    base = trl.COMMON if name == SFT else trl.RULES[kind]
+    return trl.rules_over(base, own, {**DEFAULTS, **OF_LOSS.get(name, {})})
+
+
+RULES = {name: _rules(name) for name in (SFT, *KINDS)}
+KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAMED, *OF_GRPO}
+
+
+def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
+    settings = ToolSettings(config, {"rlhf_type": SFT})
+    name = settings.read("rlhf_type", lambda value: rules.choice(value, *RULES))
+    renamed = RENAMED | (OF_GRPO if name == "grpo" else {})
+    others = " ".join(sorted(KNOWN - {rule.key for rule in RULES[name]}))
+    own = (*RULES[name], *rules.table({others: rules.REASONS["other_stage"]}))
+    return rules.apply_rules(own, {renamed.get(k, k): v for k, v in config.items()})
