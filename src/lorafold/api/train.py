@@ -1,5 +1,6 @@
 """`lf.train`: train an adapter; `lf.preview`: the rows of such a run."""
 
+from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -58,6 +59,7 @@ def train(
     plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
     overwrite: opt.Overwrite = False,
+    verbose: bool = False,
     console: DefaultProgress = None,
     **inputs: Unpack[RunInputs],
 ) -> "Trained":
@@ -73,6 +75,8 @@ def train(
         plot: Also plot the run's curves to one HTML file. You can do that later with `lorafold
             history`.
         resume: Continue a stopped or killed run from its last checkpoint, in OUT.run.
+        verbose: Print the details of the setup too: chat template, adapter, kernels, optimizer,
+            learning rates. The adapter's record (lorafold.json) always contains them.
 
     Raises LorafoldError for anything wrong with the arguments, before weights are loaded if
     possible, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
@@ -96,11 +100,12 @@ def train(
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = build_request(
-            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite
-        )
+            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite,
+            verbose=verbose,
+        )  # fmt: skip
         from lorafold.training import run
 
-        result = run.train(request, console, processes)
+        result = copy_context().run(run.train, request, console, processes)
     if html_path is not None and launch.is_main:
         from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
@@ -158,9 +163,12 @@ def build_request(
         source_label,
         with_rewards,
     )
+    from lorafold.models.tokenizer import BUILT_IN, read_template
     from lorafold.recipe.recipe import Recipe
 
     run_recipe, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
+    if (template := run_recipe.chat_template) and template not in BUILT_IN:
+        read_template(template)  # before anything that takes long
     if rewards := inputs.pop("rewards", ()):
         run_recipe, functions = with_rewards(run_recipe, rewards)
     columns, held_out = inputs.pop("columns", None), inputs.pop("eval_data", None)

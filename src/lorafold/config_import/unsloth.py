@@ -143,7 +143,7 @@ LOADING_KEYS: Table = {
     "load_in_4bit": (storage, True),
     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
     "load_in_fp8": read_with("load_in_4bit"),
-    "dtype": "if the base is not quantized, set its dtype with --storage",
+    "dtype": "if the base is not quantized, set its dtype with --quantization",
     "max_seq_length": (_length, 2048),
     "revision": "--revision",
     "trust_remote_code": trainer.TRUST,

@@ -126,7 +126,7 @@ LLAMAFACTORY = {
     "do_eval do_predict predict_with_generate infer_backend infer_dtype temperature top_p"
     " top_k num_beams max_new_tokens repetition_penalty length_penalty do_sample eval_num_beams"
     " compute_accuracy vllm_maxlen vllm_gpu_util vllm_enforce_eager use_kv_cache"
-    " generation_max_length": "use lorafold generate or lorafold eval",
+    " generation_max_length": "use lorafold lab generate or lorafold eval",
     "swanlab_project swanlab_workspace swanlab_run_name"
     " swanlab_mode swanlab_api_key": NAMES_OF_RUNS,
     "flash_attn shift_attn": ATTENTION,

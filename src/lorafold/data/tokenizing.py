@@ -122,7 +122,7 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
             )
         notice(
             f"tokens: caching about {size / 1e9:.2f} GB in {directory.parent} for the next run;"
-            " to clear the cache, run lorafold cache --clear"
+            " to clear the cache, run lorafold lab cache --clear"
         )
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,

@@ -23,7 +23,7 @@ from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, current_names
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import DETAILS, print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import auto_class_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
@@ -171,6 +171,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
         HELD_OUT: {"step": steps, **held_out} if held_out else {},
         SAMPLES: progress.samples,
+        DETAILS.name: of_run.lines if (of_run := DETAILS.get()) else [],
     }
     return {
         "recipe": request.recipe.model_dump(mode="json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -77,14 +78,17 @@ class Display:
         self.bar.update(
             self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}", first=first
         )
+        seconds = (monotonic() - self.started) * (self.steps - step) / (step - self.first_step)
+        left = timedelta(seconds=round(seconds))
         if self.cell is not None:
-            self.update_cell(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(clauses)}")
+            text = f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(clauses)}, {left} left"
+            self.update_cell(step, text)
         elif not self.console.is_terminal and (
-            step == self.steps or step % max(1, self.steps // 10) == 0
+            step in (self.first_step + 1, self.steps) or step % max(1, self.steps // 10) == 0
         ):
-            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
+            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {left} left"
             if len(figures) > MAX_INLINE_METRICS:  # in columns
-                line = f"{line:<{2 * len(str(self.steps)) + 38}}"
+                line = f"{line:<{2 * len(str(self.steps)) + 52}}"
                 clauses = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
             self.note((line + "".join(clauses)).rstrip())
 
@@ -94,9 +98,7 @@ class Display:
             from IPython.display import HTML
 
             self.updated = time
-            left = (time - self.started) * (self.steps - step) / max(step - self.first_step, 1)
-            minutes, seconds = divmod(round(left), 60)
-            self.cell.update(HTML(self.bar_html(step, f"{figures}, {minutes}:{seconds:02} left")))
+            self.cell.update(HTML(self.bar_html(step, figures)))
 
     def bar_html(self, step: int, figures: str) -> str:
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
