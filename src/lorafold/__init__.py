@@ -8,7 +8,7 @@ import signal
 import sys
 
 if sys.platform != "win32" and (
-    sys.orig_argv[1:3] == ["-m", "lorafold"] or "".join(sys.argv[:1]).endswith("/lorafold")
+    sys.orig_argv[1:3] == ["-m", "lorafold"] or "".join(sys.orig_argv[1:2]).endswith("/lorafold")
 ):  # the command: until `cli.main` can handle it, Ctrl-C has to wait
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 

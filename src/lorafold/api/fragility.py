@@ -219,7 +219,7 @@ def fragility(
 
             def tell(description: str, done: int, total: int) -> None:
                 step(done, total)
-                console.print(f"{done}/{total} {description}", highlight=False, markup=False)
+                print_lines(console, f"{done}/{total} {description}")
 
             result = run.sweep(task, study, load_model, tell, partial(print_lines, console))
         write_json(study / "fragility.json", result.as_json())

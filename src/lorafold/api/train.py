@@ -1,6 +1,5 @@
 """`lf.train`: train an adapter; `lf.preview`: the rows of such a run."""
 
-from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -89,6 +88,7 @@ def train(
     from rich.console import Console
 
     from lorafold.api.arguments import as_html_path, console_or_default
+    from lorafold.files.terminal import keeping_details, print_lines
     from lorafold.runtime.devices import device_of_rank
     from lorafold.runtime.processes import detect_launch, process_group
 
@@ -96,18 +96,17 @@ def train(
     console, launch = console_or_default(console), detect_launch()
     if launch.world > 1:
         inputs["device"] = device_of_rank(inputs.get("device"), launch)
-    with process_group(launch, inputs.get("device")) as processes:
+    device = inputs.get("device")
+    with keeping_details(verbose), process_group(launch, device) as processes:
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = build_request(
-            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite,
-            verbose=verbose,
-        )  # fmt: skip
+            recipe, data, out, model, inputs, console, resume=resume, overwrite=overwrite
+        )
         from lorafold.training import run
 
-        result = copy_context().run(run.train, request, console, processes)
+        result = run.train(request, console, processes)
     if html_path is not None and launch.is_main:
-        from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
         from lorafold.inspecting.history_page import page
 

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from lorafold.cli.command_classes import Command, CommandGroup, CommandWithSubcommands
 from lorafold.cli.command_line import split_words
-from lorafold.cli.help import OTHER_OPTIONS, HelpAll, write_examples, write_lists
+from lorafold.cli.help import OTHER_OPTIONS, write_examples, write_lists
 from lorafold.cli.suggestions import unknown_options
 from lorafold.errors import WINDOWS, Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_frozen, restart_tuned
@@ -87,11 +87,6 @@ class Commands(CommandGroup):
         for name in GROUPS["Lab"] if is_lab else COMMANDS:  # without `lab`, as earlier versions
             hidden = not is_lab and name in GROUPS["Lab"]
             self.commands[name] = TyperCommand(name, short_help=COMMANDS[name], hidden=hidden)
-        help_all: Any = self.params[-1]
-        help_all.hidden = True  # no options are rare
-
-    def help_all(self, ctx: Any) -> str:
-        return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -162,7 +157,6 @@ app.add_typer(lab, name=LAB)
 def root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    help_all: HelpAll = False,
 ) -> None:
     """Low-rank adapters of transformer models: train, measure, merge, serve.
 

@@ -63,8 +63,6 @@ CALLS = [*TOOL_CALL["tool_calls"], tool_call(PROBE_NAME, {PROBE_KEY: OTHER}) | {
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
 NO_REASONING = "turns without reasoning are left out, because at generation they begin differently"
-USUAL_END = "turns end with"
-USUAL_TEMPLATE = f"chat template: {USUAL_END}"
 MAX_QUOTED = 60  # characters of the template's system prompt that are shown
 
 
@@ -86,7 +84,7 @@ class TemplateSummary:
 
     @property
     def lines(self) -> list[str]:
-        end = f"{USUAL_END} {self.end}"
+        end = f"turns end with {self.end}"
         if self.ended == NOWHERE and self.end:
             end = f"turns have no end token: training adds {self.end} (unless --end-of-turn none)"
         elif self.ended == NOWHERE:

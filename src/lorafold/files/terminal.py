@@ -31,12 +31,24 @@ class Details(NamedTuple):
 DETAILS: ContextVar[Details | None] = ContextVar("details", default=None)  # of the current run
 
 
+@contextmanager
+def keeping_details(verbose: bool = False) -> Iterator[None]:
+    before = DETAILS.set(Details([], verbose))
+    try:
+        yield
+    finally:
+        DETAILS.reset(before)
+
+
 def print_lines(console: Console | None, *lines: object, detail: bool = False) -> None:
-    """Prints the non-empty lines without markup, colours or wrapping."""
+    """Prints the non-empty lines without markup, colours or wrapping. In a run that is not verbose,
+    the lines become one, or none if they are a `detail`.
+    """
     texts = [str(line) for line in lines if line]
-    if detail and (details := DETAILS.get()) is not None:
-        details.lines.extend(line for text in texts for line in text.splitlines())
-        texts *= details.verbose
+    if details := DETAILS.get():
+        details.lines.extend(texts * detail)
+        if not details.verbose:
+            texts = ["; ".join(texts)] * bool(texts and not detail)
     if console is not None:
         for text in texts:
             console.print(text, highlight=False, markup=False, soft_wrap=True)

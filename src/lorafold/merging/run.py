@@ -225,10 +225,6 @@ def merge(
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         target = choose_merge_target(options.into, adapters, storage, prequantized_storage(source))
-        if console is not None and (
-            target.trained_on or target.requested_storage or target.unsupported_storage
-        ):
-            console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, ADVICE)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
         tokenizer = base.tokenizer(adapters) if has_tokenizer or options.certificate else None

@@ -167,11 +167,13 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
         for name in names
     }
+    details = kept.lines if (kept := DETAILS.get()) else ()
     figures = {
         STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
         HELD_OUT: {"step": steps, **held_out} if held_out else {},
         SAMPLES: progress.samples,
-        DETAILS.name: of_run.lines if (of_run := DETAILS.get()) else [],
+        # the reason for the optimizer is another one after a resume
+        DETAILS.name: [line for line in details if not line.startswith("optimizer: ")],
     }
     return {
         "recipe": request.recipe.model_dump(mode="json"),

@@ -15,7 +15,7 @@ from lorafold.data.batches import BatchFeed, StoredFeed, epoch_size, split
 from lorafold.data.control_tokens import ALL_TOKENS, allow_tokens
 from lorafold.data.json_input import Row
 from lorafold.data.render import Rendering
-from lorafold.data.row_checks import STREAMED, USUAL_TEMPLATE, Findings, find_problems
+from lorafold.data.row_checks import STREAMED, Findings, find_problems
 from lorafold.data.row_store import Rows
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.files.contents import file_digest
@@ -55,7 +55,6 @@ class RunRequest:
     init_adapter: Path | None = None
     resume: bool = False
     overwrite: bool = False
-    verbose: bool = False
     over: tuple[Path, ...] = ()
     day: str = ""
     rewards: tuple[Callable[..., Any], ...] = ()
@@ -130,9 +129,9 @@ def prepare_tokenizer(
         set_variables(tokenizer, request.recipe.template_kwargs)
     new_tokens = request.recipe.new_tokens
     added = add_tokens(tokenizer, new_tokens) if new_tokens else AddedTokens({}, frozenset())
+    template = objective.set_up(tokenizer)
     print_lines(console, added if new_tokens else "")
-    notice = objective.set_up(tokenizer) or ""
-    print_lines(console, notice, detail=notice.startswith(USUAL_TEMPLATE))
+    print_lines(console, template, detail="turns end with" in str(template))
     if request.recipe.allow_control_tokens or added.ids:
         allow_tokens(tokenizer, ALL_TOKENS if request.recipe.allow_control_tokens else added.ids)
     return tokenizer, added
@@ -179,7 +178,7 @@ def tokenize_rows(
             eval_examples = encode(held_out, called="held out")
             eval_pair = eval_examples.examples, Rows.of(held_out)
         findings = find_problems(train.examples, Rows.of(rows), recipe.max_length, eval_pair)
-    print_lines(console, "; ".join(findings.lines))
+    print_lines(console, *findings.lines)
     return feed, eval_examples, findings
 
 

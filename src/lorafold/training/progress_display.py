@@ -80,13 +80,12 @@ class Display:
         )
         seconds = (monotonic() - self.started) * (self.steps - step) / (step - self.first_step)
         left = timedelta(seconds=round(seconds))
+        line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {left} left"
         if self.cell is not None:
-            text = f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(clauses)}, {left} left"
-            self.update_cell(step, text)
+            self.update_cell(step, line + "".join(clauses))
         elif not self.console.is_terminal and (
             step in (self.first_step + 1, self.steps) or step % max(1, self.steps // 10) == 0
         ):
-            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {left} left"
             if len(figures) > MAX_INLINE_METRICS:  # in columns
                 line = f"{line:<{2 * len(str(self.steps)) + 52}}"
                 clauses = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
@@ -102,7 +101,7 @@ class Display:
 
     def bar_html(self, step: int, figures: str) -> str:
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
-        return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
+        return f"{bar} {html.escape(figures)}"
 
 
 def start_trackers(recipe: Recipe, logs: Path) -> list[Any]:

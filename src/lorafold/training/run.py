@@ -18,7 +18,7 @@ from lorafold.data.batches import BatchFeed
 from lorafold.data.control_tokens import EXCEPTIONS
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import check_name
-from lorafold.files.terminal import DETAILS, Details, format_bytes, print_lines
+from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import STEPS, Recipe
@@ -54,7 +54,6 @@ def train(request: RunRequest, console: Console, processes: Processes = SINGLE_P
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
         check_paths_disjoint(request)  # for a resumed run, after it is known not to be finished
-    DETAILS.set(Details([], request.verbose))
     with RunDirectory(request.out).locked() if processes.first else nullcontext():
         # all processes take part, because one of them may have other options
         if request.resume or processes.count > 1:
@@ -153,7 +152,7 @@ def make_plan(
         restore_rng(state)
     if state is not None:
         print_lines(console, f"resuming after step {progress.step} of {feed.steps}")
-    elif recipe.stops and held_out is None and feed.steps == STEPS:
+    if recipe.stops and held_out is None and feed.steps == STEPS:
         remedy = "without early stopping, which needs held-out rows (--eval-fraction 0.1)"
         print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}", detail=True)
     plan = Plan(

@@ -186,7 +186,7 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         date = fixed or "the date of each rendering"
         print_lines(console, f"the chat template inserts the date: {date}", detail=True)
     feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
-    steps = f"{feed.steps} step{'s' * (feed.steps != 1)} of {recipe.batch} rows"
+    steps = f"steps: {feed.steps}, rows per step: {recipe.batch}"
     print_lines(console, f"base: {base.name} ({base.loaded_as.reason}); {steps}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
