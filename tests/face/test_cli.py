@@ -55,7 +55,8 @@ def test_neither_help_nor_what_is_wrong_with_rows_imports_anything_heavy():
     code = f"""
 import sys
 from lorafold.cli import COMMANDS, main
-asked = [*([name, "--help"] for name in COMMANDS), "train --data none.csv --out none".split()]
+wrong = "train --data none.csv --out none".split()
+asked = [*([name, "--help"] for name in COMMANDS), wrong, [*wrong, "--chat-template", "none.jinja"]]
 for name, *options in asked:
     sys.argv = ["lorafold", name, *options]
     try:
@@ -67,7 +68,10 @@ for name, *options in asked:
     assert done.stdout.count("Usage: lorafold") == len(COMMANDS)
     helped, wrong = [f"{name} [] 0" for name in COMMANDS], "error: none.csv: there is no such file"
     first = f"lorafold {lf.__version__}: reading none.csv; the adapter will be in none"
-    assert done.stderr.splitlines() == [*helped, first, wrong, "train [] 2"]
+    found = done.stderr.splitlines()
+    assert found[: len(helped) + 3] == [*helped, first, wrong, "train [] 2"]
+    assert found[-2].startswith("error: chat template none.jinja: can't be read: ")
+    assert found[-1] == "train [] 2"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

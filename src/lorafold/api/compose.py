@@ -87,9 +87,10 @@ def compose(
 
     Examples:
         lorafold lab compose demo/adapter adapter --quantization fp32 --out sum
-        lorafold lab compose demo/adapter adapter --quantization fp32 --how svd --out cut
-        lorafold lab compose demo/adapter adapter --quantization fp32 --data demo/test.jsonl \\
-            --how linear --how ties --out ways
+        lorafold lab compose demo/adapter adapter --quantization fp32 \\
+            --how svd --out cut
+        lorafold lab compose demo/adapter adapter --quantization fp32 \\
+            --data demo/test.jsonl --how linear --how ties --out ways
 
     Notes:
         Composing methods. linear: the weighted average, exact. task-arithmetic: the weighted sum,

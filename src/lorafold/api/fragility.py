@@ -120,12 +120,12 @@ def fragility(
     Raises LorafoldError, before anything is trained, for invalid arguments, rows or adapters.
 
     Examples:
-        lorafold lab fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --data benign.jsonl --out fragile --html fragile.html
-        lorafold lab fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --data benign.jsonl --out few --examples 10 --rank 8
-        lorafold lab fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --tuned tuned --fail-under 0.8
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --data benign.jsonl --out fragile --html fragile.html
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --data benign.jsonl --out few --examples 10 --rank 8
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --tuned tuned --fail-under 0.8
 
     Notes:
         How to read the figures. Log-odds: the log-probability of the beginning of a refusal minus
