@@ -1,15 +1,18 @@
 """epochs="auto": enough steps of few rows, ended by the held-out loss."""
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import lorafold as lf
 from conftest import unestimating
 from lorafold.errors import LorafoldError
+from lorafold.training.progress_display import Display
 from process_cases import same_bytes
 from training_cases import stopping
 from typed_commands import run, write_rows
@@ -171,3 +174,13 @@ def test_the_log_has_the_first_step_and_the_time_left(tiny_model_dir, tmp_path: 
     assert [int(match[1]) for match in found] == [1, *range(4, 41, 4)]
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", match[2]) for match in found)
     assert found[-1][2] == "0:00:00"
+
+
+def test_the_bar_has_the_time_left_on_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Display(console, 1000) as display:
+        for step in (500, 501):
+            display.step(step, 12.345, 123_456.0, {"gradient norm": 0.0001234}, 1e-4)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    [last] = re.findall(r"(\S+) +left loss 12", re.sub(r"\x1b\[[\d;?]*\w", "", shown))[-1:]
+    assert re.fullmatch(r"\d+:\d\d(:\d\d)?", last)

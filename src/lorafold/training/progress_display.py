@@ -10,13 +10,8 @@ from time import monotonic
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Column
 
 from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
@@ -35,9 +30,10 @@ class Display:
     ) -> None:
         self.console, self.steps, self.trackers = console, steps, trackers
         self.bar = Progress(
-            "training", BarColumn(), MofNCompleteColumn(),
+            # of a fixed width, because narrow terminals shorten other columns
+            BarColumn(10), MofNCompleteColumn(),
+            TimeRemainingColumn(True, table_column=Column(width=7)), "left",
             "loss {task.fields[loss]}{task.fields[first]}", "{task.fields[rate]} tokens/s",
-            TimeElapsedColumn(), "left", TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task(
