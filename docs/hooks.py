@@ -34,7 +34,7 @@ from mkdocs.structure.files import File, Files
 
 import lorafold
 from lorafold.cli import GROUPS as COMMANDS
-from lorafold.cli import load_command
+from lorafold.cli import TYPED, load_command
 from lorafold.cli.help import OTHER_OPTIONS, help_entry
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
@@ -243,12 +243,12 @@ def commands() -> str:
     """The commands by what they are for."""
     has = re.compile(r"^<!-- generated: options (\w+) -->$", re.MULTILINE)
     pages = {
-        name: f"{page.name}#lorafold-{name}"
+        name: f"{page.name}#lorafold-{TYPED[name].replace(' ', '-')}"
         for page in (ROOT / "docs" / "cli").glob("*.md")
         for name in has.findall(page.read_text(encoding="utf-8"))
     }
     rows = [
-        [f"[`lorafold {name}`](cli/{pages[name]})", cell(line), group.lower()]
+        [f"[`lorafold {TYPED[name]}`](cli/{pages[name]})", cell(line), group.lower()]
         for group, lines in COMMANDS.items()
         for name, line in lines.items()
     ]

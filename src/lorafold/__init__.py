@@ -4,8 +4,15 @@ The public API on one screen. Everything is imported on first use, so `lorafold 
 torch.
 """
 
-import importlib
+import signal
 import sys
+
+if sys.platform != "win32" and (
+    sys.orig_argv[1:3] == ["-m", "lorafold"] or "".join(sys.orig_argv[1:2]).endswith("/lorafold")
+):  # the command: until `cli.main` can handle it, Ctrl-C has to wait
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import WINDOWS as _WINDOWS

@@ -34,7 +34,9 @@ class NotMergeable(LorafoldError):
 
 
 class NoTarget(LorafoldError):
-    """A target matches no module of the model, or is not a valid regular expression."""
+    """A target matches no module of the model or one that the method can't adapt, or is not a valid
+    regular expression.
+    """
 
 
 class NoTokenizer(LorafoldError):

@@ -457,7 +457,7 @@ def test_what_a_run_says_of_its_rows(large: Path, tiny_model_dir, tmp_path: Path
     done = lorafold(*train, str(tmp_path / "a"), "--data", f"{more}:0.5")
     assert done.returncode == 0, done.stderr
     assert "MB of rows" in done.stderr or "GB of rows" in done.stderr
-    assert "run lorafold cache --clear" in done.stderr
+    assert "run lorafold lab cache --clear" in done.stderr
     assert "2200 rows" in done.stderr
     record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
     assert record["data"]["source"] == f"{large}, {more}:0.5"

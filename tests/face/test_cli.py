@@ -12,7 +12,7 @@ import pytest
 
 import lorafold as lf
 from conftest import lorafold, refused
-from lorafold.cli import COMMANDS
+from lorafold.cli import COMMANDS, GROUPS
 from lorafold.cli.cluster import without_cluster_options, worker_resources
 from lorafold.cli.commands import emit
 
@@ -35,8 +35,10 @@ except SystemExit as end:
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert told.stderr == "0 []\n"
-    assert all(f"\n  {name} " in told.stdout for name in COMMANDS)
-    for asked in ([], ["--help"], ["-h"], ["--help-all"]):
+    lab = lorafold("lab").stdout
+    for name in COMMANDS:
+        assert f"\n  {name} " in (lab if name in GROUPS["Lab"] else told.stdout)
+    for asked in ([], ["--help"], ["-h"]):
         assert lorafold(*asked) == (0, told.stdout, "")
 
 
@@ -53,7 +55,8 @@ def test_neither_help_nor_what_is_wrong_with_rows_imports_anything_heavy():
     code = f"""
 import sys
 from lorafold.cli import COMMANDS, main
-asked = [*([name, "--help"] for name in COMMANDS), "train --data none.csv --out none".split()]
+wrong = "train --data none.csv --out none".split()
+asked = [*([name, "--help"] for name in COMMANDS), wrong, [*wrong, "--chat-template", "none.jinja"]]
 for name, *options in asked:
     sys.argv = ["lorafold", name, *options]
     try:
@@ -64,7 +67,11 @@ for name, *options in asked:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("Usage: lorafold") == len(COMMANDS)
     helped, wrong = [f"{name} [] 0" for name in COMMANDS], "error: none.csv: there is no such file"
-    assert done.stderr.splitlines() == [*helped, wrong, "train [] 2"]
+    first = f"lorafold {lf.__version__}: reading none.csv; the adapter will be in none"
+    found = done.stderr.splitlines()
+    assert found[: len(helped) + 3] == [*helped, first, wrong, "train [] 2"]
+    assert found[-2].startswith("error: chat template none.jinja: can't be read: ")
+    assert found[-1] == "train [] 2"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -111,15 +118,82 @@ def open_once_read(fifo: Path, reader: subprocess.Popen) -> int:
     pytest.fail(f"ended before it read: {reader.communicate()}")
 
 
+def started(*words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorafold", *map(str, words)], stderr=subprocess.PIPE, text=True,
+        # where the tests run in the background it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
+    )  # fmt: skip
+
+
+STOPPED = {130, -signal.SIGINT}  # the second where it comes while Python runs generated code
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("imported", ["lorafold/methods", "typer/main", "torch/nn", "transformers"])
+def test_ctrl_c_is_one_line_during_imports(imported: str, tmp_path: Path) -> None:
+    """The signal comes while a module is imported, of all processes the first that imports it."""
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+
+class Presses:
+    def find_spec(self, name, *_):
+        if name.startswith({imported.replace("/", ".")!r}):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Presses())
+""")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        child = started("train", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    _, told = child.communicate(timeout=100)
+    assert child.returncode in STOPPED
+    first, last = ([], *told.splitlines())[-2:]
+    assert last == "interrupted by Ctrl-C"
+    assert not first or first.startswith("lorafold ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1, 2, 4, 8, 16, 24])
+def test_ctrl_c_at_any_time_is_one_line(seconds: float, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    child = started(
+        "train", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--steps", 10_000
+    )
+    time.sleep(seconds)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to all processes
+    _, told = child.communicate(timeout=100)
+    assert child.returncode in STOPPED
+    assert "Traceback" not in told
+    assert "Exception" not in told
+    last = told.splitlines()[-1]
+    assert last == "interrupted by Ctrl-C" or last.startswith("stopped after step ")
+
+
+def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
+    """It is flushed at once: a reader has it while torch's import waits."""
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(1000)\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        child = started("train", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    line = child.stderr.readline()
+    child.kill()
+    child.communicate()
+    version = lf.__version__
+    named = f"reading {tmp_path / 'rows.jsonl'}; the adapter will be in {tmp_path / 'out'}"
+    assert line == f"lorafold {version}: {named}\n"
+
+
 def test_ctrl_c_ends_with_130(tmp_path):
     rows = tmp_path / "rows.jsonl"
     os.mkfifo(rows)
-    asked = ["train", "--data", str(rows), "--out", str(tmp_path / "out")]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "lorafold", *asked], stderr=subprocess.PIPE, text=True,
-        # where the tests run in the background it is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    child = started("train", "--data", rows, "--out", tmp_path / "out")
     waiting = open_once_read(rows, child)
     # a signal that comes just before the read begins is noticed only when the next one comes
     for _ in range(6):
@@ -132,7 +206,7 @@ def test_ctrl_c_ends_with_130(tmp_path):
     _, told = child.communicate(timeout=60)
     os.close(waiting)
     assert child.returncode == 130
-    assert "Traceback" not in told
+    assert told.splitlines()[1:] == ["interrupted by Ctrl-C"]
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 

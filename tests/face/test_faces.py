@@ -105,8 +105,10 @@ def test_an_option_is_declared_once(name: str) -> None:
         assert isinstance(one.option, RecipeOptions)
         expected |= {f"--{n.replace('_', '-')}" for n in ("set", *fields_in(one.option))}
         expected |= {"--config"} if one.option.config else set()
-    found = {p.opts[0] for p in command_of(name).params if p.param_type_name == "option"}
-    assert found - {"--help", "--help-all"} == expected
+    params = [p for p in command_of(name).params if p.param_type_name == "option"]
+    assert {p.opts[-1] for p in params} - {"--help", "--help-all"} == expected
+    more = {p.opts[0]: p.opts[1:] for p in params if len(p.opts) > 1}
+    assert {*more} - {"--quantization", "--help"} == set()
 
 
 def test_the_text_of_an_option_stands_once() -> None:
@@ -205,8 +207,9 @@ def test_quantization_is_another_name_for_storage(tiny_model_dir, tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("estimate", "--quantization=nf4", "--storage=fp32"), "--quantization: has the same"),
+        (("estimate", "--quantization=nf4", "--storage=fp32"), "--quantization: found nf4"),
         (("estimate", "--base", "nf4", "--storage=fp32"), "base: has the same meaning as --sto"),
+        (("estimate", "--mode", "nf4", "--method=fp32"), "--method: has the same meaning"),
         (("estimate", "--seq=8", "--max-length", "9"), "--seq: has the same meaning as --max-"),
         (("eval", "--answers", "--no-completions"), "the same meaning as --no-completions"),
     ],

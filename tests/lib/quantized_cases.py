@@ -192,7 +192,7 @@ def commands(path: Path, storage: str, out: Path) -> str:
     done = lorafold("train", *model, "--data", data, "--out", adapter, *sizes)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    assert f"base: {storage}, computed in" in said
+    assert f" ({storage}, computed in" in said
     record = json.loads((out / "adapter" / "lorafold.json").read_text())
     assert record["recipe"]["storage"] == storage
     done = lorafold("eval", *model, "--adapter", adapter, "--data", data)

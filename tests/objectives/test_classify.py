@@ -297,11 +297,13 @@ JOKE = {"text": "Why?", "label": "joke"}
          r"rows of \{text, label\}, which are for --objective classify; --objective sft expects"
          r" rows of"),
         ({"rows": ALARMS}, r"label: found 'alarm' in every row, expected at least two classes"),
+        ({"rows": [{"text": f"t{n}", "label": f"{n * 0.37:.2f}"} for n in range(9)]},
+         r"label: found another number in each row \(0\.00, 0\.37, .* and 4 more\), expected"),
         ({"eval_rows": [JOKE]},
          r"row 1: field label: found 'joke', expected one of alarm, booking, weather"),
         ({"rows": [*ROWS, {"text": "", "label": "alarm"}]}, r"row 37: field text: found no token"),
     ],
-    ids=["pairs", "sft", "one class", "another class", "no text"],
+    ids=["pairs", "sft", "one class", "numbers", "another class", "no text"],
 )  # fmt: skip
 def test_bad_rows_are_named(fields: dict[str, Any], told: str, fit, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=told):

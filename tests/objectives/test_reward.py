@@ -1,4 +1,4 @@
-"""`--objective reward` and `lorafold score` against TRL, PEFT, transformers and closed forms."""
+"""`--objective reward` and `lab score` against TRL, PEFT, transformers and closed forms."""
 
 import io
 import json
@@ -509,7 +509,7 @@ def test_commands_from_training_to_scores(directory: Path, tmp_path: Path) -> No
     ):  # fmt: skip
         refused = error_of(*command, *given)
         assert "found a reward model, expected a language model" in refused
-        assert "lorafold score" in refused
+        assert "lorafold lab score" in refused
     plain = error_of(*words("score", data=data, model=directory))
     assert "found no reward model, expected a reward model" in plain
 

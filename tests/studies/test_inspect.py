@@ -1,4 +1,4 @@
-"""`lorafold inspect`, `resize` and `extract` as commands, attention heads, and models without a
+"""`lorafold lab inspect`, `resize` and `extract` as commands, attention heads, and models without a
 tokenizer.
 """
 

@@ -1,14 +1,18 @@
 """epochs="auto": enough steps of few rows, ended by the held-out loss."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import lorafold as lf
 from conftest import unestimating
 from lorafold.errors import LorafoldError
+from lorafold.training.progress_display import Display
 from process_cases import same_bytes
 from training_cases import stopping
 from typed_commands import run, write_rows
@@ -100,8 +104,83 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     data, model = write_rows(tmp_path / "rows.jsonl", ROWS), tiny_model_dir("llama")
     asked = f"train --model {model} --data {data} --max-length 64 --out {tmp_path}"
-    said = run(f"{asked}/few --epochs 1").stderr
-    assert "steps: 1, which may be too few: --epochs auto sets at least 100, and with" in said
-    assert "may be too few" not in run(f"{asked}/asked --steps 1").stderr
-    said = run(f"{asked}/all").stderr
+    assert "steps: 1, which may be too few; " in run(f"{asked}/few --epochs 1").stdout
+    assert "may be too few" not in run(f"{asked}/asked --steps 1").stdout
+    said = run(f"{asked}/all --verbose").stderr
     assert "epochs auto: 100 steps, without early stopping" in said
+
+
+ODD = "id,prompt,completion\n" + "".join(f'{n},"Say {w}","{w}"\n' for n, w in enumerate(WORDS[:4]))
+ODD += '4,"Say red","red"\n5,"Say pink",""\n'
+PAIRS = [{"prompt": f"Say {w}", "chosen": w, "rejected": f"{w}?"} for w in WORDS]
+WAYS = {  # files of rows, and options
+    "plain": ("rows.jsonl", ""),
+    "odd": ("odd.csv", "--eval-fraction 0.3"),
+    "pairs": ("pairs.jsonl", "--objective dpo"),
+    "policy": (
+        "prompts.jsonl",
+        "--objective grpo --reward regex:e --objective-options group=2"
+        " --objective-options max_new_tokens=4",
+    ),
+    "stack": ("rows.jsonl", "--over {over}"),
+    "checked": ("rows.jsonl", "--eval-fraction 0.3 --epochs auto"),
+}
+
+
+def before_the_first_step(asked: str) -> list[str]:
+    done = run(asked)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("step "))
+    return lines[:first]
+
+
+@pytest.mark.estimated
+@pytest.mark.few(2)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_says_little_before_its_first_step(way: str, tiny_model_dir, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
+    (tmp_path / "odd.csv").write_text(ODD)
+    file, options = WAYS[way]
+    model, over = tiny_model_dir("llama"), tmp_path / "over"
+    if way == "stack":
+        lf.train(lf.Recipe(steps=1, storage="fp32"), data=ROWS, model=model, out=over)
+    asked = f"train --model {model} --data {tmp_path / file} --max-length 64"
+    asked += f" --quantization fp32 --out {tmp_path / 'out'} " + options.format(over=over)
+    asked += " --steps 2" * ("--epochs" not in options)
+    lines = before_the_first_step(asked)
+    assert len(lines) <= 6
+    assert lines[0].startswith("lorafold ")
+    text = "\n".join(lines)
+    assert all(part in text for part in ("\ndata: ", "\nbase: ", "; steps: ", "\nmemory: "))
+    if way == "odd":
+        odd = ("ignored keys: id", "have an empty answer", "are identical to an earlier row")
+        assert all(part in text for part in odd)
+    details = record(tmp_path / "out")["details"]
+    assert [line for line in details if line in text] == []
+    assert [line for line in details if line.startswith("learning rate: ")] != []
+    verbose = "\n".join(before_the_first_step(f"{asked} --overwrite --verbose"))
+    assert [line for line in details if line not in verbose] == []
+    assert record(tmp_path / "out")["details"] == details
+
+
+def test_the_log_has_the_first_step_and_the_time_left(tiny_model_dir, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    asked = f"train --model {tiny_model_dir('llama')} --data {data} --max-length 64 --steps 40"
+    lines = run(f"{asked} --out {tmp_path / 'out'}").stderr.splitlines()
+    found = [match for line in lines if (match := re.match(r"step (\d+)/40: .*, (\S+) left", line))]
+    assert [int(match[1]) for match in found] == [1, *range(4, 41, 4)]
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d", match[2]) for match in found)
+    assert found[-1][2] == "0:00:00"
+
+
+def test_the_bar_has_the_time_left_on_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Display(console, 1000) as display:
+        for step in (500, 501):
+            display.step(step, 12.345, 123_456.0, {"gradient norm": 0.0001234}, 1e-4)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    [last] = re.findall(r"(\S+) +left loss 12", re.sub(r"\x1b\[[\d;?]*\w", "", shown))[-1:]
+    assert re.fullmatch(r"\d+:\d\d(:\d\d)?", last)

@@ -284,7 +284,7 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     console = Console(file=io.StringIO(), width=400)
     choose_checkpointing(TWO_BLOCKS, plan("cpu"), False, 10**9, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert ("16-bit matmuls in fp32" in text) is each_arithmetic
+    assert ("16-bit matmuls run in fp32" in text) is each_arithmetic
 
 
 @pytest.mark.slow

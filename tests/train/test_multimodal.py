@@ -45,7 +45,7 @@ def rows(tmp_path_factory) -> Path:
 
 def train(model: Path, rows: Path, out: Path, options: str = "--storage fp32") -> Done:
     on = f"train --model {model} --data {rows} --out {out}"
-    return run(f"{on} --epochs 2 --lr 1e-2 --json {options}")
+    return run(f"{on} --epochs 2 --lr 1e-2 --json --verbose {options}")
 
 
 @pytest.fixture(scope="module")

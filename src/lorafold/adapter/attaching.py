@@ -31,7 +31,7 @@ from lorafold.core.expert_matrices import expert_parameters, module_at, paramete
 from lorafold.core.shared_tensors import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, join_problems, listed, truncate_middle
+from lorafold.errors import LorafoldError, NoTarget, join_problems, listed, truncate_middle
 from lorafold.files.contents import Contents
 from lorafold.foreign_options import with_suggestions
 from lorafold.identity import of_model
@@ -219,7 +219,7 @@ def build_adapter(
                     " add it to --modules-to-save (modules_to_save); for the experts, use targets"
                     f" such as {owner.rpartition('.')[2]}.{parameter}"
                 )
-            raise LorafoldError(f"{path}: unsupported by {type(spec).__name__}: {reason}") from None
+            raise NoTarget(f"{path}: unsupported by {type(spec).__name__}: {reason}") from None
     if bias != "none":
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}

@@ -60,8 +60,7 @@ def as_rows(
         ignored = [] if entry.draws else [key for key in ignored if key not in entry.keys]
     if ignored:
         messages.insert(0, f"{_ignored_keys(ignored)} (rows of {rows.formats[0]})")
-    for text in messages:
-        print_lines(console, f"{label}: {text}")
+    print_lines(console, *(f"{label}: {text}" for text in messages))
     return rows
 
 

@@ -87,10 +87,11 @@ def compose(
     Raises LorafoldError, with nothing written, for invalid arguments, adapters or rows.
 
     Examples:
-        lorafold compose demo/adapter adapter --storage fp32 --out sum
-        lorafold compose demo/adapter adapter --storage fp32 --how svd --out cut
-        lorafold compose demo/adapter adapter --storage fp32 --data demo/test.jsonl \\
-            --how linear --how ties --out ways
+        lorafold lab compose demo/adapter adapter --quantization fp32 --out sum
+        lorafold lab compose demo/adapter adapter --quantization fp32 \\
+            --how svd --out cut
+        lorafold lab compose demo/adapter adapter --quantization fp32 \\
+            --data demo/test.jsonl --how linear --how ties --out ways
 
     Notes:
         Composing methods. linear: the weighted average, exact. task-arithmetic: the weighted sum,

@@ -86,8 +86,9 @@ def estimate(
 
     Notes:
         Modes. inference (bf16); full (all weights in fp32, AdamW); lora (base model in bf16); qlora
-        (base model in 4 bits); or any method of `lorafold train` (base model in 4 bits). --storage
-        chooses another quantization or dtype of the base model, for example bf16 for full.
+        (base model in 4 bits); or any method of `lorafold train` (base model in 4 bits).
+        --quantization chooses another quantization or dtype of the base model, for example bf16
+        for full.
 
         For a GPU, the estimate is the peak memory that torch's allocator has allocated to tensors
         during a step, with 16-bit matrices multiplied without conversion. It does not include the

@@ -32,9 +32,9 @@ def extract(
     Raises LorafoldError if the models have different modules, or equal weights in those layers.
 
     Examples:
-        lorafold extract --tuned demo/merged --rank 8 --out extracted
-        lorafold extract --model smollm2 --tuned demo/merged --rank 4 --out rank-4
-        lorafold extract --tuned demo/merged --rank 2 --out rank-2 --json
+        lorafold lab extract --tuned demo/merged --rank 8 --out extracted
+        lorafold lab extract --model smollm2 --tuned demo/merged --rank 4 --out rank-4
+        lorafold lab extract --tuned demo/merged --rank 2 --out rank-2 --json
     """
     from lorafold.inspecting import resize as resizing
     from lorafold.resolve import Base

@@ -58,8 +58,8 @@ class Tuning:
 
     examples: Annotated[Sequence[int], opt.Option(panel=TUNING)] = (1, 3, 10, 30, 100)
     rank: Annotated[Sequence[int], opt.Option(panel=TUNING)] = (4, 16)
-    lr: Annotated[Sequence[float], opt.Option(panel=TUNING)] = (2e-4,)
-    seeds: Annotated[int, opt.Option(panel=TUNING, min=1)] = 1
+    lr: Annotated[Sequence[float], opt.Option(panel=TUNING, rare=True)] = (2e-4,)
+    seeds: Annotated[int, opt.Option(panel=TUNING, rare=True, min=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def fragility(
     Raises LorafoldError, before anything is trained, for invalid arguments, rows or adapters.
 
     Examples:
-        lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --data benign.jsonl --out fragile --html fragile.html
-        lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --data benign.jsonl --out few --examples 10 --rank 8
-        lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\
-            --tuned tuned --fail-under 0.8
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --data benign.jsonl --out fragile --html fragile.html
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --data benign.jsonl --out few --examples 10 --rank 8
+        lorafold lab fragility policy --refuse refuse.jsonl \\
+            --controls controls.jsonl --tuned tuned --fail-under 0.8
 
     Notes:
         How to read the figures. Log-odds: the log-probability of the beginning of a refusal minus
@@ -220,7 +220,7 @@ def fragility(
 
             def tell(description: str, done: int, total: int) -> None:
                 step(done, total)
-                console.print(f"{done}/{total} {description}", highlight=False, markup=False)
+                print_lines(console, f"{done}/{total} {description}")
 
             result = run.sweep(task, study, load_model, tell, partial(print_lines, console))
         write_json(study / "fragility.json", result.as_json())

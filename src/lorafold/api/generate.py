@@ -66,9 +66,9 @@ def generate(
     prompt that the template rejects or that has no tokens.
 
     Examples:
-        lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"
-        lorafold generate --prompt "What is a low-rank adapter?" --max-new-tokens 40
-        lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7
+        lorafold lab generate demo/adapter --prompt "a table for two at Noma"
+        lorafold lab generate --prompt "What is an adapter?" --max-new-tokens 40
+        lorafold lab generate demo/adapter --prompt "a table for two" --temperature 0.7
     """
     from lorafold.api.arguments import missing_argument
     from lorafold.engine import Sampling

@@ -48,14 +48,14 @@ def inspect(
     Raises LorafoldError as `lf.load` does, and for a method that does not change matrices.
 
     Examples:
-        lorafold inspect demo/adapter
-        lorafold inspect demo/adapter --full --html inside.html
-        lorafold inspect demo/adapter --data demo/test.jsonl --rows 16
+        lorafold lab inspect demo/adapter
+        lorafold lab inspect demo/adapter --full --html inside.html
+        lorafold lab inspect demo/adapter --data demo/test.jsonl --rows 16
 
     Notes:
         How to read the figures. Effective rank: the number of directions that contain 90, 95 or 99%
         of an update's energy (its squared singular values). If it is far below the nominal rank,
-        use `lorafold resize` to make the adapter smaller. Relative norm: the norm of the update
+        use `lorafold lab resize` to make the adapter smaller. Relative norm: the norm of the update
         divided by the norm of the base weight. Amplification: the norm of the update divided by the
         norm of the base weight in the update's directions. phi, with `against`: the share of one
         subspace that lies in another, at most 1. Barrier: how far the loss between two adapters

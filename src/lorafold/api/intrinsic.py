@@ -44,9 +44,9 @@ def intrinsic(
     full training does not reduce the held-out loss.
 
     Examples:
-        lorafold intrinsic --out search
-        lorafold intrinsic --out mine --data demo/train.jsonl --steps 50
-        lorafold intrinsic --out narrow --smallest 64 --largest 4096
+        lorafold lab intrinsic --out search
+        lorafold lab intrinsic --out mine --data demo/train.jsonl --steps 50
+        lorafold lab intrinsic --out narrow --smallest 64 --largest 4096
     """
     from functools import partial
 

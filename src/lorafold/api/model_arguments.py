@@ -117,7 +117,7 @@ def load_with_adapters(
         wanted = "classify" if classify else "reward" if reward else ""
         hint = f"; train one with lorafold train --objective {wanted}" * bool(wanted)
         if kind == REWARD_MODEL:
-            hint = "; use lorafold score to score rows"
+            hint = "; use lorafold lab score to score rows"
         raise LorafoldError(
             f"{', '.join(map(str, adapters)) or model.name}: found {actual}, expected {expected}"
             f" for this data or command{hint}"

@@ -344,6 +344,7 @@ Columns = Annotated[
         ' In Python, a mapping such as {"prompt": "question"}; "" ignores a column.',
         kind=list[str],
         metavar="NAME=COLUMN",
+        rare=True,
     ),
 ]
 Length = Annotated[
@@ -362,6 +363,7 @@ Rewards = Annotated[
         " 0.5*adapter:DIR. Several rewards are added up. In Python, also functions.",
         kind=list[str],
         flag="--reward",
+        rare=True,
         default=(),
         second_flag=(
             "--reward-adapter",
@@ -432,7 +434,7 @@ class StackOptions(DeviceOptions, total=False):
 def _storage(auto: str, when: str = "") -> Option:
     text = (
         f"The quantization or dtype of the base model{when}: auto, {STORAGE_NAMES}."
-        f" auto uses {auto}. It is also called quantization."
+        f" auto uses {auto}."
     )
     return Option(text, panel=BASE, default="auto")
 

@@ -29,7 +29,7 @@ def resize(
 
     The result is plain LoRA in PEFT format, whatever the method was, on top of the same base
     adapters. The error is the share of the update's (Frobenius) norm that is lost. To find out
-    which rank is enough, use `lorafold inspect`.
+    which rank is enough, use `lorafold lab inspect`.
 
     Args:
         rank: The rank of every module, or less if its update has a smaller rank.
@@ -40,9 +40,9 @@ def resize(
     adapter that has no form in weight space, changes biases with its weights or can't be read.
 
     Examples:
-        lorafold resize demo/adapter --rank 4 --out rank-4
-        lorafold resize demo/adapter --energy 0.95 --out most
-        lorafold resize demo/adapter --rank 4 --out measured --data demo/test.jsonl
+        lorafold lab resize demo/adapter --rank 4 --out rank-4
+        lorafold lab resize demo/adapter --energy 0.95 --out most
+        lorafold lab resize demo/adapter --rank 4 --out measured --data demo/test.jsonl
     """
     from dataclasses import replace
 

@@ -39,8 +39,8 @@ def score(
 
     Examples:
         lorafold train --objective reward --data pairs.jsonl --out judge
-        lorafold score judge --data pairs.jsonl
-        lorafold score judge --data pairs.jsonl --out scores.jsonl
+        lorafold lab score judge --data pairs.jsonl
+        lorafold lab score judge --data pairs.jsonl --out scores.jsonl
     """
     from lorafold.api.arguments import as_path, as_rows, missing_argument
 

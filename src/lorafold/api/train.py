@@ -60,6 +60,7 @@ def train(
     plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
     overwrite: opt.Overwrite = False,
+    verbose: bool = False,
     console: DefaultProgress = None,
     **inputs: Unpack[RunInputs],
 ) -> "Trained":
@@ -78,6 +79,8 @@ def train(
         plot: Also plot the run's curves to one HTML file. You can do that later with `lorafold
             history`.
         resume: Continue a stopped or killed run from its last checkpoint, in OUT.run.
+        verbose: Print the details of the setup too: chat template, adapter, kernels, optimizer,
+            learning rates. The adapter's record (lorafold.json) always contains them.
 
     Raises LorafoldError for anything wrong with the arguments, before weights are loaded if
     possible, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
@@ -90,6 +93,7 @@ def train(
     from rich.console import Console
 
     from lorafold.api.arguments import as_html_path, console_or_default
+    from lorafold.files.terminal import keeping_details, print_lines
     from lorafold.runtime.devices import device_of_rank
     from lorafold.runtime.processes import detect_launch, process_group
 
@@ -97,7 +101,8 @@ def train(
     console, launch = console_or_default(console), detect_launch()
     if launch.world > 1:
         inputs["device"] = device_of_rank(inputs.get("device"), launch)
-    with process_group(launch, inputs.get("device")) as processes:
+    device = inputs.get("device")
+    with keeping_details(verbose), process_group(launch, device) as processes:
         if not processes.first:  # only rank 0 prints
             console = Console(quiet=True)
         request = build_request(
@@ -107,7 +112,6 @@ def train(
 
         result = run.train(request, console, processes)
     if html_path is not None and launch.is_main:
-        from lorafold.files.terminal import print_lines
         from lorafold.inspecting.history import read_history
         from lorafold.inspecting.history_page import page
 
@@ -165,9 +169,12 @@ def build_request(
         source_label,
         with_rewards,
     )
+    from lorafold.models.tokenizer import BUILT_IN, read_template
     from lorafold.recipe.recipe import Recipe
 
     run_recipe, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
+    if (template := run_recipe.chat_template) and template not in BUILT_IN:
+        read_template(template)  # before anything that takes long
     if rewards := inputs.pop("rewards", ()):
         run_recipe, functions = with_rewards(run_recipe, rewards)
     columns, held_out = inputs.pop("columns", None), inputs.pop("eval_data", None)

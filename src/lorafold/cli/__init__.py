@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -16,45 +17,46 @@ from typer.core import TyperCommand
 
 from lorafold.cli.command_classes import Command, CommandGroup, CommandWithSubcommands
 from lorafold.cli.command_line import split_words
-from lorafold.cli.help import OTHER_OPTIONS, HelpAll, write_examples, write_lists
+from lorafold.cli.help import OTHER_OPTIONS, write_examples, write_lists
 from lorafold.cli.suggestions import unknown_options
 from lorafold.errors import WINDOWS, Interrupted, LorafoldError
 from lorafold.runtime.process_tuning import imports_frozen, restart_tuned
-from lorafold.runtime.processes import Launch, detect_launch
+from lorafold.runtime.processes import detect_launch
 
 GROUPS = {
-    "Train": {
+    "Start": {
         "quickstart": "A guided first run on the embedded model, offline, in minutes.",
+        "doctor": "Check this machine and installation.",
+    },
+    "Train": {
         "train": "Train an adapter on your data.",
+        "estimate": "Estimate the memory of a run, and whether it fits a device.",
+        "recipe": "Convert a config of axolotl, TRL, PEFT, Unsloth and others.",
+    },
+    "Measure": {
+        "eval": "Measure loss, exact match or rewards, with intervals.",
+        "history": "Show an adapter's run: curves and completions.",
+        "compare": "Train and compare methods on your model and data.",
     },
     "Use": {
-        "generate": "Complete one prompt.",
         "chat": "Chat with the base model and its adapters in the terminal.",
         "serve": "Serve adapters over an OpenAI-compatible API, with a page.",
         "merge": "Merge adapters into their base model, with a report.",
         "export": "Write adapters for another engine, and verify them there.",
     },
-    "Measure": {
-        "eval": "Measure loss, exact match or rewards, with intervals.",
+    "Lab": {  # typed after `lab`
+        "generate": "Complete one prompt.",
         "score": "Score rows with a reward model.",
         "inspect": "Analyse an adapter: rank, relation to the base, tokens.",
-        "history": "Show an adapter's run: curves and completions.",
-        "compare": "Train and compare methods on your model and data.",
         "intrinsic": "Search for the intrinsic dimension of a task.",
         "fragility": "Measure how easily fine-tuning undoes an adapter.",
-    },
-    "Shape": {
         "compose": "Combine several adapters into one.",
         "resize": "Change the rank of an adapter.",
         "extract": "Make an adapter from a fine-tuned model and its base.",
-    },
-    "Tools": {
-        "estimate": "Estimate the memory of a run, and whether it fits a device.",
-        "recipe": "Convert a config of axolotl, TRL, PEFT, Unsloth and others.",
         "cache": "List or clear lorafold's cache.",
-        "doctor": "Check this machine and installation.",
     },
 }
+LAB = "lab"  # the command that has those of the last group
 # command -> its function in `cli_only`
 OTHER_COMMANDS = {
     "quickstart": "quickstart",
@@ -64,26 +66,27 @@ OTHER_COMMANDS = {
     "serve new-key": "new_key",
 }
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
+TYPED = {name: f"{LAB} {name}" if name in GROUPS["Lab"] else name for name in COMMANDS}
 EXAMPLES = (
     "lorafold quickstart --out demo",
-    'lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"',
+    "lorafold chat demo/adapter",
     "lorafold train --data demo/train.jsonl --out adapter",
 )
 TUNED_PROCESS = {"quickstart", "train", "compare", "intrinsic", "fragility"}
+CTRL_C = 130  # the exit code
 MULTI_PROCESS = {"train", "doctor"}  # may run in several processes
 
 
 class Commands(CommandGroup):
+    names = TYPED
+
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands.update(
-            {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
-        )
-        help_all: Any = self.params[-1]
-        help_all.hidden = True  # no options are rare
-
-    def help_all(self, ctx: Any) -> str:
-        return self.get_help(ctx)
+        is_lab = self.name == LAB
+        self.groups = {t: group for t, group in GROUPS.items() if (t == "Lab") == is_lab}
+        for name in GROUPS["Lab"] if is_lab else COMMANDS:  # without `lab`, as earlier versions
+            hidden = not is_lab and name in GROUPS["Lab"]
+            self.commands[name] = TyperCommand(name, short_help=COMMANDS[name], hidden=hidden)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -91,19 +94,20 @@ class Commands(CommandGroup):
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
             typed = split_words(args, options, interspersed=False)
-            raise unknown_options(typed, options, "lorafold") or error from None
+            raise unknown_options(typed, options, ctx.command_path) or error from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        write_examples(formatter, EXAMPLES, "A first run")
-        width = max(map(len, COMMANDS))
-        titled = {t: [(f"{n:<{width}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
+        if self.name != LAB:
+            write_examples(formatter, EXAMPLES, "A first run")
+        width, groups = max(map(len, COMMANDS)), self.groups.items()
+        titled = {t: [(f"{n:<{width}}", line) for n, line in g.items()] for t, g in groups}
         write_lists(formatter, titled)
         records = (param.get_help_record(ctx) for param in self.get_params(ctx))
         write_lists(formatter, {OTHER_OPTIONS: [*filter(None, records)]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, _, rest = super().resolve_command(ctx, args)
-        return name, load_command(str(name)), rest
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name == LAB else load_command(str(name)), rest
 
 
 def function_of(name: str) -> Any:
@@ -144,17 +148,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},  # for all commands
 )
+lab = typer.Typer(cls=Commands, rich_markup_mode=None, help="Study and change adapters.")
+app.add_typer(lab, name=LAB)
 
 
+@lab.callback(invoke_without_command=True)
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    help_all: HelpAll = False,
 ) -> None:
     """Low-rank adapters of transformer models: train, measure, merge, serve.
 
-    `lorafold COMMAND --help` describes a command and its options.
+    `lorafold COMMAND --help` describes a command and its options. `lorafold lab --help` lists more
+    commands, to study and change adapters: generate, score, inspect, compose, resize and others.
     """
     if version:
         typer.echo(f"lorafold {importlib.metadata.version('lorafold')}")
@@ -166,29 +173,26 @@ def root(
 
 
 def main() -> None:
-    proc = Launch()
+    command = next((word for word in sys.argv[1:] if word != LAB), "")
     try:
         if sys.platform == "win32":
             raise LorafoldError(WINDOWS)
-        if TUNED_PROCESS.intersection(sys.argv[1:2]):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked at the start
+        if command in TUNED_PROCESS:
             restart_tuned()
         proc = detect_launch()
         if not proc.is_main:
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
-    except LorafoldError as error:
-        sys.exit(_fail(str(error)))
-    notices, printed = logging.StreamHandler(), set()
+        notices, printed = logging.StreamHandler(), set()
 
-    def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
-        was_printed = line.getMessage() in printed
-        printed.add(line.getMessage())
-        return not was_printed
+        def is_new(line: logging.LogRecord) -> bool:  # a command may load an adapter more than once
+            was_printed = line.getMessage() in printed
+            printed.add(line.getMessage())
+            return not was_printed
 
-    notices.addFilter(is_new)
-    logging.getLogger("lorafold").addHandler(notices)
-    logging.getLogger("lorafold").setLevel(logging.INFO)
-    try:
-        command = "".join(sys.argv[1:2])
+        notices.addFilter(is_new)
+        logging.getLogger("lorafold").addHandler(notices)
+        logging.getLogger("lorafold").setLevel(logging.INFO)
         if proc.world > 1 and command in COMMANDS.keys() - MULTI_PROCESS:
             raise LorafoldError(
                 f"lorafold {command}: {proc.by} started {proc.world} processes, expected one; start"
@@ -196,6 +200,8 @@ def main() -> None:
             )
         with imports_frozen():
             code = app(prog_name="lorafold", standalone_mode=False)
+        if code == CTRL_C:  # Typer catches the exception
+            raise KeyboardInterrupt
     except LorafoldError as error:
         code = _fail(str(error))
     except Interrupted as interruption:
@@ -206,7 +212,9 @@ def main() -> None:
         path = context.command_path if context else "lorafold"
         code = _fail(f"{error.format_message().removesuffix('.')}; see {path} --help")
     except KeyboardInterrupt:
-        code = 130
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends
+        typer.echo("interrupted by Ctrl-C", err=True)
+        code = CTRL_C
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception:

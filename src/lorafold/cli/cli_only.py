@@ -155,9 +155,9 @@ def cache(
         clear: Remove the listed entries.
 
     Examples:
-        lorafold cache
-        lorafold cache --kind tokens
-        lorafold cache --kind tokens --clear
+        lorafold lab cache
+        lorafold lab cache --kind tokens
+        lorafold lab cache --kind tokens --clear
     """
     from datetime import datetime
 

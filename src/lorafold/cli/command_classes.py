@@ -1,5 +1,6 @@
 """Command-line parsing with old option names, ~ in paths, and one-line error messages."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,18 @@ class Command(CommandLine, TyperCommand):
 
 
 class CommandGroup(TyperGroup):
-    """A group of subcommands that reports an unknown subcommand in one line."""
+    """A group of subcommands that reports an unknown subcommand in one line. `names` maps commands
+    to the words to type, if these differ.
+    """
+
+    names: Mapping[str, str] = {}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] not in self.commands and not ctx.resilient_parsing:
             option = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
-            raise unknown_command(args[0], self.commands, ctx.command_path, args[1:], option)
+            names = self.names or {name: name for name in self.commands}
+            path = ctx.find_root().command_path if self.names else ctx.command_path
+            raise unknown_command(args[0], names, path, args[1:], option)
         return super().resolve_command(ctx, args)
 
 

@@ -7,6 +7,7 @@ further options of the command.
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,9 @@ def train(
     """
     from lorafold.api import train as verbs
 
+    rows, out = ", ".join(map(str, run.keywords["data"])), run.keywords["out"]
+    where = "" if preview else f"; the adapter will be in {out}"
+    typer.echo(f"lorafold {version('lorafold')}: reading {rows}{where}", err=True)
     if not preview:
         if html is not None:
             raise LorafoldError("--html: requires --preview, whose rows it writes")
@@ -72,7 +76,7 @@ def train(
         return emit(json, result.as_json(), "\n".join(lines))
     if "plot" in run.keywords:
         raise LorafoldError("--plot: can't be combined with --preview, which trains nothing")
-    run_only = {"out", "resume", "overwrite"}
+    run_only = {"out", "resume", "overwrite", "verbose"}
     shared = {name: value for name, value in run.keywords.items() if name not in run_only}
     findings = verbs.preview(**shared, html=html)
     if json:

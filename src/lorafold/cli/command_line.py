@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-ALIASES = {"--quantization": ("--storage",)}
+ALIASES = {"--method": ("--mode",)}
 # old name of an option -> current names, of which the first one that the command has applies
 OLD_NAMES = {
-    "--base": ("--storage", "--model"),
+    "--base": ("--quantization", "--model"),
     "--seq": ("--max-length",),
     "--answers": ("--completions",),
     "--no-answers": ("--no-completions",),

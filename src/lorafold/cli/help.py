@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 OTHER_OPTIONS = "Options"
-MAX_OPTIONS = 25  # if a command has more, including --help, rare options are omitted
+MAX_OPTIONS = 20  # if a command has more, including --help, rare options are omitted
 DEMO_DIRECTORY = "demo"  # the directory for rows and adapters in examples
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 

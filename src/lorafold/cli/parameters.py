@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from lorafold.api.options import DeclaredOption
+from lorafold.files.record import ALIASES
 
 
 def parameter_of(declaration: DeclaredOption) -> Parameter:
@@ -32,7 +33,8 @@ def parameter_of(declaration: DeclaredOption) -> Parameter:
         "autocompletion": (lambda: [*option.choices]) if option.choices else None,
     }
     is_option = flag.startswith("-")
-    info = typer.Option(..., flag, **settings) if is_option else typer.Argument(**settings)
+    names = [f"--{name}" for name, of in ALIASES.items() if of == declaration.name]
+    info = typer.Option(..., *names, flag, **settings) if is_option else typer.Argument(**settings)
     typed = flag.split("/")[0].lstrip("-").replace("-", "_").lower()
     optional = default in (None, ()) and not required
     return Parameter(

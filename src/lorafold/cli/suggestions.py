@@ -48,24 +48,27 @@ SWITCH_SETTINGS = {
 
 
 def unknown_command(
-    name: str, commands: Collection[str], path: str, rest: Sequence[str] = (), option: str = ""
+    name: str, commands: Mapping[str, str], path: str, rest: Sequence[str] = (), option: str = ""
 ) -> LorafoldError:
-    """Returns the error for an unknown subcommand `name` of the command `path`. `rest` contains the
-    arguments after it. `option` is the option to suggest if `name` is an existing path.
+    """Returns the error for an unknown subcommand `name` of the command `path`, whose subcommands
+    are typed as in `commands`. `rest` contains the arguments after it. `option` is the option to
+    suggest if `name` is an existing path.
     """
     from lorafold.objectives import OBJECTIVES
 
     if name in OBJECTIVES and "train" in commands:  # TRL has a command for each
         hint = f"use {path} train --objective {name}"
-    elif COMMANDS.get(name) in commands:
-        hint = f"use {path} {COMMANDS[name]}"
+    elif (known := COMMANDS.get(name, name)) in commands:
+        hint = f"use {path} {commands[known]}"
     elif name == "help":
-        subcommand = [word for word in rest[:1] if word in commands]
+        subcommand = [commands[word] for word in rest[:1] if word in commands]
         hint = f"use {' '.join([path, *subcommand])} --help"
     elif option and Path(name).exists():
         hint = f"expected {option} {quote(name)}"
     else:
-        hint = _suggest_nearest(name, commands) or f"{path} --help lists all commands"
+        near = get_close_matches(_normalized(name), commands, 1, SIMILARITY)
+        hint = f"{path} --help lists all commands"
+        hint = f"did you mean {path} {commands[near[0]]}?" if near else hint
     return LorafoldError(f"unknown command {name}: {hint}")
 
 
@@ -178,8 +181,9 @@ def _rule_tables() -> Iterator[Mapping[str, Any]]:
 def _flags(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
     from lorafold.cli.parameters import as_typed
 
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool) and getattr(options.get(f"--{dashed}"), "is_flag", True):
+    option = options.get(f"--{name.replace('_', '-')}")
+    dashed = option.opts[0].strip("-") if option else name.replace("_", "-")
+    if isinstance(value, bool) and getattr(option, "is_flag", True):
         yield f"--{dashed}" if value else f"--no-{dashed}"
         return
     if isinstance(value, Mapping):

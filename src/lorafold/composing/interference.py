@@ -31,7 +31,7 @@ from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
 from lorafold.files.templates import render_text
-from lorafold.files.terminal import text_table
+from lorafold.files.terminal import print_lines, text_table
 
 TOP_FRACTION = 0.2  # the fraction of entries whose signs are compared, as in TIES
 
@@ -194,7 +194,7 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
     tasks = defaultdict[str, dict[str, Evaluation]](dict)
     for task, rows in request.tasks.items():
         for name, chosen in active.items():
-            console.print(f"{task}: {name}", highlight=False, markup=False)
+            print_lines(console, f"{task}: {name}")
             with only(model, *chosen):
                 tasks[task][name] = evaluate(model, tokenizer, rows, length, settings, tracked)
     return Interference(dict(tasks), pairs_of(job.updates, console))

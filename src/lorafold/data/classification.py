@@ -2,6 +2,7 @@
 class.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,11 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
     if len(labels) < 2:
         raise LorafoldError(
             f"data: field label: found {str(*labels)!r} in every row, expected at least two classes"
+        )
+    if len(labels) == len(known) and all(re.fullmatch(r"-?\d*\.\d+", str(n)) for n in labels):
+        raise LorafoldError(
+            f"data: field label: found another number in each row ({listed(sorted(labels))}),"
+            " expected classes; lorafold does not train regression"
         )
     return tuple(map(str, sorted(labels)))
 

@@ -23,6 +23,7 @@ from lorafold.data.row_store import CHUNK_ROWS, MAX_IN_MEMORY, Rows, SourcePart,
 from lorafold.data.rows import check_provided
 from lorafold.errors import MAX_ITEMS, LorafoldError, listed
 from lorafold.files.cache import cache_entry
+from lorafold.files.terminal import print_lines
 from lorafold.runtime.forked_workers import workers
 
 if TYPE_CHECKING:
@@ -106,10 +107,6 @@ def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) 
 def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
     import pyarrow as pa
 
-    def notice(text: str) -> None:
-        if console is not None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def write(directory: Path) -> None:
         first = encoder.encode(rows.extract(encoder.row_content, rows[:CHUNK_ROWS]), 0)
         size = first.nbytes * len(rows) // min(CHUNK_ROWS, len(rows))
@@ -120,9 +117,10 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
                 f" {size / 1e9:.2f} GB for the tokenized rows; free some space, or set"
                 " LORAFOLD_CACHE to another directory"
             )
-        notice(
+        print_lines(
+            console,
             f"tokens: caching about {size / 1e9:.2f} GB in {directory.parent} for the next run;"
-            " to clear the cache, run lorafold cache --clear"
+            " to clear the cache, run lorafold lab cache --clear",
         )
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
@@ -137,7 +135,7 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
 
     code = of_code(*CODE_PATHS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
-    return open_table(cache_entry("tokens", key, write, notice) / TOKENS)
+    return open_table(cache_entry("tokens", key, write, partial(print_lines, console)) / TOKENS)
 
 
 def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:

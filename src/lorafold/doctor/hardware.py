@@ -160,8 +160,8 @@ def findings(h: Hardware) -> Iterator[Finding]:
     how = "in fp32" if h.widened else "without conversion"
     yield Finding(
         "lorafold uses",
-        f"{h.device}; --storage auto keeps weights in {storage}, because {h.native_why}; 16-bit"
-        f" matrices are multiplied {how}",
+        f"{h.device}; --quantization auto keeps weights in {storage}, because {h.native_why};"
+        f" 16-bit matrices are multiplied {how}",
         {"device": h.device, "storage": storage, "widened": h.widened, "cores": h.cores},
     )
 
@@ -224,12 +224,12 @@ def slow_settings(
         " administrator to write madvise to /sys/kernel/mm/transparent_hugepage/enabled.": (
             cpu and pages == "never"
         ),
-        f"bf16 saves memory but no time, because {h.native_why}; --storage auto uses fp32.": (
+        f"bf16 saves memory but no time, because {h.native_why}; --quantization auto uses fp32.": (
             not h.native_bf16
         ),
         f"bitsandbytes has no native library for this machine, so {' and '.join(ON_LOAD)} weights"
         " are dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
-        " bitsandbytes), or use --storage bf16 or fp32.": h.kernels is False,
+        " bitsandbytes), or use --quantization bf16 or fp32.": h.kernels is False,
         f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
         " estimate to see what fits.": cpu and h.free < LOW_MEMORY,
     }

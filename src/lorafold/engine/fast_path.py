@@ -116,7 +116,7 @@ class PackedMatrices:
             # adding the negative product leaves rounding errors, which 16-bit rounding would hide
             min_rows_by_shape[shape] = min_invariant_rows(self._kernel, x, -self._kernel(x))
             if min_rows_by_shape[shape] > FEW:
-                log.warning(
+                log.debug(
                     "on this CPU, matmuls with %s matrices of shape %s depend on the number of"
                     " rows, so they are computed %d rows at a time", *shape[::-1], FEW,
                 )  # fmt: skip

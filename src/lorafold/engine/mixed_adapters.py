@@ -193,7 +193,7 @@ class SlotAdapters:
             shapes = {(shape.out, shape.in_features) for shape in self.structure.shapes}
             min_rows = max(2, min_matmul_rows(shapes, dtype))
             if min_rows > FEW and self._slots > 1:
-                log.warning(
+                log.debug(
                     "on this CPU, torch's matmuls in %s depend on the number of rows, so for"
                     " quantized weights and for adapters that are not low-rank, the engine computes"
                     " them %d rows at a time", dtype, FEW,

@@ -4,7 +4,7 @@
     with chosen.over(model, packing=True, console=console) as reward:
         reward(judged)                      r(x, y) of each completion y of its prompt x
 
-The reward equals the score by `lorafold score`: prompt and completion are rendered by the chat
+The reward equals the score by `lorafold lab score`: prompt and completion are rendered by the chat
 template, with an end of turn even if the completion was cut off. The reward model is a second tree
 of modules on the policy's weights (`models.classifier`), with only the reward's adapters.
 """

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from statistics import fmean
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +21,37 @@ Progress = Callable[[int, int], None]  # called as progress(done, total)
 FIRST_COLUMN, MIN_FIRST_COLUMN = 20, 8  # minimum widths before and after wrapping other columns
 
 
-def print_lines(console: Console | None, *lines: object) -> None:
-    """Prints the non-empty lines without markup, colours or wrapping."""
+class Details(NamedTuple):
+    """The details of a run, which its record contains and only `--verbose` prints."""
+
+    lines: list[str]
+    verbose: bool
+
+
+DETAILS: ContextVar[Details | None] = ContextVar("details", default=None)  # of the current run
+
+
+@contextmanager
+def keeping_details(verbose: bool = False) -> Iterator[None]:
+    before = DETAILS.set(Details([], verbose))
+    try:
+        yield
+    finally:
+        DETAILS.reset(before)
+
+
+def print_lines(console: Console | None, *lines: object, detail: bool = False) -> None:
+    """Prints the non-empty lines without markup, colours or wrapping. In a run that is not verbose,
+    the lines become one, or none if they are a `detail`.
+    """
+    texts = [str(line) for line in lines if line]
+    if details := DETAILS.get():
+        details.lines.extend(texts * detail)
+        if not details.verbose:
+            texts = ["; ".join(texts)] * bool(texts and not detail)
     if console is not None:
-        for line in filter(None, lines):
-            console.print(str(line), highlight=False, markup=False, soft_wrap=True)
+        for text in texts:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:

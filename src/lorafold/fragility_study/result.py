@@ -194,7 +194,7 @@ class Fragility(ShownInNotebooks):
         return render_text("fragility_study/fragility.jinja", study=self)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, under the keys of `lorafold fragility --json`."""
+        """All figures, under the keys of `lorafold lab fragility --json`."""
         return {
             "model": self.model,
             "data": self.source,

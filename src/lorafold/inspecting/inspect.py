@@ -1,5 +1,5 @@
-"""The figures of `lorafold inspect` for one adapter, except losses (`loss_paths`). To save memory,
-one base weight at a time is read from the files.
+"""The figures of `lorafold lab inspect` for one adapter, except losses (`loss_paths`). To save
+memory, one base weight at a time is read from the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plots of the pages of `lorafold inspect` and `lorafold history`."""
+"""The plots of the pages of `lorafold lab inspect` and `lorafold history`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `lorafold inspect`: a table for the terminal and an HTML page. The JSON contains
+"""The report of `lorafold lab inspect`: a table for the terminal and an HTML page. The JSON has
 all figures that they show.
 """
 

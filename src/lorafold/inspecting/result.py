@@ -1,4 +1,4 @@
-"""The result of `lf.inspect`. Its fields are the keys of `lorafold inspect --json`, but the objects
+"""The result of `lf.inspect`. Its fields are keys of `lorafold lab inspect --json`, but the objects
 in `FLATTENED` are merged into their parents, and optional fields that are None are left out.
 """
 
@@ -209,7 +209,7 @@ class Inspection(ShownInNotebooks):
     heads_left_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, under the keys of `lorafold inspect --json`."""
+        """All figures, under the keys of `lorafold lab inspect --json`."""
         return asdict(self, dict_factory=_flat)
 
     def __str__(self) -> str:

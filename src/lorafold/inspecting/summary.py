@@ -1,4 +1,4 @@
-"""The advice of `lorafold inspect`: a sentence or two on each kind of figure."""
+"""The advice of `lorafold lab inspect`: a sentence or two on each kind of figure."""
 
 from __future__ import annotations
 

@@ -140,14 +140,9 @@ def choose_checkpointing(
                 f" {format_bytes(needed.total)}"
             )
             needed = estimate(config, setting)
-        largest = sorted(needed.terms.items(), key=lambda term: -term[1])[:2]
-        named = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in largest)
-        print_lines(
-            console,
-            f"memory: {format_bytes(needed.total)} at the peak of a step ({named})"
-            f"{', without the libraries (about 0.3 GB)' * bool(needed.terms['process'])}"
-            f"{', 16-bit matmuls in fp32' * setting.widened}; {format_bytes(free)} free{reason}",
-        )
+        peak = f"{format_bytes(needed.total)} at the peak of a step"
+        print_lines(console, f"memory: {peak}; {format_bytes(free)} free{reason}")
+        print_lines(console, "16-bit matmuls run in fp32" * setting.widened, detail=True)
         if needed.total > limit:
             remedy = "try a smaller batch, max_length or model"
             changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= limit]
@@ -162,8 +157,9 @@ def choose_checkpointing(
 
 
 def check_targets(config: PreTrainedConfig, setting: MemorySetting) -> None:
-    """Raises NoTarget if the full model has no module that matches the run's targets. The model of
-    an estimate can't decide this, because it has only a few blocks.
+    """Raises NoTarget if the full model has no module that matches the run's targets, or one that
+    the method can't adapt. The model of an estimate can't decide this, because it has only a few
+    blocks.
     """
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():

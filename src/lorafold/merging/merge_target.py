@@ -121,7 +121,7 @@ def choose_merge_target(
     if target == "trained" and storage == "auto":
         raise LorafoldError(
             f"into {requested}: the adapters do not record how their base was quantized; merge into"
-            f" original, or set --storage to one of {', '.join((*ON_LOAD, *UNQUANTIZED))}"
+            f" original, or set --quantization to one of {', '.join((*ON_LOAD, *UNQUANTIZED))}"
         )
     if target == "trained" and storage not in (*UNQUANTIZED, *ON_LOAD, "float16"):
         raise LorafoldError(
@@ -149,5 +149,5 @@ def check_savable(model: nn.Module, quantization: str) -> None:
         raise LorafoldError(
             f"into {quantization}: found experts ({listed(experts)}), which"
             f" transformers can't save as {quantization}; merge into original or"
-            f" trained weights and load the result with --storage {quantization}"
+            f" trained weights and load the result with --quantization {quantization}"
         )

@@ -34,7 +34,7 @@ from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.templates import render_text
-from lorafold.files.terminal import Progress, no_progress, progress_bars
+from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bars
 from lorafold.merging.merge_target import Distance, MergeTarget, check_savable, choose_merge_target
 from lorafold.merging.merged_tensors import MergeResult, write_merged, write_shards
 from lorafold.merging.plan import plan_merge
@@ -225,10 +225,8 @@ def merge(
     check_not_replaced(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         target = choose_merge_target(options.into, adapters, storage, prequantized_storage(source))
-        if console is not None and (
-            target.trained_on or target.requested_storage or target.unsupported_storage
-        ):
-            console.print(f"merging into {target}", highlight=False)
+        if target.trained_on or target.requested_storage or target.unsupported_storage:
+            print_lines(console, f"merging into {target}")
         check_language_model(base, adapters, ADVICE)
         has_tokenizer = any(one.own_tokenizer for one in adapters)
         tokenizer = base.tokenizer(adapters) if has_tokenizer or options.certificate else None

@@ -1,4 +1,4 @@
-"""A mixture of frozen adapters with learned gates (`lorafold compose --how mixture`).
+"""A mixture of frozen adapters with learned gates (`lorafold lab compose --how mixture`).
 
     y = W x + sum_i g_i B_i A_i x       B_i (out, r_i), A_i (r_i, in) frozen and concatenated; g
                                         (n,) learned, 1/n at start

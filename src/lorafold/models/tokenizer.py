@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ VOCABULARIES = (
 )
 CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
+GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' own tag
 BUILT_IN = {NONE: joined_template, TOOLS: tools_template}  # chat templates by name in recipes
 
 
@@ -74,11 +76,14 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Sets the tokenizer's chat template to the Jinja template in a file, or to a built-in
     template.
     """
-    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    is_built_in = path in BUILT_IN
+    tokenizer.chat_template = BUILT_IN[str(path)](tokenizer) if is_built_in else read_template(path)
 
-    if path in BUILT_IN:
-        tokenizer.chat_template = BUILT_IN[str(path)](tokenizer)
-        return
+
+def read_template(path: str | Path) -> str:
+    """The Jinja template in a file, checked without transformers."""
+    from jinja2 import Environment, TemplateSyntaxError
+
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,15 +94,13 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
         ) from error
     if not text.strip():
         raise LorafoldError(f"chat template {path}: found an empty file, expected a Jinja template")
-    tokenizer.chat_template = text
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        Environment(extensions=["jinja2.ext.loopcontrols"]).from_string(GENERATION.sub("", text))
     except TemplateSyntaxError as error:
         raise LorafoldError(
             f"chat template {path}: line {error.lineno}: {error.message}"
         ) from error
-    except TemplateError:
-        pass  # a valid template may reject this conversation
+    return text
 
 
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:

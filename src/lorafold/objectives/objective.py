@@ -296,5 +296,7 @@ def examples_of(
     rows = to_rows(rows, encoder.row_content)
     data = objective.data(tokenize_rows(rows, encoder, console), rows, max_length)
     if console is not None:
-        print_lines(console, f"{called}: {data.report}")
+        lines = str(data.report).splitlines()
+        is_usual = called == "held out" and len(lines) == 1
+        print_lines(console, f"{called}: {'; '.join(lines)}", detail=is_usual)
     return data

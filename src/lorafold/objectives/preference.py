@@ -101,14 +101,10 @@ class PreferenceObjective(Objective):
     ) -> Iterator[Preferences]:
         across = packing == "auto"
         with sharing_prefixes(model, across=across) if packing else nullcontext() as support:
-            repeats = "each completion repeats its prompt"
-            if support is not None and not support.shares:
-                consequence = repeats if support.packs else "completions are padded"
-                cause = "this model can't share a prompt among completions"
-                print_lines(console, f"packing: {cause}; {consequence}")
-            elif support is not None and support.max_tokens is not None:
-                rows = f"packing: in rows of more than {support.max_tokens} tokens, the chunk size"
-                print_lines(console, f"{rows} of this model's attention, {repeats}")
+            if support is not None and (not support.shares or support.max_tokens):
+                longer = f" in rows of more than {support.max_tokens} tokens" * support.shares
+                line = "packing: this model can't share a prompt among completions"
+                print_lines(console, line + longer, detail=True)
             yield Preferences(model, self.algorithm, support, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:

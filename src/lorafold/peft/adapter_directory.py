@@ -320,7 +320,7 @@ def training_storage_of(adapters: Sequence[SavedAdapter | RecordedBase]) -> Trai
         listed = ", ".join(f"{path} on {one.storage}" for path, one in records.items())
         raise LorafoldError(
             f"these adapters were trained on bases with different quantization ({listed});"
-            " choose one with --storage"
+            " choose one with --quantization"
         )
     if len(storages) != 1:
         return None

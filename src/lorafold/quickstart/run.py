@@ -21,7 +21,7 @@ from lorafold.evaluation import Evaluation, evaluate
 from lorafold.exporting import run as exporting
 from lorafold.files.atomic import check_out
 from lorafold.files.templates import render_text
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import keeping_details, print_lines
 from lorafold.inspecting.inspect import inspect
 from lorafold.inspecting.report import page
 from lorafold.kernels.registry import TRAINING, enable
@@ -122,7 +122,8 @@ def quickstart(
         str(out / "train.jsonl"),
         overwrite=overwrite,
     )
-    trained = train(request, console)
+    with keeping_details():
+        trained = train(request, console)
     console.rule("3  after: the same held-out rows")
     after = measure(test_rows, adapter, storage, torch_device, console)
     print_answers(before, after, console)
@@ -130,11 +131,10 @@ def quickstart(
     adapters = open_all([adapter])
     inspection = inspect(Base(MODEL), adapters)
     page(inspection, out / "adapter.html")
-    for sentence in (*inspection.advice, f"all figures: {out / 'adapter.html'}"):
-        console.print(sentence, highlight=False, markup=False)
+    print_lines(console, *inspection.advice, f"all figures: {out / 'adapter.html'}")
     console.rule("5  merge: a plain model without an adapter")
     merged = merge(Base(MODEL), adapters, merged_to, MergeOptions(overwrite=overwrite), console)
-    console.print(merged.summary(), highlight=False)
+    print_lines(console, merged.summary())
     console.rule("6  export: the adapter for llama.cpp, verified there")
     options = exporting.ExportOptions("gguf", prompts=out / "prompts.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, exported_to, options, console)
@@ -187,7 +187,7 @@ def measure(
     if adapter is not None:
         load(model, adapter)
     result = evaluate(model, tokenizer, test_rows, RECIPE.max_length, console=console)
-    console.print(str(result), highlight=False)
+    print_lines(console, result)
     return result
 
 

@@ -47,8 +47,8 @@ GROUPS = {
 
 # the fields that --help shows if a command has many options; --help-all shows all fields
 COMMON = {
-    *("method", "rank", "alpha", "dropout", "targets", "objective", "storage", "lr"),
-    *("epochs", "steps", "batch", "accumulate", "max_length", "seed"),
+    *("method", "rank", "targets", "objective", "storage"),
+    *("lr", "epochs", "steps", "batch", "max_length"),
 }
 
 
@@ -132,7 +132,7 @@ class Fields(BaseModel):
         quantizations.DEFAULT,
         "The quantization or dtype of the base model during training:"
         f" {quantizations.STORAGE_NAMES}. auto is bf16 if the device supports it natively, else"
-        " fp32. You can also write --quantization.",
+        " fp32.",
     )
 
     lr: Positive | None = described(

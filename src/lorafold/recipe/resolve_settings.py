@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.files.terminal import print_lines
 from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions, positions_in
@@ -125,6 +126,5 @@ def resolve_length(recipe: Recipe, base: Base, before: int, console: Console) ->
 
 def fit_length(positions: Positions, requested: int | None, before: int, console: Console) -> int:
     length, remark = positions.after(before).fitted(requested, DEFAULT_MAX_LENGTH)
-    if remark:
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, remark)
     return length

@@ -26,6 +26,7 @@ from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.contents import file_digest
 from lorafold.files.model_card import EMBEDDED
+from lorafold.files.terminal import print_lines
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code, of_model
 from lorafold.models import fingerprint
 from lorafold.models.classifier import classifier_outputs
@@ -283,8 +284,7 @@ def base_for(
         if other := {one.name for one in own if not one.fingerprint} - {"", base.name}:
             named = f"adapter_config.json names {listed(sorted(other))}"
             line = f"{base.name}; {named} (no fingerprint to compare)"
-    if line and console is not None:
-        console.print(f"base: {line}", highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, f"base: {line}" * bool(line))
     return base
 
 

@@ -234,7 +234,7 @@ def reward_of(text: str) -> Reward:
     if parsed.is_adapter:
         raise LorafoldError(
             f"reward {text}: a reward model needs the base in memory, as in policy training and"
-            " evaluation; to score rows, run lorafold score"
+            " evaluation; to score rows, run lorafold lab score"
         )
     return SeparateReward(parsed.name, parsed.kind, parsed.text, parsed.weight)
 

@@ -12,6 +12,7 @@ import gc
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ def restart_tuned() -> None:
     anything else.
     """
     if missing := unset_variables():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until `cli.main` can handle it
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 
 

@@ -23,7 +23,7 @@ from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, TURNS, current_names
-from lorafold.files.terminal import print_lines
+from lorafold.files.terminal import DETAILS, print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import auto_class_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
@@ -167,10 +167,13 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
         for name in names
     }
+    details = kept.lines if (kept := DETAILS.get()) else ()
     figures = {
         STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
         HELD_OUT: {"step": steps, **held_out} if held_out else {},
         SAMPLES: progress.samples,
+        # the reason for the optimizer is another one after a resume
+        DETAILS.name: [line for line in details if not line.startswith("optimizer: ")],
     }
     return {
         "recipe": request.recipe.model_dump(mode="json"),

@@ -129,7 +129,9 @@ def prepare_tokenizer(
         set_variables(tokenizer, request.recipe.template_kwargs)
     new_tokens = request.recipe.new_tokens
     added = add_tokens(tokenizer, new_tokens) if new_tokens else AddedTokens({}, frozenset())
-    print_lines(console, added if new_tokens else "", objective.set_up(tokenizer))
+    template = objective.set_up(tokenizer)
+    print_lines(console, added if new_tokens else "")
+    print_lines(console, template, detail="turns end with" in str(template))
     if request.recipe.allow_control_tokens or added.ids:
         allow_tokens(tokenizer, ALL_TOKENS if request.recipe.allow_control_tokens else added.ids)
     return tokenizer, added

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Column
 
 from lorafold.files.terminal import print_lines
 from lorafold.recipe.recipe import Recipe
@@ -34,9 +30,10 @@ class Display:
     ) -> None:
         self.console, self.steps, self.trackers = console, steps, trackers
         self.bar = Progress(
-            "training", BarColumn(), MofNCompleteColumn(),
+            # of a fixed width, because narrow terminals shorten other columns
+            BarColumn(10), MofNCompleteColumn(),
+            TimeRemainingColumn(True, table_column=Column(width=7)), "left",
             "loss {task.fields[loss]}{task.fields[first]}", "{task.fields[rate]} tokens/s",
-            TimeElapsedColumn(), "left", TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task(
@@ -77,14 +74,16 @@ class Display:
         self.bar.update(
             self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}", first=first
         )
+        seconds = (monotonic() - self.started) * (self.steps - step) / (step - self.first_step)
+        left = timedelta(seconds=round(seconds))
+        line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {left} left"
         if self.cell is not None:
-            self.update_cell(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(clauses)}")
+            self.update_cell(step, line + "".join(clauses))
         elif not self.console.is_terminal and (
-            step == self.steps or step % max(1, self.steps // 10) == 0
+            step in (self.first_step + 1, self.steps) or step % max(1, self.steps // 10) == 0
         ):
-            line = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
             if len(figures) > MAX_INLINE_METRICS:  # in columns
-                line = f"{line:<{2 * len(str(self.steps)) + 38}}"
+                line = f"{line:<{2 * len(str(self.steps)) + 52}}"
                 clauses = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
             self.note((line + "".join(clauses)).rstrip())
 
@@ -94,13 +93,11 @@ class Display:
             from IPython.display import HTML
 
             self.updated = time
-            left = (time - self.started) * (self.steps - step) / max(step - self.first_step, 1)
-            minutes, seconds = divmod(round(left), 60)
-            self.cell.update(HTML(self.bar_html(step, f"{figures}, {minutes}:{seconds:02} left")))
+            self.cell.update(HTML(self.bar_html(step, figures)))
 
     def bar_html(self, step: int, figures: str) -> str:
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
-        return f"{bar} step {step}/{self.steps} {html.escape(figures)}"
+        return f"{bar} {html.escape(figures)}"
 
 
 def start_trackers(recipe: Recipe, logs: Path) -> list[Any]:

@@ -21,7 +21,7 @@ from lorafold.files.paths import check_name
 from lorafold.files.terminal import format_bytes, print_lines
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
-from lorafold.recipe.recipe import FEW, STEPS, Recipe
+from lorafold.recipe.recipe import STEPS, Recipe
 from lorafold.rewards.reward import ADAPTER, REWARDS, WEIGHTED
 from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
@@ -84,14 +84,14 @@ def _train(setup: Setup, console: Console) -> Trained:
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
             fused(model) as fast_path,
         ):
-            print_lines(console, fast_path)
+            print_lines(console, fast_path, detail=True)
             loss.to(base.where)
             with layout.gathering():
                 # some objectives add the untrained model's log-probabilities to the rows
                 feed, held_out = objective.refer(
                     loss, setup.feed, setup.held_out, identities, console, layout
                 )
-                print_lines(console, shared_prefix_line(setup, loss, feed))
+                print_lines(console, shared_prefix_line(setup, loss, feed), detail=True)
                 plan, progress = make_plan(setup, adapter, loss, feed, held_out, console)
 
             # outside the run directory, because that is removed at the end
@@ -142,7 +142,8 @@ def make_plan(
     parts = processes.count if layout.is_sharded else 1
     choice = choose_optimizer(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = choice.name
-    print_lines(console, optimizer_line(choice, groups, recipe.seed, parts), rates(groups, lr))
+    line = optimizer_line(choice, groups, recipe.seed, parts)
+    print_lines(console, line, rates(groups, lr), detail=True)
     optimizer = make_optimizer(choice.name, groups, recipe)
     if state:
         with layout.uncoordinated():
@@ -151,13 +152,9 @@ def make_plan(
         restore_rng(state)
     if state is not None:
         print_lines(console, f"resuming after step {progress.step} of {feed.steps}")
-    elif recipe.stops and held_out is None and feed.steps == STEPS:
+    if recipe.stops and held_out is None and feed.steps == STEPS:
         remedy = "without early stopping, which needs held-out rows (--eval-fraction 0.1)"
-        print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}")
-    elif recipe.steps is None and feed.steps < FEW:
-        hint = "" if held_out else ", and with --eval-fraction 0.1 stops early (except policies)"
-        too_few = f"steps: {feed.steps}, which may be too few"
-        print_lines(console, f"{too_few}: --epochs auto sets at least {STEPS}{hint}")
+        print_lines(console, f"epochs auto: {feed.steps} steps, {remedy}", detail=True)
     plan = Plan(
         recipe, setup.objective, adapter, loss, where, optimizer, feed, held_out,
         setup.objective.guessing(setup.findings.labels), RunDirectory(request.out), layout,

@@ -185,9 +185,10 @@ def set_up(request: RunRequest, console: Console, processes: Processes = SINGLE_
         dated_tokenizer = with_date(tokenizer, day)
         fixed = "" if date_used(dated_tokenizer) else f"{day} throughout this run"
         date = fixed or "the date of each rendering"
-        print_lines(console, f"the chat template inserts the date: {date}")
+        print_lines(console, f"the chat template inserts the date: {date}", detail=True)
     feed, held_out, findings = tokenize_rows(request, dated_tokenizer, objective, console)
-    print_lines(console, f"base: {base.loaded_as.reason}")
+    steps = f"steps: {feed.steps}, rows per step: {recipe.batch}"
+    print_lines(console, f"base: {base.name} ({base.loaded_as.reason}); {steps}")
     if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp does not support the objective {recipe.objective}, which samples"
@@ -275,14 +276,12 @@ def load_adapted_model(
             f" the objective {recipe.objective} must train; use an adapter that has it, or pass"
             " this one as --over to train a new adapter on top of it"
         )
-    encoders = Anatomy.of(model).encoders
-    print_lines(
-        console,
-        text_only_note(model, adapter.sites) if encoders else None,
-        repr(adapter),
-        f"  {unreached(model, adapter.sites)}",
-        encoder_targets_note(model, adapter.matches) if encoders else None,
-    )
+    left_out = unreached(model, adapter.sites)
+    print_lines(console, repr(adapter), detail=True)
+    print_lines(console, left_out, detail="experts" not in left_out.blocks)
+    if Anatomy.of(model).encoders:
+        note = encoder_targets_note(model, adapter.matches)
+        print_lines(console, text_only_note(model, adapter.sites), note)
     if checkpointing:
         enable_gradient_checkpointing(model)
     return model, adapter, weights

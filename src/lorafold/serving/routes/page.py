@@ -66,7 +66,7 @@ def routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
-        """Returns the page that `lorafold inspect` wrote for an adapter."""
+        """Returns the page that `lorafold lab inspect` wrote for an adapter."""
         return await page_of(server.caller(request), name)
 
     @app.post("/v1/adapters/{name}/page")
