@@ -25,7 +25,7 @@ def inspect(
     full: bool = False,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Inspection":
     """Analyse an adapter's update: its effective rank, its relation to the base model, the tokens
     that it reads and writes, and the loss along it.
@@ -61,7 +61,14 @@ def inspect(
         subspace that lies in another, at most 1. Barrier: how far the loss between two adapters
         rises above the straight line between their losses, in nats.
     """
-    from lorafold.api.arguments import as_html_path, as_path, as_paths, as_rows, console_or_quiet
+    from lorafold.api.arguments import (
+        as_html_path,
+        as_path,
+        as_paths,
+        as_reading,
+        as_rows,
+        console_or_quiet,
+    )
     from lorafold.api.model_arguments import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
@@ -77,7 +84,8 @@ def inspect(
             "over, against, data: expected at most two of them, because the loss between two"
             " adapters is measured without base adapters"
         )
-    examples = None if data is None else as_rows(data, None, console)[:rows]
+    reading = as_reading(base_options)
+    examples = None if data is None else as_rows(data, reading, console)[:rows]
     stack = open_all([*below, as_path(adapter, "adapter")])
     other = None if against is None else SavedAdapter.open(against)
     base = base_for(model, stack if other is None else (*stack, other), console, **base_options)

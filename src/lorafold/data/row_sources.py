@@ -11,13 +11,15 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lorafold.data.readers import CSV_HINT, SUPPORTED, Numbered, Warn, file_format, read_numbered
+from lorafold.data.exports import Numbered, cut_chats
+from lorafold.data.readers import CSV_HINT, EXPORT, SUPPORTED, Warn, file_format, read_numbered
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 
@@ -30,6 +32,15 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 METADATA = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
+BY_NAME = (".txt", ".zip")  # read only if the user names the file
+
+
+class Reading(NamedTuple):
+    """How to read rows: the names of columns, the assistant in a chat, and the encoding of text."""
+
+    columns: Mapping[str, str] = MappingProxyType({})
+    me: str = ""
+    encoding: str = ""
 
 
 class RowFiles(NamedTuple):
@@ -67,12 +78,16 @@ def find_files(name: str) -> RowFiles:
             left_out[file] = "hidden"
         elif path.name in METADATA:
             left_out[file] = "metadata of a dataset"
-        elif not file_format(path):
+        elif not file_format(path) or (not matched and path.suffix.lower() in BY_NAME):
             left_out[file] = "unsupported format"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
             splits_named = [SPLITS[word] for word in words if word in SPLITS]
             splits[path] = "train" if "train" in splits_named else (splits_named or [""])[0]
+    if not matched and (chats := {path: "" for path in splits if EXPORT.search(path.name)}):
+        others = splits.keys() - chats
+        left_out |= {names[path]: "not the conversations of the export" for path in others}
+        splits = chats
     known = sorted({*splits.values()})
     if "train" in known:
         others = [path for path, split in splits.items() if split not in ("train", "")]
@@ -107,10 +122,14 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows, and how often an epoch uses each row on average (`weight`)."""
+    """A source of rows, how often an epoch uses each row on average (`weight`), the assistant in a
+    chat (`me`), and the encoding of text files.
+    """
 
     name: str
     weight: float = 1.0
+    me: str = ""
+    encoding: str = ""
 
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
@@ -126,7 +145,7 @@ class DataSource:
     def files(self) -> tuple[DataSource, ...]:
         if not self.is_multiple:
             return (self,)
-        return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
+        return tuple(replace(self, name=str(path)) for path in self._files.paths)
 
     def describe(self, counts: Mapping[str, int] | None = None) -> str:
         names = [Path(file.name) for file in self.files]
@@ -156,14 +175,21 @@ class DataSource:
         kind = "".join(self._path.suffixes[-2:]).lower()
         if not self._is_file:
             return str(self._dataset._fingerprint)
-        return f"{kind} {file_digest(self._path)[1]}"
+        read_as = f" {self.me!r} {self.encoding}" if self.me or self.encoding else ""
+        return f"{kind} {file_digest(self._path)[1]}{read_as}"
 
     def numbered_rows(self, warn: Warn = log.warning, streaming: bool = False) -> Numbered:
         """Yields unchecked rows with their numbers. `streaming` avoids a copy of a dataset. `warn`
-        receives a message if an encoding is guessed.
+        receives messages about guesses and about what is left out.
         """
+
+        def note(text: str) -> None:
+            warn(f"{self.name}: {text}")
+
         if self._is_file:
-            return read_numbered(self._path, lambda text: warn(f"{self.name}: {text}"))
+            return read_numbered(
+                self._path, note, self.encoding, lambda rows: cut_chats(rows, self.me, note)
+            )
         return enumerate(_dataset(self.name, self._path, True) if streaming else self._dataset, 1)
 
     @property
@@ -183,22 +209,22 @@ class DataSource:
         return _dataset(self.name, self._path)
 
 
-def parse_source(text: str) -> DataSource:
+def parse_source(text: str, me: str = "", encoding: str = "") -> DataSource:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
-        return DataSource(text)
+        return DataSource(text, 1.0, me, encoding)
     if not 0 < float(weight) < float("inf"):
         raise LorafoldError(
             f"--data {text}: found weight {weight}, expected a finite number above 0"
         )
-    return DataSource(name, float(weight))
+    return DataSource(name, float(weight), me, encoding)
 
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     near = "" if local else nearest_name(path)
-    if path.is_file() and path.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
+    if path.is_file() and path.suffix.lower() in (".xls", ".ods"):
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {CSV_HINT}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"

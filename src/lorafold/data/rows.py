@@ -25,6 +25,7 @@ from lorafold.data.formats import (
     formats_for,
     split_remark,
 )
+from lorafold.data.exports import convert_layout
 from lorafold.data.json_input import MESSAGE_KEYS, Row, find_unusable, normalize_row
 from lorafold.data.messages import KNOWN_KEYS, TURN_KEYS, role_of, trains
 from lorafold.data.row_sources import DataSource, parse_source
@@ -69,7 +70,7 @@ class RowRemarks:
     content: str = ""
     ignored: dict[str, None] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
-    _counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by the remark about them
 
     def is_skipped(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
@@ -81,7 +82,7 @@ class RowRemarks:
         else:
             why, skip = UNANSWERED, self.content != PROMPTS and not row_format.has_answers(row)
         if skip:
-            self._counts[why] += 1
+            self.counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")
         return skip
 
@@ -93,13 +94,13 @@ class RowRemarks:
                 self.ignored[key] = None
             elif isinstance(value, str):
                 if len(value) <= MAX_EMPTY and value in EMPTY_TEXTS and key != "label":
-                    self._counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
+                    self.counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
             elif key in MESSAGE_KEYS:
                 is_list = isinstance(value, list)
                 for message in value if is_list else [value] * isinstance(value, dict):
                     self._add_message(f"{key}[]" if is_list else key, message)
         if PAIRS in row_format.provides and (remark := split_remark(row)):
-            self._counts[remark] += 1
+            self.counts[remark] += 1
 
     def _add_message(self, name: str, message: dict[str, Any]) -> None:
         turn = "from" in message
@@ -114,17 +115,17 @@ class RowRemarks:
         self.ignored |= dict.fromkeys(keys)
         final, trained = role_of(role), trains(message)
         if final == "assistant" and trained is False:
-            self._counts[EXCLUDED] += 1
+            self.counts[EXCLUDED] += 1
         elif final != "assistant" and trained:
-            self._counts[WRONG_ROLE] += 1
+            self.counts[WRONG_ROLE] += 1
         if not turn and role not in ROLES:
             what = f"messages are converted to the role {final}" if final in ROLES else UNKNOWN_ROLE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
     def lines(self) -> tuple[str, ...]:
-        counts = self._counts.items()
-        lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
+        counts = self.counts.items()
+        lines = [f"{n:,} {what}{self._first.get(what, '')}" for what, n in counts if n]
         for what, roles in self._roles.items():
             lines.append(f"{roles.total():,} {what}: {listed(map(repr, roles))}")
         return tuple(lines)
@@ -197,6 +198,7 @@ def check_each(
     are no rows, unless `none` is true.
     """
     bad: dict[str, list[int]] = {}  # row numbers by problem
+    counts = remarks.counts if remarks else Counter[str]()
     first = None
     used = False
     for number, given in numbered:
@@ -204,6 +206,10 @@ def check_each(
         if remarks and remarks.is_skipped(given, place):
             continue
         row = normalize_row(given)
+        if isinstance(row, dict):
+            row = normalize_row(convert_layout(row, counts))
+            if not row and remarks and remarks.is_skipped(row, place):
+                continue
         if isinstance(row, str):
             problems = [row]
         elif (row_format := format_of(row, formats)) is None:
@@ -310,14 +316,17 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     notice: Notice = lambda text: None,
     content: str = "",
+    me: str = "",
+    encoding: str = "",
 ) -> Rows:
     """Reads files, directories, glob patterns or datasets from the Hugging Face Hub (their train
     split). A source may end with its weight, as in `rows.jsonl:0.3`.
 
     `columns` renames keys, as in {"prompt": "question"}. `content` is the kind of data that formats
-    must provide; it selects among matching formats.
+    must provide; it selects among matching formats. `me` is the assistant in a chat.
     """
-    parsed = [parse_source(text) for text in ([sources] if isinstance(sources, str) else sources)]
+    names = [sources] if isinstance(sources, str) else sources
+    parsed = [parse_source(text, me, encoding) for text in names]
     columns, read, known = columns or {}, RowsRead(), None
     size = sum(source.size for source in parsed)
     if size <= MAX_IN_MEMORY:
@@ -354,7 +363,8 @@ def read_rows(
     names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
-    return Rows(rows, parts, ignored, known, content, lines, files, origins)
+    read_as = {name: of for name, of in (("me", me), ("encoding", encoding)) if of}
+    return Rows(rows, parts, ignored, known, content, lines, files, origins, read_as)
 
 
 def to_rows(rows: Sequence[Row], content: str = "") -> Rows:

@@ -37,7 +37,9 @@ class RowStream:
     @cached_property
     def identity(self) -> str:
         local = [s.identity if s.is_multiple or Path(s.name).exists() else "" for s in self.sources]
-        return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
+        columns = [str(dict(self.columns))] if self.columns else []
+        named = zip(self.sources, local, strict=True)
+        return " ".join([*(f"{s} {of}".strip() for s, of in named), *columns])
 
     @property
     def record(self) -> dict[str, Any]:
