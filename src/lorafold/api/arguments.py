@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
 from lorafold.data.json_input import Row
-from lorafold.data.row_sources import Reading, parse_source
+from lorafold.data.row_sources import AS_IS, Reading, parse_source, rename_columns
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
+from lorafold.data.rows import check_each, check_rows, read_rows
 from lorafold.errors import LorafoldError, truncate
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
@@ -34,7 +34,7 @@ STEPS, TEST_ROWS = 60, 100  # the quickstart task's training steps and held-out 
 
 def as_rows(
     data: Data,
-    reading: Reading = Reading(),
+    reading: Reading = AS_IS,
     console: Console | None = None,
     weighted: bool = False,
     objective: str | None = DEFAULT,
@@ -45,14 +45,7 @@ def as_rows(
     entry, label = None if objective is None else OBJECTIVES[objective], source_label(data)
     content = PAIRS if entry is None else entry.takes  # both completions of preferences
     if (sources := source_names(data)) is not None:
-        rows = read_rows(
-            sources,
-            reading.columns,
-            lambda text: print_lines(console, text),
-            content,
-            reading.me,
-            reading.encoding,
-        )
+        rows = read_rows(sources, reading, lambda text: print_lines(console, text), content)
     else:
         numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
         rows = check_rows(rename_columns(numbered, reading.columns), label, content)
@@ -146,23 +139,22 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     return reward_list
 
 
-def as_prompts(data: Data, reading: Reading = Reading()) -> list[Row]:
+def as_prompts(data: Data, reading: Reading = AS_IS) -> list[Row]:
     """Reads and checks rows of prompts; their completions are optional."""
     from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
     inputs: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := source_names(data)) is None:
-        inputs = [(enumerate(cast(Sequence[Row], data), 1), source_label(data))]
+        given: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
+        inputs = [(rename_columns(given, reading.columns), source_label(data))]
     else:
-        parsed = [parse_source(text, reading.me, reading.encoding) for text in sources]
+        parsed = [parse_source(text, reading) for text in sources]
         files = [file for source in parsed for file in source.files]
         inputs = [(file.numbered_rows(), file.name) for file in files]
     return [
         row
         for rows, label in inputs
-        for *_, row in check_each(
-            rename_columns(rows, reading.columns), label, False, PROMPT_FORMATS
-        )
+        for *_, row in check_each(rows, label, False, PROMPT_FORMATS)
     ]
 
 
@@ -174,8 +166,7 @@ def as_stream(
     if (sources := source_names(data)) is None:
         raise LorafoldError("streaming: found a list of rows, expected files or a Hub dataset")
     entry = OBJECTIVES[objective]
-    parsed = (parse_source(text, reading.me, reading.encoding) for text in sources)
-    stream = RowStream(tuple(parsed), reading.columns, entry.takes)
+    stream = RowStream(tuple(parse_source(text, reading) for text in sources), entry.takes)
     remarks = stream.remarks()
     messages = [source.describe() for source in stream.sources if source.is_multiple]
     messages += [*_dropped_columns(reading.columns), *entry.notices(stream.formats)]

@@ -13,6 +13,7 @@ from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.data.row_sources import Reading
     from lorafold.memory.estimate_report import Forecast
     from lorafold.memory.trace import MemorySetting
     from lorafold.recipe.recipe import Recipe
@@ -144,6 +145,7 @@ def estimate(
     set_fields = recipe_overrides.model_dump(exclude_unset=True)
     needs_data = sorted(set_fields.keys() & ROW_FIELDS)
     reading = as_reading(base_options)
+    opening: opt.HubOptions = base_options
     given = {"rewards": rewards, **reading._asdict()}
     needs_data += [name for name, of in given.items() if of]
     if data is not None:
@@ -163,7 +165,7 @@ def estimate(
         check_excluded("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
     target_device = DeviceKind(device_type, parse_capability(compute_capability))
     trust_code = base_options.get("trust_remote_code", False)
-    base = Base(model, device=device if measure else None, **base_options)
+    base = Base(model, device=device if measure else None, **opening)
     if data is None:
         # reports errors before the configuration is read
         memory_setting(mode, recipe_overrides, batch or 1, DEFAULT_MAX_LENGTH, labelled)

@@ -49,13 +49,7 @@ def intrinsic(
     """
     from functools import partial
 
-    from lorafold.api.arguments import (
-        as_reading,
-        as_recipe,
-        as_study_path,
-        console_or_quiet,
-        train_and_test,
-    )
+    from lorafold.api import arguments as args
     from lorafold.data.batches import epoch_size
     from lorafold.data.row_store import Rows
     from lorafold.files.terminal import print_lines
@@ -68,11 +62,12 @@ def intrinsic(
 
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    study, console = as_study_path(out), console_or_quiet(console)
-    recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
-    reading = as_reading(base_options)
-    rows, held_out, source = train_and_test(data, eval_data, recipe, reading, console)
-    base = Base(model, **base_options)
+    study, console = args.as_study_path(out), args.console_or_quiet(console)
+    recipe = args.as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
+    reading = args.as_reading(base_options)
+    opening: opt.DeviceOptions = base_options
+    rows, held_out, source = args.train_and_test(data, eval_data, recipe, reading, console)
+    base = Base(model, **opening)
     recipe = resolve_length(recipe, base, 0, console)
     # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))

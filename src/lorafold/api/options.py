@@ -398,7 +398,7 @@ class DataOptions(TypedDict, total=False):
     ]
     encoding: Annotated[
         str | None,
-        Option("The encoding of text files, for example cp932. Default: UTF-8 or UTF-16.", rare=True),
+        Option("The encoding of text files, for example cp932. Default: UTF-8.", rare=True),
     ]
 
 

@@ -15,8 +15,8 @@ from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
 
-from lorafold.data.json_input import Row, RowResult
-from lorafold.data.messages import LOSS_KEYS, Message, role_of
+from lorafold.data.json_input import Row, RowResult, Unreadable
+from lorafold.data.messages import KNOWN_KEYS, Message, role_of
 
 Numbered = Iterator[tuple[int, RowResult]]
 HIDDEN = "messages or parts that are not text for the user (tools, reasoning, files) are left out"
@@ -24,23 +24,17 @@ PAUSE, MAX_CHARS = timedelta(hours=6), 2000
 CUT = "a chat is cut into conversations at pauses of 6 hours, and after about 2,000 characters"
 NO_TEXT = "messages without text (media, deleted, of the system) are left out"
 NO_ANSWER = "messages that begin a conversation as the assistant, or have no answer, are left out"
-# keys of a call's ID and arguments, and of a result's ID and content, by type of part
-CALLS = {
-    "tool_use": ("id", "input"),
-    "function_call": ("call_id", "arguments"),
-    "functionCall": ("id", "args"),
+PARTS = {  # by type of part: its field in a message, and the keys of its ID and its content
+    **dict.fromkeys(("text", "input_text", "output_text"), ("content", "", "text")),
+    "thinking": ("reasoning_content", "", "thinking"),
+    "reasoning": ("reasoning_content", "", "summary"),
+    "tool_use": ("tool_calls", "id", "input"),
+    "function_call": ("tool_calls", "call_id", "arguments"),
+    "functionCall": ("tool_calls", "id", "args"),
+    "tool_result": ("tool", "tool_use_id", "content"),
+    "function_call_output": ("tool", "call_id", "output"),
+    "functionResponse": ("tool", "id", "response"),
 }
-RESULTS = {
-    "tool_result": ("tool_use_id", "content"),
-    "function_call_output": ("call_id", "output"),
-    "functionResponse": ("id", "response"),
-}
-TEXTS = {  # key of a part's text, and of the message's, by type of part
-    **dict.fromkeys(("text", "input_text", "output_text"), ("text", "content")),
-    "thinking": ("thinking", "reasoning_content"),
-    "reasoning": ("summary", "reasoning_content"),
-}
-PARTS = {*CALLS, *RESULTS, *TEXTS} - {"text"}
 CITATION = re.compile("\ue200[^\ue201]*\ue201")  # a mark that ChatGPT's search inserts
 
 
@@ -53,41 +47,46 @@ def _text(value: Any) -> str:
 
 
 def _messages(items: Any, separator: str = "") -> list[Message]:
-    """Returns the messages of another API. Consecutive ones of a role are joined."""
+    """Returns messages with parts, such as calls, in OpenAI's format. Consecutive ones of a role
+    are joined.
+    """
     found: list[Message] = []
-    for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
+    for item in items if isinstance(items, list) else [{"role": "user", "content": items}]:
         parts = item.get("parts", item.get("content")) if "role" in item else [item]
-        turn: Message = {"role": role_of(item.get("role", "assistant"))}
-        if found and found[-1]["role"] == turn["role"]:
-            turn = found.pop()
-        turn |= {key: item[key] for key in LOSS_KEYS if key in item}
-        for part in [{"text": parts}] if isinstance(parts, str) else parts or ():
-            kind = part.get("type") or next(iter(part))
+        kept = KNOWN_KEYS & item.keys() - {"content"} if "role" in item else ()
+        turn: Message = {key: item[key] for key in kept}
+        turn["role"] = role_of(item.get("role", "assistant"))
+        if found and found[-1]["role"] == turn["role"] != "tool":
+            turn = found.pop() | turn
+        given: Any = [{"text": parts}] if isinstance(parts, str) else parts
+        for part in given or ():
+            kind = part.get("type") or next((key for key in part if key in PARTS), f"{[*part]}")
+            field, identity, key = PARTS[kind]
             inner = part[kind] if isinstance(part.get(kind), dict) else part
-            identity, key = (CALLS | RESULTS | TEXTS)[kind]
-            if kind in CALLS:
-                call = {"id": inner.get(identity), "name": inner["name"], "arguments": inner[key]}
-                turn.setdefault("tool_calls", []).append(call)
-            elif kind in RESULTS:
-                result = {"role": "tool", "content": _text(inner.get(key, ""))}
-                found.append(result | {"tool_call_id": inner.get(identity)})
-            elif text := _text(part[identity]):
-                key = "reasoning_content" if part.get("thought") else key
-                turn[key] = turn[key] + separator + text if key in turn else text
+            text, number = _text(inner.get(key, "")), inner.get(identity)
+            if field == "tool":
+                found += [turn] * (len(turn) > 1)
+                found.append({"role": field, "tool_call_id": number, "content": text})
+                turn = {"role": turn["role"]}
+            elif field == "tool_calls":
+                call = {"id": number, "name": inner["name"], "arguments": inner[key]}
+                turn[field] = [*turn.get(field, ()), call]
+            elif text:
+                field = "reasoning_content" if part.get("thought") else field
+                turn[field] = separator.join(filter(None, (turn.get(field), text)))
         if len(turn) > 1:
             found.append(turn)
     return found
 
 
-def _turns(turns: list[Row]) -> list[Message]:
+def _turns(turns: list[Row]) -> list[Row]:
     keys = {"input": "user", "output": "assistant"}  # of Capybara
-    pairs = [{"role": r, "content": turn[k]} for turn in turns for k, r in keys.items() if k in turn]
+    pairs = [{"role": keys[k], "content": turn[k]} for turn in turns for k in keys if k in turn]
     return pairs or turns
 
 
-def _tools(tools: Any) -> Any:
-    name = "functionDeclarations"
-    return [tool for one in tools for tool in one.get(name, [one])] if tools else None
+def _tools(tools: list[Row]) -> list[Row]:
+    return [tool for one in tools for tool in one.get("functionDeclarations", [one])]
 
 
 def _branch(nodes: Mapping[str, Row], end: Any, parent: str) -> list[Row]:
@@ -107,7 +106,7 @@ def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
         parts = content.get("parts") or []
         texts = [part for part in parts if isinstance(part, str)]
         shown = role != "tool" and message.get("recipient", "all") == "all"
-        hidden = message.get("metadata", {}).get("is_visually_hidden_from_conversation")
+        hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
         if shown and not hidden and content.get("content_type") in ("text", "multimodal_text"):
             counts[HIDDEN] += len(parts) - len(texts)
             yield {"role": role, "content": CITATION.sub("", "\n".join(texts))}
@@ -122,77 +121,64 @@ def _claude(row: Row, counts: Counter[str]) -> Iterator[Message]:
         messages = _branch(nodes, messages[-1]["uuid"], "parent_message_uuid")
     for message in messages:
         parts = message.get("content") or []
-        texts = [part["text"] for part in parts if part["type"] == "text"] or [message["text"]]
-        counts[HIDDEN] += max(0, len(parts) - len(texts)) + len(message.get("files") or ())
-        texts += [file["extracted_content"] for file in message.get("attachments") or ()]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        counts[HIDDEN] += len(parts) - len(texts) + len(message.get("files") or ())
+        texts += [file.get("extracted_content") for file in message.get("attachments") or ()]
+        texts = texts if parts else [message["text"], *texts]
         yield {"role": message["sender"], "content": "\n\n".join(filter(None, texts))}
 
 
-# the field and the function that converts its value, for each key of a layout
-LAYOUTS: tuple[dict[str, tuple[str, Callable[[Any], Any] | None]], ...] = (
-    {"messages": ("messages", _messages), "system": ("system", _text)},
-    {
-        "contents": ("messages", _messages),
-        **dict.fromkeys(("systemInstruction", "system_instruction"), ("system", _text)),
-        "tools": ("tools", _tools),
-    },
-    {
-        "output": ("completion", _messages),
-        "input": ("prompt", _messages),
-        "instructions": ("system", _text),
-    },
-    {
-        "preferred_output": ("chosen", None),
-        "non_preferred_output": ("rejected", None),
-        "messages": ("prompt", None),
-    },
-    {"conversation": ("conversations", _turns)},
-    {"items": ("conversations", None)},
-    {
-        "system_prompt": ("system", None),
-        "question": ("prompt", None),
-        "response": ("completion", None),
-    },
+LAYOUTS = (  # the fields that the keys of a row become
+    {"messages": "messages"},
+    {"contents": "messages", "systemInstruction": "system", "system_instruction": "system"},
+    {"output": "completion", "input": "prompt", "instructions": "system"},
+    {"preferred_output": "chosen", "non_preferred_output": "rejected", "messages": "prompt"},
+    {"conversation": "conversations"},
+    {"items": "conversations"},
+    {"system_prompt": "system", "question": "prompt", "response": "completion"},
 )
-OPTIONAL = {"system", "systemInstruction", "system_instruction", "tools", "instructions"}
+READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("messages", "prompt", "completion"), _messages),
+    "conversations": _turns,
+    "system": _text,
+    "tools": _tools,
+}
 
 
-def _is_layout(row: Row, layout: Mapping[str, tuple[str, Any]]) -> bool:
-    key, *_ = layout
-    value, field = row.get(key), layout[key][0]
-    if not layout.keys() - OPTIONAL <= row.keys() or (field != key and field in row):
+def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
+    [first, *_], missing = layout, [key for key in layout if row.get(key) is None]
+    value, field = row.get(first), layout[first]
+    if any(layout[key] != "system" for key in missing) or (field != first and field in row):
         return False
-    if key != "messages":
-        return isinstance(value, list) or key == "system_prompt"
-    contents = [one.get("content") for one in value if isinstance(one, dict)] if value else []
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") in PARTS for part in parts)
+    if first != "messages":
+        return isinstance(value, str if first == "system_prompt" else list)
+    contents = [m.get("content") for m in value or () if isinstance(m, dict)]
+    parts = [part for one in contents if isinstance(one, list) for part in one]
+    kinds = {part.get("type") for part in parts if isinstance(part, dict)}
+    return not kinds.isdisjoint(PARTS.keys() - {"text"})
 
 
 def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
     """Converts a row in another tool's layout, and counts what is left out of it. Returns an error
     message if that is impossible, and an empty row for a conversation without messages.
     """
-    key = ""
+    key, result = "", dict[str, Any]()
     try:
         for key, read in (("mapping", _chatgpt), ("chat_messages", _claude)):
             if isinstance(row.get(key), list | dict):
-                messages = _messages(read(row, counts), "\n\n")
+                messages = _messages([*read(row, counts)], "\n\n")
                 rest = {k: v for k, v in row.items() if k not in (key, "current_node")}
                 return rest | {"messages": messages} if messages else {}
         if "preferred_output" in row and isinstance(row.get("input"), dict):
-            row = row | row["input"]
-            del row["input"]
-        for layout in LAYOUTS:
-            if _is_layout(row, layout):
-                result = {}
-                for key, value in row.items():
-                    field, read_value = layout.get(key, (key, None))
-                    result[field] = read_value(value) if read_value and value else value
-                return result
+            row = row | row["input"] | {"input": None}
+        layout = next((one for one in LAYOUTS if _is_layout(row, one)), None)
+        for key, value in row.items() if layout else ():
+            field = (layout or {}).get(key, key)
+            convert = isinstance(value, list | dict) or (field, key) == ("prompt", "input")
+            result[field] = READ[field](value) if value and convert and field in READ else value
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return f"field {key}: found content that is not supported, or lacks a key: {error}"
-    return row
+    return result or row
 
 
 def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbered:
@@ -201,15 +187,13 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
 
     def ended() -> Numbered:
         mine = [name == me for _, name, _ in turns]
-        first, last = (mine.index(False), mine[::-1].index(True)) if len({*mine}) == 2 else (0, 0)
-        answered = turns[first : len(turns) - last] if len({*mine}) == 2 else []
+        answered = turns[[*mine, False].index(False) : len(mine) - [*mine[::-1], True].index(True)]
         left[NO_ANSWER] += len(turns) - len(answered)
         group = len({name for _, name, _ in answered}) > 2
         messages = [
-            {"role": "assistant", "content": text}
-            if name == me
-            else {"role": "user", "content": f"{name}: {text}" if group else text}
-            for _, name, text in answered
+            {"role": "assistant" if name == me else "user", "content": text}
+            for _, name, one in answered
+            for text in [f"{name}: {one}" if group and name != me else one]
         ]
         if answered:
             yield answered[0][0], {"messages": _messages(messages, "\n")}
@@ -231,13 +215,13 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
                 if paused or (size > MAX_CHARS and turn == (True, False)):
                     yield from ended()
                     size = 0
-                turns.append((message.get("line", index), name, text))
+                turns.append((message.get("line", index), name, text.strip()))
                 names[name], last, size = names[name] + 1, time, size + len(text)
             yield from ended()
     if names and me not in names:
         found = ", ".join(f"{name!r} ({count:,} messages)" for name, count in names.most_common(9))
         what = f"found no message of {me!r} in this chat" if me else "found a chat"
-        raise ValueError(f"{what}; add --me with the name of the person who answers: {found}")
+        raise Unreadable(f"{what}; add --me with the name of the person who answers: {found}")
     if names:
         note("; ".join([CUT, *(f"{count:,} {what}" for what, count in left.items() if count)]))
     elif me:
@@ -269,7 +253,8 @@ WITHOUT_TEXT = re.compile(  # media, deleted messages, and the mark of an edited
 
 
 def read_whatsapp(file: io.BufferedReader, warn: Any) -> Numbered:
-    yield 1, {"messages": _whatsapp(io.TextIOWrapper(file, "utf-8-sig"))}
+    with io.TextIOWrapper(file, "utf-8-sig") as lines:
+        yield 1, {"messages": _whatsapp(lines)}
 
 
 def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:
@@ -293,7 +278,7 @@ def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:
         elif message:
             message["text"] += f"\n{line.rstrip()}"
         elif line.strip():
-            raise ValueError(
+            raise Unreadable(
                 f"line {number} is not a message of a WhatsApp chat; write other text as JSON lines"
                 ' of {"text": "..."}'
             )

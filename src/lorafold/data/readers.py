@@ -19,17 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lorafold.data.exports import Numbered, read_whatsapp
-from lorafold.data.json_input import (
-    RowResult,
-    check_row,
-    decode,
-    load_json,
-    parse_row,
-    suspicious,
-)
+from lorafold.data.json_input import Unreadable, check_row, decode, load_json, parse_row, suspicious
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.paths import nearest_name
 
@@ -63,21 +56,18 @@ PREFIXES = {
     b"<html": "a web page, expected rows; download the file itself",
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-OTHER_ALPHABET = re.compile(r"[^\W\d_a-zA-Z]{4}")  # another alphabet, decoded as Windows-1252
-LETTERS = re.compile(r"\w*[^\W\d_a-zA-Z]\w*")
-WORD = re.compile(r"\w*[^\x00-\x7f][^\x00-\x2f:-@]*")
-# inside of words, these are letters of another encoding
-MISREAD = re.compile(r"\w[¡-¸º»¿‚„†‡ˆ‰‹›“”•˜™…€]\w|[ŠŽšžŸƒ]")
+WORD = re.compile(r"[^\W\d_]*[^\x00-\x7f]+[^\W\d_]*")
+QUOTES = "„“”‚‘’«»‹›–—…¿¡€£§°\xa0\xad"
+# another alphabet, or the encoding of a Mac or of Central Europe, read as Windows-1252
+NOT_WINDOWS = re.compile(r"[^\W\d_a-zA-Z]{4}|[ŠŽšžŸƒˆ]|œ(?![ucdis])")
+MIXED = re.compile(r"[a-zA-Z][Ѐ-\u1fff⺀-\uffff]|[Ѐ-\u1fff⺀-\uffff][a-zA-Z]")  # two alphabets
 MAX_PARSED = 1 << 26  # bytes of JSON that are parsed at once
-PARSED_SIZE = 8  # parsed JSON takes up to this many times the memory of its text
+MAX_OBJECT = 1 << 30
+TOO_LARGE = "a JSON object of over 1 GB needs 8 GB of memory or more; export fewer chats at a time"
 EXPORT = re.compile(r"(^|/)(conversations(-\d+)?|result)\.json$")  # the chats of an export
 HEADER_ROWS = 5  # the header of a table is one of its first rows
 SEPARATOR = re.compile(r"[\s,]*")
 ONE_COLUMN = {"text", "prompt", "messages", "conversations"}  # headers of tables with one column
-
-
-class Unreadable(ValueError):
-    """A problem with the whole file, as a one-line message."""
 
 
 def as_utf8(
@@ -107,8 +97,7 @@ class _Utf8(io.RawIOBase):
 
 def _transcode(file: io.BufferedReader, encoding: str, warn: Warn) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
-    guess = plain = not encoding  # plain: only ASCII so far
-    piece = b" "
+    plain, piece = not encoding, b" "  # plain: only ASCII so far
     while piece:
         piece = file.read1(READ_BYTES)
         waiting = decoder.getstate()[0]
@@ -117,49 +106,45 @@ def _transcode(file: io.BufferedReader, encoding: str, warn: Warn) -> Iterator[b
         except UnicodeDecodeError as error:
             if encoding:
                 begin = "has a UTF-16 BOM, but " * (encoding == "utf-16")
-                other = "pass another --encoding" if not begin else "save it as UTF-8"
-                raise Unreadable(f"{begin}is not {encoding.upper()}; {other}") from error
+                raise Unreadable(f"{begin}is not {encoding.upper()}; save it as UTF-8") from error
             whole = waiting + piece
             if not (plain and whole[: error.start].isascii()):
                 yield whole  # the parser of the row reports the bad bytes
                 yield from iter(lambda: file.read1(READ_BYTES), b"")
                 return
-            encoding, decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)("replace")
-            text = decoder.decode(whole)
-            word = LETTERS.search(text) or WORD.search(text)
-            _check_windows(text, whole)
+            encoding, decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)()
+            word, text = _example_of_windows(whole), decoder.decode(whole)
             warn(
                 "not UTF-8, so the file is decoded as Windows-1252 (Excel's encoding of CSV), for"
-                f" example {word and word[0]!r}; if this word is wrong, pass --encoding, or save"
-                " the file as UTF-8"
+                f" example {word!r}; if this word is wrong, save the file as UTF-8, or pass"
+                " --encoding"
             )
-        if guess and encoding:
-            _check_windows(text, piece)
         plain = plain and text.isascii()
         yield text.encode()
 
 
-def _check_windows(text: str, piece: bytes) -> None:
-    """Raises an error if a piece is not plausible as Windows-1252, with plausible encodings."""
-    if CONTROLS.search(text):
+def _example_of_windows(piece: bytes) -> str:
+    """Returns a word in Windows-1252. Raises an error if other encodings are more plausible."""
+    if CONTROLS.search(piece.decode("latin-1")):
         raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with a byte order mark")
-    if _is_plausible(text) and not OTHER_ALPHABET.search(text):
-        return
-    words = {}
-    for name in ENCODINGS:
-        other = codecs.getincrementaldecoder(name)("replace").decode(piece)
-        if _is_plausible(other) and (word := WORD.search(other)):
-            words.setdefault(word[0], f"--encoding {name} if it contains {word[0]!r}")
-    choices = ", ".join(words.values()) or "--encoding NAME, or save it as UTF-8"
-    raise Unreadable(f"neither UTF-8 nor Windows-1252; pass {choices}")
-
-
-def _is_plausible(text: str) -> bool:
-    """Whether most words with non-ASCII characters have letters only, in a usual case."""
-    words = WORD.findall(text)
-    cases = ((word, (word.lower(), word.upper(), word.capitalize())) for word in words)
-    good = sum(w in forms and "\ufffd" not in w and not MISREAD.search(w) for w, forms in cases)
-    return good >= 0.9 * len(words)
+    choices: dict[str, str] = {}
+    for name in (WINDOWS, *ENCODINGS):
+        text = codecs.getincrementaldecoder(name)("replace").decode(piece)
+        words = [word for found in WORD.findall(text) if (word := found.strip(QUOTES))]
+        good = [
+            word
+            for word in words
+            if word in (word.lower(), word.upper(), word.capitalize())
+            and all(one.isalpha() or one in QUOTES or "⺀" < one < "\ufff0" for one in word)
+            and not (MIXED if name in ENCODINGS else NOT_WINDOWS).search(word)
+        ]
+        if len(good) >= 0.9 * len(words):  # most words are plausible
+            word = next((word for word in good if not word.isascii()), text.strip()[-20:])
+            if name == WINDOWS:
+                return word
+            choices.setdefault(word, f"--encoding {name} if it contains {word!r}")
+    expected = ", ".join(choices.values()) or "--encoding NAME, or save it as UTF-8"
+    raise Unreadable(f"neither UTF-8 nor Windows-1252; pass {expected}")
 
 
 class FileFormat(NamedTuple):
@@ -222,8 +207,8 @@ def _read_zip(file: io.BufferedReader, warn: Warn, encoding: str = "") -> Number
         for name in chosen:
             if archive.getinfo(name).flag_bits & 1:
                 raise Unreadable("protected by a password; unpack it, and pass the file in it")
-            with archive.open(name) as member:
-                yield from _read_file(io.BufferedReader(member), Path(name), warn, encoding)
+            member = io.BufferedReader(cast(Any, archive.open(name)))
+            yield from _read_file(member, Path(name), warn, encoding)
 
 
 def _decompress(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
@@ -261,7 +246,9 @@ def _read_json(file: io.BufferedReader, warn: Warn) -> Numbered:
         if whole.lstrip()[:1] == b"[":
             yield from _read_elements(whole, file)
             return
-        whole += _read_rest(file)
+        whole += file.read(MAX_OBJECT)
+        if file.read(1):
+            raise Unreadable(TOO_LARGE)
     try:
         text = decode(whole)
         value = load_json(text)
@@ -273,22 +260,6 @@ def _read_json(file: io.BufferedReader, warn: Warn) -> Numbered:
     look = suspicious(text)
     for number, one in enumerate(value if isinstance(value, list) else [value], 1):
         yield number, check_row(one, look)
-
-
-def _read_rest(file: io.BufferedReader) -> bytes:
-    """Reads the rest of an object if its values fit in the free memory."""
-    import torch
-
-    from lorafold.runtime.memory import free_bytes
-
-    free = free_bytes(torch.device("cpu"))
-    rest = file.read(free // PARSED_SIZE)
-    if file.read(1):
-        raise Unreadable(
-            f"a JSON object that needs more memory than the {free / 1e9:.1f} GB that are free"
-            f" (about {PARSED_SIZE} times its size); export fewer chats at a time"
-        )
-    return rest
 
 
 def _read_elements(begin: bytes, file: io.BufferedReader) -> Numbered:
@@ -378,10 +349,10 @@ def _read_table(records: Iterator[list[str]], warn: Warn) -> Numbered:
     first = list(islice(records, HEADER_ROWS))
     filled = [sum(bool(value.strip()) for value in values) for values in first]
     start = next((n for n, count in enumerate(filled) if count > 1), 0)
-    title = "".join(chain(*first[:start])).strip()
-    if filled[start + 1 : start + 2] == [1] or title in ONE_COLUMN:
+    title, below = " ".join(chain(*first[:start])).strip(), list(filter(None, filled[start + 1 :]))
+    if below[:1] in ([], [1]) or title.partition(" ")[0] in ONE_COLUMN:
         start = 0
-    if start and title:
+    if start:
         warn(f"the header is row {start + 1} of the table; above it, {title!r} is left out")
     names = first[start] if first else []
     names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from difflib import get_close_matches
+from functools import cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
 from types import MappingProxyType
@@ -36,11 +37,21 @@ BY_NAME = (".txt", ".zip")  # read only if the user names the file
 
 
 class Reading(NamedTuple):
-    """How to read rows: the names of columns, the assistant in a chat, and the encoding of text."""
+    """How to read rows: lorafold's names of columns, for example {"prompt": "question"}, the
+    assistant in a chat, and the encoding of text.
+    """
 
     columns: Mapping[str, str] = MappingProxyType({})
     me: str = ""
     encoding: str = ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        settings = self._replace(columns=dict(self.columns))._asdict()
+        return {name: value for name, value in settings.items() if value}
+
+
+AS_IS = Reading()
 
 
 class RowFiles(NamedTuple):
@@ -85,8 +96,8 @@ def find_files(name: str) -> RowFiles:
             splits_named = [SPLITS[word] for word in words if word in SPLITS]
             splits[path] = "train" if "train" in splits_named else (splits_named or [""])[0]
     if not matched and (chats := {path: "" for path in splits if EXPORT.search(path.name)}):
-        others = splits.keys() - chats
-        left_out |= {names[path]: "not the conversations of the export" for path in others}
+        rest = [path for path in splits if path not in chats]
+        left_out |= {names[path]: "not the conversations of the export" for path in rest}
         splits = chats
     known = sorted({*splits.values()})
     if "train" in known:
@@ -122,14 +133,12 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows, how often an epoch uses each row on average (`weight`), the assistant in a
-    chat (`me`), and the encoding of text files.
+    """A source of rows, how often an epoch uses each row on average (`weight`), and how to read it.
     """
 
     name: str
     weight: float = 1.0
-    me: str = ""
-    encoding: str = ""
+    reading: Reading = AS_IS
 
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
@@ -173,9 +182,9 @@ class DataSource:
         if self.is_multiple:
             return " ".join(file.identity for file in self.files)
         kind = "".join(self._path.suffixes[-2:]).lower()
+        read_as = f" {self.reading.record}" if self.reading.record else ""
         if not self._is_file:
-            return str(self._dataset._fingerprint)
-        read_as = f" {self.me!r} {self.encoding}" if self.me or self.encoding else ""
+            return f"{self._dataset._fingerprint}{read_as}"
         return f"{kind} {file_digest(self._path)[1]}{read_as}"
 
     def numbered_rows(self, warn: Warn = log.warning, streaming: bool = False) -> Numbered:
@@ -186,11 +195,12 @@ class DataSource:
         def note(text: str) -> None:
             warn(f"{self.name}: {text}")
 
+        columns, me, encoding = self.reading
         if self._is_file:
-            return read_numbered(
-                self._path, note, self.encoding, lambda rows: cut_chats(rows, self.me, note)
-            )
-        return enumerate(_dataset(self.name, self._path, True) if streaming else self._dataset, 1)
+            chats = partial(cut_chats, me=me, note=note)
+            return rename_columns(read_numbered(self._path, note, encoding, chats), columns)
+        rows = _dataset(self.name, self._path, True) if streaming else self._dataset
+        return rename_columns(enumerate(rows, 1), columns)
 
     @property
     def _path(self) -> Path:
@@ -209,16 +219,52 @@ class DataSource:
         return _dataset(self.name, self._path)
 
 
-def parse_source(text: str, me: str = "", encoding: str = "") -> DataSource:
+def parse_source(text: str, reading: Reading = AS_IS) -> DataSource:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
-        return DataSource(text, 1.0, me, encoding)
+        return DataSource(text, 1.0, reading)
     if not 0 < float(weight) < float("inf"):
         raise LorafoldError(
             f"--data {text}: found weight {weight}, expected a finite number above 0"
         )
-    return DataSource(name, float(weight), me, encoding)
+    return DataSource(name, float(weight), reading)
+
+
+def rename_columns(
+    numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
+) -> Iterator[tuple[int, Any]]:
+    """Renames `columns[name]` to `name`, and drops the column `name` if `columns[name]` is empty. A
+    row that can't be converted becomes an error message.
+    """
+    names = {name: key for name, key in columns.items() if key}
+    dropped = [name for name in columns if name not in names]
+    given_names = [*names.values(), *dropped]
+    for number, row in numbered:
+        if not (columns and isinstance(row, dict)):
+            yield number, row
+        elif missing := [key for key in given_names if key not in row]:
+            keys = listed(map(repr, row), max_chars=100) or "none"
+            hint = f"; the row has {keys}{suggest_columns(names, row)}"
+            if {*columns} <= {*row} and not dropped:
+                swapped = ",".join(f"{key}={name}" for name, key in names.items())
+                hint = f"; the order is NAME=COLUMN: --columns {swapped}"
+            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
+        elif lost := [name for name in names if name in row and name not in given_names]:
+            pairs = ", ".join(f"{name}={names[name]}" for name in lost)
+            yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
+        else:
+            rest = {key: value for key, value in row.items() if key not in given_names}
+            yield number, rest | {name: row[key] for name, key in names.items()}
+
+
+def suggest_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+    nearest = {
+        name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
+        for name, key in names.items()
+    }
+    columns = ",".join(f"{name}={key}" for name, key in nearest.items())
+    return f"; did you mean --columns {columns}?" if nearest and all(nearest.values()) else ""
 
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:

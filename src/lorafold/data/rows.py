@@ -10,12 +10,12 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lorafold.data.exports import convert_layout
 from lorafold.data.formats import (
     PAIRS,
     PROMPTS,
@@ -25,10 +25,9 @@ from lorafold.data.formats import (
     formats_for,
     split_remark,
 )
-from lorafold.data.exports import convert_layout
 from lorafold.data.json_input import MESSAGE_KEYS, Row, find_unusable, normalize_row
 from lorafold.data.messages import KNOWN_KEYS, TURN_KEYS, role_of, trains
-from lorafold.data.row_sources import DataSource, parse_source
+from lorafold.data.row_sources import AS_IS, DataSource, Reading, parse_source
 from lorafold.data.row_store import MAX_IN_MEMORY, ArrowRows, Origins, Rows, SourcePart, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
@@ -147,42 +146,6 @@ def propose_columns(row: Row) -> str:
     return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
-def rename_columns(
-    numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
-) -> Iterator[tuple[int, Any]]:
-    """Renames `columns[name]` to `name`, and drops the column `name` if `columns[name]` is empty. A
-    row that can't be converted becomes an error message.
-    """
-    names = {name: key for name, key in columns.items() if key}
-    dropped = [name for name in columns if name not in names]
-    given_names = [*names.values(), *dropped]
-    for number, row in numbered:
-        if not (columns and isinstance(row, dict)):
-            yield number, row
-        elif missing := [key for key in given_names if key not in row]:
-            keys = listed(map(repr, row), max_chars=100) or "none"
-            hint = f"; the row has {keys}{suggest_columns(names, row)}"
-            if {*columns} <= {*row} and not dropped:
-                swapped = ",".join(f"{key}={name}" for name, key in names.items())
-                hint = f"; the order is NAME=COLUMN: --columns {swapped}"
-            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
-        elif lost := [name for name in names if name in row and name not in given_names]:
-            pairs = ", ".join(f"{name}={names[name]}" for name in lost)
-            yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
-        else:
-            rest = {key: value for key, value in row.items() if key not in given_names}
-            yield number, rest | {name: row[key] for name, key in names.items()}
-
-
-def suggest_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    nearest = {
-        name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
-        for name, key in names.items()
-    }
-    columns = ",".join(f"{name}={key}" for name, key in nearest.items())
-    return f"; did you mean --columns {columns}?" if nearest and all(nearest.values()) else ""
-
-
 def check_each(
     numbered: Iterable[tuple[int, Any]],
     source: str,
@@ -281,18 +244,14 @@ class RowsRead:
 
 
 def _read_sources(
-    sources: Sequence[DataSource],
-    columns: Mapping[str, str],
-    content: str,
-    notice: Notice,
-    read: RowsRead,
+    sources: Sequence[DataSource], content: str, notice: Notice, read: RowsRead
 ) -> Iterator[Row]:
     remarks, formats = RowRemarks(content), formats_for(content)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
             read.files.append([number, 0])
-            numbered = rename_columns(file.numbered_rows(read.guessed.append), columns)
+            numbered = file.numbered_rows(read.guessed.append)
             rows = check_each(numbered, file.name, False, formats, source.is_multiple, remarks)
             for place, row_format, row in rows:
                 if row_format is not last:  # consecutive files of one format are one part
@@ -313,30 +272,25 @@ def _read_sources(
 
 def read_rows(
     sources: str | Sequence[str],
-    columns: Mapping[str, str] | None = None,
+    reading: Reading = AS_IS,
     notice: Notice = lambda text: None,
     content: str = "",
-    me: str = "",
-    encoding: str = "",
 ) -> Rows:
     """Reads files, directories, glob patterns or datasets from the Hugging Face Hub (their train
-    split). A source may end with its weight, as in `rows.jsonl:0.3`.
-
-    `columns` renames keys, as in {"prompt": "question"}. `content` is the kind of data that formats
-    must provide; it selects among matching formats. `me` is the assistant in a chat.
+    split). A source may end with its weight, as in `rows.jsonl:0.3`. `content` is the kind of data
+    that formats must provide; it selects among matching formats.
     """
     names = [sources] if isinstance(sources, str) else sources
-    parsed = [parse_source(text, me, encoding) for text in names]
-    columns, read, known = columns or {}, RowsRead(), None
+    parsed, read, known = [parse_source(text, reading) for text in names], RowsRead(), None
     size = sum(source.size for source in parsed)
     if size <= MAX_IN_MEMORY:
-        rows: Sequence[Row] = list(_read_sources(parsed, columns, content, notice, read))
+        rows: Sequence[Row] = list(_read_sources(parsed, content, notice, read))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows into the cache {directory.parent}")
             read = RowsRead()
-            reading = _read_sources(parsed, columns, content, notice, read)
+            reading = _read_sources(parsed, content, notice, read)
             sha256, written = write_rows(reading, directory / "rows.arrow")
             about = asdict(read) | {"sha256": sha256, "bytes": written}
             write_json(directory / "about.json", about)
@@ -345,7 +299,7 @@ def read_rows(
 
         code = of_code("data", packages=("datasets", "pyarrow"))
         identities = [[source.is_multiple, source.identity] for source in parsed]
-        key = json.dumps([code, identities, sorted(columns.items()), content])
+        key = json.dumps([code, identities, content])
         path = cache_entry("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         known = (about.pop("sha256"), about.pop("bytes"))
@@ -363,8 +317,7 @@ def read_rows(
     names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
-    read_as = {name: of for name, of in (("me", me), ("encoding", encoding)) if of}
-    return Rows(rows, parts, ignored, known, content, lines, files, origins, read_as)
+    return Rows(rows, parts, ignored, known, content, lines, files, origins, reading.record)
 
 
 def to_rows(rows: Sequence[Row], content: str = "") -> Rows:
