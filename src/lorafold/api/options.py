@@ -394,7 +394,7 @@ class DataOptions(TypedDict, total=False):
     ]
     me: Annotated[
         str | None,
-        Option("In a WhatsApp or Telegram chat, the person whose messages are the answers."),
+        Option("The person in a WhatsApp or Telegram chat who is the assistant.", rare=True),
     ]
     encoding: Annotated[
         str | None,
