@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+import lorafold as lf
 from conversation_cases import said, user
 from error_cases import refusal
 from lorafold.data import readers
 from lorafold.data.formats import CONVERSATIONS
-from lorafold.data.row_sources import Reading
+from lorafold.data.row_sources import Reading, parse_source
 from lorafold.data.rows import check_rows, read_rows
+from lorafold.data.stream import RowStream
+from lorafold.errors import LorafoldError
 
 DAY = {"day": "Sunday"}
 CALL = {"type": "function", "function": {"name": "hours", "arguments": DAY}}
@@ -481,3 +484,16 @@ def test_an_encoding_is_for_text(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     (tmp_path / "a.xlsx").write_bytes(book([["text"], ["a"]]))
     assert len(read_rows(str(tmp_path / "a.xlsx"), Reading(encoding="cp932"))) == 1
     assert "--encoding is not used, because a.xlsx is not a text file" in caplog.text
+
+
+def test_how_rows_are_read_is_recorded_and_part_of_their_identity(tiny_model_dir, tmp_path) -> None:
+    path, recipe = tmp_path / "a.txt", lf.Recipe(steps=1, batch=1, storage="fp32")
+    path.write_text(GROUP)
+    lf.train(recipe, data=path, me="Laden", out=tmp_path / "out", model=tiny_model_dir("llama"))
+    record = json.loads((tmp_path / "out" / "lorafold.json").read_text())
+    assert (record["data"]["rows"], record["data"]["me"]) == (1, "Laden")
+    ways = [Reading(), Reading(me="Ada"), Reading({"a": "b"}), Reading(encoding="cp1252")]
+    streams = [RowStream((parse_source(str(path), way),)) for way in ways]
+    assert len({stream.identity for stream in streams}) == len(ways)
+    with pytest.raises(LorafoldError, match="encoding: found 'base64', expected an encoding that"):
+        lf.preview(data=path, encoding="base64")

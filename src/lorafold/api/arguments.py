@@ -68,7 +68,7 @@ def as_reading(options: Any) -> Reading:
     given = {name: options.pop(name, None) for name in Reading._fields}
     reading = Reading(**{name: value for name, value in given.items() if value})
     try:
-        b"".decode(reading.encoding or "utf-8")
+        b"x".decode(reading.encoding or "utf-8", "replace")
     except LookupError as error:
         raise LorafoldError(
             f"encoding: found {reading.encoding!r}, expected an encoding that Python knows, for"

@@ -61,7 +61,7 @@ QUOTES = "„“”‚‘’«»‹›–—…¿¡€£§°\xa0\xad"
 # another alphabet, or the encoding of a Mac or of Central Europe, read as Windows-1252
 NOT_WINDOWS = re.compile(r"[^\W\d_a-zA-Z]{4}|[ŠŽšžŸƒˆ]|œ(?![ucdis])")
 MIXED = re.compile(r"[a-zA-Z][Ѐ-\u1fff⺀-\uffff]|[Ѐ-\u1fff⺀-\uffff][a-zA-Z]")  # two alphabets
-MAX_PARSED = 1 << 26  # bytes of JSON that are parsed at once
+MAX_PARSED = 1 << 24  # bytes of JSON that are parsed at once
 MAX_OBJECT = 1 << 30
 TOO_LARGE = "a JSON object of over 1 GB needs 8 GB of memory or more; export fewer chats at a time"
 EXPORT = re.compile(r"(^|/)(conversations(-\d+)?|result)\.json$")  # the chats of an export
@@ -274,7 +274,7 @@ def _read_elements(begin: bytes, file: io.BufferedReader) -> Numbered:
             value, end = parser.raw_decode(text, at)
         except (IndexError, json.JSONDecodeError) as error:
             piece = file.read(max(READ_BYTES, len(text) - at))
-            if not piece or len(text) - at > MAX_PARSED:
+            if not piece or len(text) - at > 16 * MAX_PARSED:
                 raise Unreadable(f"row {number}: not JSON, or too long: {error}") from error
             text, at = text[at:] + decoder.decode(piece), 0
             continue
