@@ -17,6 +17,7 @@ from lorafold.data.batches import Batches, split
 from lorafold.data.examples import NO_LOSS, encode, preview
 from lorafold.data.formats import Conversation, format_of
 from lorafold.data.render import ensure_chat_template
+from lorafold.data.row_sources import Reading
 from lorafold.data.rows import read_rows
 
 CHAT = {
@@ -172,28 +173,28 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
 def test_columns_have_other_names_and_unknown_keys_are_named(tmp_path):
     rows = [{"question": "a", "answer": "b", "id": 7}, {"question": "c", "answer": "d"}]
     path = jsonl(tmp_path, *rows)
-    rows = read_rows(path, {"prompt": "question", "completion": "answer"})
+    rows = read_rows(path, Reading({"prompt": "question", "completion": "answer"}))
     assert rows == [{"id": 7, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     assert rows.ignored == ("id",)
-    message = refused(lambda: read_rows(path, {"prompt": "questions"}))
+    message = refused(lambda: read_rows(path, Reading({"prompt": "questions"})))
     assert "row 1: found no column 'questions'; the row has 'question', 'answer', 'id'" in message
     swapped = jsonl(tmp_path, {"prompt": "b", "completion": "a"})
-    found = read_rows(swapped, {"prompt": "completion", "completion": "prompt"})
+    found = read_rows(swapped, Reading({"prompt": "completion", "completion": "prompt"}))
     assert found == [{"prompt": "a", "completion": "b"}]
 
 
 def test_a_row_that_has_the_new_name_too_is_refused(tmp_path):
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b", "prompt": "c"}]
     columns = {"prompt": "question", "completion": "answer"}
-    message = refused(read_rows, jsonl(tmp_path, *rows), columns)
+    message = refused(read_rows, jsonl(tmp_path, *rows), Reading(columns))
     assert "row 2: --columns prompt=question: the row already has a column prompt" in message
-    assert "row 2: --columns prompt=question" in refused(as_rows, rows, columns)
+    assert "row 2: --columns prompt=question" in refused(as_rows, rows, Reading(columns))
 
 
 def test_ignored_keys_are_named_on_the_console(tmp_path):
     rows = [{"prompt": "a", "completion": "b", "id": 7, "[red]": 1}, {"prompt": "c", "answer": "d"}]
     columns = {"completion": "answer"}
-    found = as_rows(jsonl(tmp_path, rows[1] | {"x": None}), columns)
+    found = as_rows(jsonl(tmp_path, rows[1] | {"x": None}), Reading(columns))
     assert found == [{"prompt": "c", "x": None, "completion": "d"}]
     told = "rows given in Python: ignored keys: id, [red] (rows of {prompt, completion})\n"
     assert told_of(rows[:1]) == told
@@ -223,7 +224,7 @@ def test_csv(tmp_path):
     rows = read_rows(str(path))
     assert rows[0] == {"column 1": "0", "text": "good", "column 3": "", "column 4": ""}
     assert rows.ignored == ("column 1", "column 3", "column 4")
-    assert read_rows(str(path), {"label": "column 1"})[1]["label"] == "1"
+    assert read_rows(str(path), Reading({"label": "column 1"}))[1]["label"] == "1"
     path.write_text("question,answer\na,b\n")
     assert "keys found: 'question', 'answer'; expected one of" in refused(read_rows, str(path))
 
@@ -233,9 +234,9 @@ def test_bad_sources(tmp_path):
     assert "there is no such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
     assert "there is no such file" in refused(read_rows, str(tmp_path / "none.parquet"))
     assert "found no such file or directory, expected .jsonl" in refused(read_rows, "a.jsonl:x")
-    (tmp_path / "rows.txt").write_text("a,b\n")
-    kinds = "found a .txt file, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
-    assert kinds in refused(read_rows, str(tmp_path / "rows.txt"))
+    (tmp_path / "rows.xml").write_text("a,b\n")
+    kinds = "found a .xml file, expected .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow"
+    assert kinds in refused(read_rows, str(tmp_path / "rows.xml"))
     (tmp_path / "bad.parquet").write_bytes(b"nope")
     assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))
     (tmp_path / "bad.json").write_text('[{"text": "a"},\n {"text"]')

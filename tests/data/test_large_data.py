@@ -143,7 +143,7 @@ def test_what_is_damaged_is_made_again(large: Path) -> None:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     notices: list[str] = []
-    rows = read_rows(str(large), None, notices.append)
+    rows = read_rows(str(large), notice=notices.append)
     assert list(encode(rows, tokenizer, 80, Console(file=told)).examples) == first
     assert any("rows.arrow: content differs from the manifest" in text for text in notices)
     assert "tokens.arrow: content differs" in told.getvalue()

@@ -11,7 +11,7 @@ import pytest
 from conversation_cases import said, user
 from error_cases import refusal
 from large_cases import stream_of
-from lorafold.data.row_sources import parse_source
+from lorafold.data.row_sources import Reading, parse_source
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.errors import MAX_ITEMS, LorafoldError, listed, truncate_middle
 from lorafold.models.sources import resolve_model
@@ -185,12 +185,12 @@ def test_what_is_no_text_is_not_to_be_converted(found: bytes, tmp_path: Path) ->
     assert "iconv" not in line
 
 
-@pytest.mark.parametrize("name", ["a.xlsx", "a.ods", "a.csv"])
+@pytest.mark.parametrize("name", ["a.xls", "a.ods"])
 def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04")
     line = refused(tmp_path / name)
     assert "found a spreadsheet" in line
-    assert "pandas.read_excel(FILE).to_csv(" in line
+    assert "save as .xlsx or as CSV in UTF-8" in line
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_what_is_proposed_is_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("Frage,Antwort\na,b\n")
     pairs = refused(tmp_path / "rows.csv").rpartition("--columns ")[2].split(",")
     columns = dict(pair.split("=") for pair in pairs)
-    found = read_rows(str(tmp_path / "rows.csv"), columns)
+    found = read_rows(str(tmp_path / "rows.csv"), Reading(columns))
     assert list(found) == [{"prompt": "a", "completion": "b"}]
 
 

@@ -19,6 +19,7 @@ from lorafold.data.examples import encode
 from lorafold.data.formats import CONVERSATIONS, JUDGED, PAIRS, PreferenceRow
 from lorafold.data.prompts import references
 from lorafold.data.render import Rendering
+from lorafold.data.row_sources import Reading
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.objectives import check_formats
@@ -42,7 +43,7 @@ WEIGHED = said("b") | {"weight": 0}
 
 def read(row: dict[str, Any], objective: str | None = "sft", **columns: str) -> tuple[Any, Told]:
     """What a row gives the objective, and what is told."""
-    rows = as_rows([row], columns, objective=objective)
+    rows = as_rows([row], Reading(columns), objective=objective)
     check_formats(rows.formats, objective or "sft")
     wanted = {"sft": CONVERSATIONS, "kto": JUDGED}.get(objective or "sft", PAIRS)
     return rows.extract(wanted)[0], lines_of(row, columns, objective)

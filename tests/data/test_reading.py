@@ -23,7 +23,7 @@ from large_cases import stream_of
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
-from lorafold.data.row_sources import parse_source
+from lorafold.data.row_sources import Reading, parse_source
 from lorafold.data.row_store import SourcePart
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
@@ -236,7 +236,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("a.json", '{"prompt": "a",\n "x": }', "row 1: not JSON: Expecting property name enclosed"),
         ("a.json", '{\n"prompt": "a",\n "x": }', "a.json: line 3: not JSON: Expecting value at"),
         ("a.jsonl.gz", b"no", "found no gzip data; if the file is plain text, rename it"),
-        ("a.zip", b"PK", "found a .zip file, expected .jsonl"),
+        ("a.pdf", b"PK", "found a .pdf file, expected .jsonl"),
+        ("a.csv", b"PK\x03\x04", "a workbook or another zip file, expected a name that ends with"),
     ],
 )  # fmt: skip
 def test_one_line_says_what_cant_be_read(name, content, part, tmp_path) -> None:
@@ -320,11 +321,11 @@ def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
 
 def test_a_column_may_be_dropped(tmp_path: Path) -> None:
     rows = [CHAT | ROW]
-    assert as_rows(rows, {"messages": ""}) == [ROW]
+    assert as_rows(rows, Reading({"messages": ""})) == [ROW]
     dropped = "rows given in Python: dropped by --columns: messages\n"
     assert told(rows, {"messages": ""}) == dropped
     with pytest.raises(LorafoldError, match="row 1: found no column 'x'; the row has"):
-        as_rows(rows, {"x": ""})
+        as_rows(rows, Reading({"x": ""}))
 
 
 def test_sources_know_whether_they_are_several(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import lorafold as lf
 from command_cases import rows_file
 from error_cases import refusal
 from lorafold.api.compose import rows_by_task
+from lorafold.data.row_sources import AS_IS
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -232,7 +233,7 @@ def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None
 def test_compose_names_the_keys_that_it_ignores() -> None:
     told = io.StringIO()
     rows = [{"text": "a", "id": 1}]
-    assert rows_by_task({"task": rows}, Console(file=told, width=200)) == {"task": rows}
+    assert rows_by_task({"task": rows}, AS_IS, Console(file=told, width=200)) == {"task": rows}
     assert told.getvalue() == "rows given in Python: ignored keys: id (rows of {text})\n"
 
 

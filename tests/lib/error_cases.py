@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lorafold.api.arguments import as_rows
+from lorafold.data.row_sources import Reading
 from lorafold.errors import LorafoldError
 
 
@@ -23,5 +24,6 @@ def refusal(do: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 def told_of(data: Any, columns: dict[str, str] | None = None, **options: Any) -> str:
     """The lines about rows that are read."""
     console = Console(file=io.StringIO(), width=1000)
-    as_rows(str(data) if isinstance(data, Path) else data, columns, console, **options)
+    data = str(data) if isinstance(data, Path) else data
+    as_rows(data, Reading(columns or {}), console, **options)
     return console.file.getvalue()  # type: ignore[attr-defined]

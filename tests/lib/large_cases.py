@@ -19,7 +19,7 @@ def lowered() -> None:
 
 def stream_of(*sources: object, wanted: str = "") -> RowStream:
     """The stream of one or several sources, whose first rows are checked."""
-    stream = RowStream(tuple(parse_source(str(source)) for source in sources), {}, wanted)
+    stream = RowStream(tuple(parse_source(str(source)) for source in sources), wanted)
     stream.remarks()
     return stream
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lorafold.api.options import ColumnNames, Data, Paths, RewardSources
 from lorafold.data.formats import PAIRS
 from lorafold.data.json_input import Row
-from lorafold.data.row_sources import numbered_rows, parse_source
+from lorafold.data.row_sources import AS_IS, Reading, numbered_rows, parse_source, rename_columns
 from lorafold.data.row_store import Rows
-from lorafold.data.rows import check_each, check_rows, read_rows, rename_columns
+from lorafold.data.rows import check_each, check_rows, read_rows
 from lorafold.errors import LorafoldError, truncate
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
@@ -35,7 +35,7 @@ STEPS, TEST_ROWS = 60, 100  # the quickstart task's training steps and held-out 
 
 def as_rows(
     data: Data,
-    columns: ColumnNames | None = None,
+    reading: Reading = AS_IS,
     console: Console | None = None,
     weighted: bool = False,
     objective: str | None = DEFAULT,
@@ -46,14 +46,13 @@ def as_rows(
     entry, label = None if objective is None else OBJECTIVES[objective], source_label(data)
     content = PAIRS if entry is None else entry.takes  # both completions of preferences
     if (sources := source_names(data)) is not None:
-        rows = read_rows(sources, columns, lambda text: print_lines(console, text), content)
+        rows = read_rows(sources, reading, lambda text: print_lines(console, text), content)
     else:
         numbered = enumerate(data, 1) if isinstance(data, list) else numbered_rows(data, label)
-        numbered = rename_columns(numbered, columns) if columns else numbered
-        rows = check_rows(numbered, label, content)
+        rows = check_rows(rename_columns(numbered, reading.columns), label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
-    messages = [*(_dropped_columns(columns) if columns else ()), *rows.remarks]
+    messages = [*_dropped_columns(reading.columns), *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if entry is not None:
         messages += entry.notices(rows.formats)
@@ -64,11 +63,25 @@ def as_rows(
     return rows
 
 
+def as_reading(options: Any) -> Reading:
+    """Removes `DataOptions` from the options of a function, and returns them."""
+    given = {name: options.pop(name, None) for name in Reading._fields}
+    reading = Reading(**{name: value for name, value in given.items() if value})
+    try:
+        b"x".decode(reading.encoding or "utf-8", "replace")
+    except LookupError as error:
+        raise LorafoldError(
+            f"encoding: found {reading.encoding!r}, expected an encoding that Python knows, for"
+            " example cp1252, mac_roman or cp932"
+        ) from error
+    return reading
+
+
 def train_and_test(
     data: Data | None,
     eval_data: Data | None,
     recipe: Recipe,
-    columns: ColumnNames | None,
+    reading: Reading,
     console: Console,
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
@@ -91,9 +104,9 @@ def train_and_test(
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TEST_ROWS, 0), "the quickstart's task"
     objective = recipe.objective
-    rows = as_rows(data, columns, console, weighted=True, objective=objective)
+    rows = as_rows(data, reading, console, weighted=True, objective=objective)
     if eval_data is not None:
-        return rows, as_rows(eval_data, columns, console, objective=objective), source_label(data)
+        return rows, as_rows(eval_data, reading, console, objective=objective), source_label(data)
     return *split(rows, recipe.eval_fraction or 0.1, recipe.seed), source_label(data)
 
 
@@ -126,35 +139,37 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     return reward_list
 
 
-def as_prompts(data: Data, columns: ColumnNames | None = None) -> list[Row]:
+def as_prompts(data: Data, reading: Reading = AS_IS) -> list[Row]:
     """Reads and checks rows of prompts; their completions are optional."""
     from lorafold.data.prompts import PROMPT_FORMATS  # imports transformers
 
     inputs: list[tuple[Iterable[tuple[int, Any]], str]]
     if (sources := source_names(data)) is None:
-        inputs = [(numbered_rows(data, source_label(data)), source_label(data))]
+        given = numbered_rows(data, source_label(data))
+        inputs = [(rename_columns(given, reading.columns), source_label(data))]
     else:
-        files = [file for source in map(parse_source, sources) for file in source.files]
+        parsed = [parse_source(text, reading) for text in sources]
+        files = [file for source in parsed for file in source.files]
         inputs = [(file.numbered_rows(), file.name) for file in files]
     return [
         row
         for rows, label in inputs
-        for *_, row in check_each(rename_columns(rows, columns or {}), label, False, PROMPT_FORMATS)
+        for *_, row in check_each(rows, label, False, PROMPT_FORMATS)
     ]
 
 
 def as_stream(
-    data: Data, columns: ColumnNames | None, console: Console | None, objective: str
+    data: Data, reading: Reading, console: Console | None, objective: str
 ) -> RowStream:
     from lorafold.data.stream import RowStream
 
     if (sources := source_names(data)) is None:
         raise LorafoldError("streaming: found rows, expected files or the name of a Hub dataset")
     entry = OBJECTIVES[objective]
-    stream = RowStream(tuple(map(parse_source, sources)), columns or {}, entry.takes)
+    stream = RowStream(tuple(parse_source(text, reading) for text in sources), entry.takes)
     remarks = stream.remarks()
     messages = [source.describe() for source in stream.sources if source.is_multiple]
-    messages += [*_dropped_columns(columns), *entry.notices(stream.formats)]
+    messages += [*_dropped_columns(reading.columns), *entry.notices(stream.formats)]
     messages += [f"the first rows: {text}" for text in remarks.lines]
     if remarks.ignored:
         messages.append(_ignored_keys([*remarks.ignored]))
@@ -162,8 +177,8 @@ def as_stream(
     return stream
 
 
-def _dropped_columns(columns: ColumnNames | None) -> list[str]:
-    names = ", ".join(name for name, column in (columns or {}).items() if not column)
+def _dropped_columns(columns: ColumnNames) -> list[str]:
+    names = ", ".join(name for name, column in columns.items() if not column)
     return [f"dropped by --columns: {names}"] if names else []
 
 

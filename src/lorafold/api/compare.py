@@ -21,7 +21,6 @@ def compare(
     data: opt.StudyRows = None,
     eval_data: opt.HeldOut = None,
     rewards: opt.Rewards = (),
-    columns: opt.Columns = None,
     methods: Annotated[Sequence[str], opt.Option(metavar="NAME,NAME")] = (),
     vary: Annotated[
         Mapping[str, Sequence[Any]] | None, opt.Option(kind=list[str], metavar="FIELD=VALUE,VALUE")
@@ -33,7 +32,7 @@ def compare(
     ] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.DeviceOptions],
+    **base_options: Unpack[opt.StudyOptions],
 ) -> "Comparison":
     """Train every method on the same data with the same budget, and compare the results.
 
@@ -96,9 +95,11 @@ def compare(
             " each method runs in its own process and results are cached under the digest of the"
             " reward's file"
         )
-    rows, held_out, source = args.train_and_test(data, eval_data, recipe, columns, console, True)
+    reading = args.as_reading(base_options)
+    opening: opt.DeviceOptions = base_options
+    rows, held_out, source = args.train_and_test(data, eval_data, recipe, reading, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # held-out rows are already split off
-    base = Base(model, **base_options)
+    base = Base(model, **opening)
     names = run.known_methods(methods) or run.methods_for(recipe.objective)
     skipped = {n: why for n in names if not methods and (why := run.unsupported_reason(recipe, n))}
     names = [name for name in names if name not in skipped]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from lorafold.composing.run import Composition
     from lorafold.data.json_input import Row
+    from lorafold.data.row_sources import Reading
     from lorafold.recipe.recipe import Recipe
 
 
@@ -64,7 +65,7 @@ def compose(
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Composition":
     """Combine several adapters into one, and measure the interference between their tasks.
 
@@ -108,7 +109,7 @@ def compose(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_path, as_recipe, console_or_quiet
+    from lorafold.api.arguments import as_path, as_reading, as_recipe, console_or_quiet
     from lorafold.api.model_arguments import load_with_adapters, resolve_base
     from lorafold.composing import run
     from lorafold.composing.methods import RECIPE
@@ -116,6 +117,7 @@ def compose(
     from lorafold.recipe.resolve_settings import resolve_length
 
     console = console_or_quiet(console)
+    reading = as_reading(base_options)
     base, saved = resolve_base(model, adapters, console, **base_options)
     num_virtual = sum(one.spec.positions for one in saved)
     request = ComposeRequest(
@@ -127,8 +129,8 @@ def compose(
         rank=rank,
         density=density,
         seed=seed,
-        tasks=rows_by_task(data, console),
-        examples=rows_by_task(learning.examples, console),
+        tasks=rows_by_task(data, reading, console),
+        examples=rows_by_task(learning.examples, reading, console),
         recipe=resolve_length(as_recipe(learning.recipe, RECIPE), base, num_virtual, console),
         gates=learning.gates,
         evaluations=learning.evaluations,
@@ -138,7 +140,9 @@ def compose(
     return run.compose(request, partial(load_with_adapters, base, saved, console=console), console)
 
 
-def rows_by_task(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
+def rows_by_task(
+    tasks: opt.Tasks, reading: "Reading", console: "Console"
+) -> dict[str, Sequence["Row"]]:
     """Returns the rows of each task. A task given as a file is named after the file."""
     from collections.abc import Mapping
 
@@ -148,4 +152,4 @@ def rows_by_task(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Ro
     if not isinstance(tasks, Mapping):
         sources = [str(source) for source in tasks]
         tasks = dict(zip(short_names(sources), sources, strict=True))
-    return {name: as_rows(rows, None, console) for name, rows in tasks.items()}
+    return {name: as_rows(rows, reading, console) for name, rows in tasks.items()}

@@ -13,6 +13,7 @@ from lorafold.recipe.fields import MEMORY_FIELDS, ROW_FIELDS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.data.row_sources import Reading
     from lorafold.memory.estimate_report import Forecast
     from lorafold.memory.trace import MemorySetting
     from lorafold.recipe.recipe import Recipe
@@ -27,7 +28,6 @@ def estimate(
     params: str | None = None,
     data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
     rewards: opt.Rewards = (),
-    columns: opt.Columns = None,
     batch: opt.OptionalCount = None,
     max_length: opt.OptionalLength = None,
     labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
@@ -44,7 +44,7 @@ def estimate(
     html: str | Path | None = None,
     console: opt.Progress = None,
     length: Annotated[int | None, opt.Option(python_only=True)] = None,
-    **base_options: Unpack[opt.HubOptions],
+    **base_options: Unpack[opt.EstimateOptions],
 ) -> "Forecast":
     """Estimate the memory of training or inference from a model's configuration, without its
     weights.
@@ -102,7 +102,7 @@ def estimate(
     from dataclasses import replace
     from functools import partial
 
-    from lorafold.api.arguments import as_html_path, as_recipe, console_or_quiet
+    from lorafold.api.arguments import as_html_path, as_reading, as_recipe, console_or_quiet
     from lorafold.memory import estimate
     from lorafold.memory.estimate import advise, advise_on_rows
     from lorafold.memory.estimate_report import Forecast, page
@@ -145,7 +145,10 @@ def estimate(
     console, recipe_overrides = console_or_quiet(console), as_recipe(recipe, Recipe())
     set_fields = recipe_overrides.model_dump(exclude_unset=True)
     needs_data = sorted(set_fields.keys() & ROW_FIELDS)
-    needs_data += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
+    reading = as_reading(base_options)
+    opening: opt.HubOptions = base_options
+    given = {"rewards": rewards, **reading._asdict()}
+    needs_data += [name for name, of in given.items() if of]
     if data is not None:
         excluded[f"--params {params}"] = params is not None
         excluded[f"--labelled {labelled}"] = labelled is not None
@@ -163,7 +166,7 @@ def estimate(
         check_excluded("--compute-capability", no_gpu, "it describes the CUDA GPU to estimate for")
     target_device = DeviceKind(device_type, parse_capability(compute_capability))
     trust_code = base_options.get("trust_remote_code", False)
-    base = Base(model, device=device if measure else None, **base_options)
+    base = Base(model, device=device if measure else None, **opening)
     if data is None:
         # reports errors before the configuration is read
         memory_setting(mode, recipe_overrides, batch or 1, DEFAULT_MAX_LENGTH, labelled)
@@ -173,7 +176,7 @@ def estimate(
     else:
         sizes = {"batch": batch, "max_length": max_length}
         run_recipe = Recipe(**set_fields | {name: n for name, n in sizes.items() if n is not None})
-        setting = setting_on_rows(base, mode, run_recipe, data, rewards, columns, console)
+        setting = setting_on_rows(base, mode, run_recipe, data, rewards, reading, console)
         memory_recipe = Recipe(**{k: v for k, v in set_fields.items() if k in MEMORY_FIELDS})
         base_storage = memory_setting(mode, memory_recipe, 1, DEFAULT_MAX_LENGTH).base
         # the estimate is for a GPU, as it is without `data`
@@ -213,7 +216,7 @@ def setting_on_rows(
     recipe: "Recipe",
     data: opt.Data,
     rewards: opt.RewardSources,
-    columns: opt.ColumnNames | None,
+    reading: "Reading",
     console: "Console",
 ) -> "MemorySetting":
     """Returns the memory setting of the largest micro-batch of a `lorafold train` run."""
@@ -225,7 +228,7 @@ def setting_on_rows(
 
     check_fields(recipe, MEMORY_FIELDS | ROW_FIELDS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
-    rows = as_rows(data, columns, console, weighted=True, objective=recipe.objective)
+    rows = as_rows(data, reading, console, weighted=True, objective=recipe.objective)
     from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_memory_setting, set_up
 

@@ -22,7 +22,6 @@ def evaluate(
     model: opt.ModelOrLoaded = None,
     data: opt.MeasuredRows = None,
     *,
-    columns: opt.Columns = None,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
     max_length: opt.OptionalLength = None,
@@ -44,7 +43,7 @@ def evaluate(
     seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
     reward_seconds: Annotated[float | None, opt.Option(panel=REWARDS)] = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Evaluation | RewardEvaluation":
     """Measure loss, perplexity and exact match on held-out rows, with 95% intervals.
 
@@ -82,7 +81,7 @@ def evaluate(
         lorafold eval --data demo/test.jsonl --no-completions
         lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
-    from lorafold.api.arguments import as_rewards, as_rows, missing_argument
+    from lorafold.api.arguments import as_reading, as_rewards, as_rows, missing_argument
     from lorafold.data.formats import LABELS, PROMPT_ONLY, PROMPTS
 
     if data is None:
@@ -98,7 +97,8 @@ def evaluate(
         )
     if rewards and not completions:
         raise LorafoldError("completions: found False, expected True: rewards judge completions")
-    rows = as_rows(data, columns, console, objective=SAMPLING if rewards else None)
+    objective = SAMPLING if rewards else None
+    rows = as_rows(data, as_reading(base_options), console, objective=objective)
     wrong = [one for one in rows.formats if one is None or PROMPTS not in one.provides]
     if rewards and wrong:
         raise LorafoldError(

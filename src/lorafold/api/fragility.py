@@ -92,10 +92,9 @@ def fragility(
     recipe: Annotated[
         "Recipe | None", opt.RecipeOptions(names=FIELDS, defaults=_tuning_recipe)
     ] = None,
-    columns: opt.Columns = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Fragility":
     """Measure how easily fine-tuning undoes a behaviour that an adapter taught.
 
@@ -144,6 +143,7 @@ def fragility(
         as_path,
         as_paths,
         as_prompts,
+        as_reading,
         as_recipe,
         as_rows,
         as_study_path,
@@ -169,7 +169,8 @@ def fragility(
     study = None if out is None else as_study_path(out)
     second_stack = [open_all(as_paths(against_adapter))] if against_adapter else []
     stacks = stacks_of(open_all(as_paths(adapters)), *second_stack)
-    rows = Rows.of([]) if data is None else as_rows(data, columns, console)
+    reading = as_reading(base_options)
+    rows = Rows.of([]) if data is None else as_rows(data, reading, console)
     adapters_used = [one for stack in stacks for one in stack.adapters]
     finished = None if tuned is None else as_path(tuned, "tuned")
     tuned_base = [RecordedBase.read(finished)] if finished else []
@@ -185,12 +186,12 @@ def fragility(
     recipe = run_recipe.model_copy(update={"storage": base.storage, "epochs": epochs})
     recipe = resolve_length(recipe, base, num_virtual, console)
     has_alignment = all(stack.adapters for stack in stacks) and tuned is None
-    mix = None if defending.mix is None else as_rows(defending.mix, columns, console)
+    mix = None if defending.mix is None else as_rows(defending.mix, reading, console)
     task = FragilityTask(
         base=base,
         stacks=stacks,
-        refuse=as_prompts(probes.refuse, columns),
-        controls=as_prompts(probes.controls, columns),
+        refuse=as_prompts(probes.refuse, reading),
+        controls=as_prompts(probes.controls, reading),
         rows=rows,
         source="" if data is None else source_label(data),
         refusal_prefixes=tuple(probes.refusal_prefix),

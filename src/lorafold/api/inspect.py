@@ -25,7 +25,7 @@ def inspect(
     full: bool = False,
     html: str | Path | None = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Inspection":
     """Analyse an adapter's update: its effective rank, its relation to the base model, the tokens
     that it reads and writes, and the loss along it.
@@ -61,7 +61,7 @@ def inspect(
         subspace that lies in another, at most 1. Barrier: how far the loss between two adapters
         rises above the straight line between their losses, in nats.
     """
-    from lorafold.api.arguments import as_html_path, as_path, as_paths, as_rows, console_or_quiet
+    from lorafold.api import arguments as args
     from lorafold.api.model_arguments import load_with_adapters, truncation_length
     from lorafold.files.terminal import print_lines
     from lorafold.inspecting.inspect import inspect as inspect_adapter
@@ -71,14 +71,16 @@ def inspect(
     from lorafold.peft.adapter_directory import SavedAdapter, open_all
     from lorafold.resolve import base_for
 
-    html_path, console, below = as_html_path(html), console_or_quiet(console), as_paths(over)
+    html_path, below = args.as_html_path(html), args.as_paths(over)
+    console = args.console_or_quiet(console)
     if below and against is not None and data is not None:
         raise LorafoldError(
             "over, against, data: expected at most two of them, because the loss between two"
             " adapters is measured without base adapters"
         )
-    examples = None if data is None else as_rows(data, None, console)[:rows]
-    stack = open_all([*below, as_path(adapter, "adapter")])
+    reading = args.as_reading(base_options)
+    examples = None if data is None else args.as_rows(data, reading, console)[:rows]
+    stack = open_all([*below, args.as_path(adapter, "adapter")])
     other = None if against is None else SavedAdapter.open(against)
     base = base_for(model, stack if other is None else (*stack, other), console, **base_options)
     length = 0 if examples is None else truncation_length(base, max_length, stack, console)
@@ -87,7 +89,7 @@ def inspect(
             base,
             stack,
             against=other,
-            directions=None if directions is None else as_path(directions, "directions"),
+            directions=None if directions is None else args.as_path(directions, "directions"),
             full=full,
             progress=lambda done, total: status.update(f"module {done} of {total}"),
         )

@@ -17,7 +17,6 @@ def intrinsic(
     model: opt.OnlyModel = "smollm2",
     data: opt.StudyRows = None,
     eval_data: opt.HeldOut = None,
-    columns: opt.Columns = None,
     smallest: opt.Count = 16,
     largest: opt.Count = 65536,
     share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
@@ -25,7 +24,7 @@ def intrinsic(
         "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.quickstart_recipe)
     ] = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.DeviceOptions],
+    **base_options: Unpack[opt.StudyOptions],
 ) -> "Intrinsic":
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
     weights in which training reaches 90% of the improvement of full training.
@@ -50,7 +49,7 @@ def intrinsic(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_recipe, as_study_path, console_or_quiet, train_and_test
+    from lorafold.api import arguments as args
     from lorafold.data.batches import epoch_size
     from lorafold.data.row_store import Rows
     from lorafold.files.terminal import print_lines
@@ -65,10 +64,12 @@ def intrinsic(
         raise LorafoldError(
             f"smallest, largest: found {smallest} and {largest}, expected a power of 2 between them"
         )
-    study, console = as_study_path(out), console_or_quiet(console)
-    recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
-    rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
-    base = Base(model, **base_options)
+    study, console = args.as_study_path(out), args.console_or_quiet(console)
+    recipe = args.as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
+    reading = args.as_reading(base_options)
+    opening: opt.DeviceOptions = base_options
+    rows, held_out, source = args.train_and_test(data, eval_data, recipe, reading, console)
+    base = Base(model, **opening)
     recipe = resolve_length(recipe, base, 0, console)
     # held-out rows measure here, so they must not select the number of steps
     steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))

@@ -235,7 +235,7 @@ def rows(text: str, weighted: bool = False) -> str:
     """Returns the help text of a parameter for rows with the formats in `text`."""
     share = " FILE:0.3 uses 30% of its rows in each epoch." if weighted else ""
     return (
-        "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory, a"
+        "A file (.jsonl, .json, .csv, .xlsx, .parquet, .arrow, .zip, ...), a directory, a"
         f' pattern such as "data/*.jsonl", or a Hub dataset.{share} Each row is {text}.'
         " In Python, also the rows themselves: dicts in a list or generator, a DataFrame, an Arrow"
         " table, a dict of lists, or a Dataset, IterableDataset or DatasetDict (its train split)."
@@ -336,17 +336,6 @@ HeldOut = Annotated[
         kind=str,
     ),
 ]
-Columns = Annotated[
-    ColumnNames | None,
-    Option(
-        "Read columns of your rows under lorafold's names, for example"
-        " prompt=question,completion=answer. NAME= ignores a column."
-        ' In Python, a mapping such as {"prompt": "question"}; "" ignores a column.',
-        kind=list[str],
-        metavar="NAME=COLUMN",
-        rare=True,
-    ),
-]
 Length = Annotated[
     int | None,
     Option(
@@ -393,6 +382,30 @@ Device = Annotated[
         "cpu, cuda, cuda:N or mps. Default: the fastest device available.", panel=BASE, rare=True
     ),
 ]
+
+
+class DataOptions(TypedDict, total=False):
+    """How rows are read; `as_reading` takes these options."""
+
+    columns: Annotated[
+        ColumnNames | None,
+        Option(
+            "Read columns of your rows under lorafold's names, for example"
+            " prompt=question,completion=answer. NAME= ignores a column."
+            ' In Python, a mapping such as {"prompt": "question"}; "" ignores a column.',
+            kind=list[str],
+            metavar="NAME=COLUMN",
+            rare=True,
+        ),
+    ]
+    me: Annotated[
+        str | None,
+        Option("The person in a WhatsApp or Telegram chat who is the assistant.", rare=True),
+    ]
+    encoding: Annotated[
+        str | None,
+        Option("The encoding of text files, for example cp932. Default: UTF-8.", rare=True),
+    ]
 
 
 class HubOptions(TypedDict, total=False):
@@ -447,6 +460,15 @@ class BaseOptions(StackOptions, total=False):
             " or fp32, whichever is faster on the device"
         ),
     ]
+
+
+class RowsOptions(DataOptions, BaseOptions, total=False): ...
+
+
+class EstimateOptions(DataOptions, HubOptions, total=False): ...
+
+
+class StudyOptions(DataOptions, DeviceOptions, total=False): ...
 
 
 class TrainedBaseOptions(StackOptions, total=False):

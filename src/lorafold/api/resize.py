@@ -18,11 +18,10 @@ def resize(
     rank: opt.OptionalCount = None,
     energy: float | None = None,
     data: opt.OptionalRows = None,
-    columns: opt.Columns = None,
     max_length: opt.Length = None,
     overwrite: opt.Overwrite = False,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "Resized":
     """Change the rank of an adapter by singular value decomposition, with the smallest possible
     error.
@@ -46,7 +45,7 @@ def resize(
     """
     from dataclasses import replace
 
-    from lorafold.api.arguments import as_path, as_paths, as_rows
+    from lorafold.api.arguments import as_path, as_paths, as_reading, as_rows
     from lorafold.api.model_arguments import load_with_adapters, truncation_length
     from lorafold.inspecting import resize as resizing
     from lorafold.inspecting.loss_paths import compare_losses
@@ -54,7 +53,8 @@ def resize(
     from lorafold.resolve import base_for
 
     resizing.check_rank_or_energy(rank, energy)  # before any rows are read
-    rows = None if data is None else as_rows(data, columns, console)
+    reading = as_reading(base_options)
+    rows = None if data is None else as_rows(data, reading, console)
     stack = open_all([*as_paths(over), as_path(adapter, "adapter")])
     base = base_for(model, stack, console, **base_options)
     length = 0 if rows is None else truncation_length(base, max_length, stack, console)

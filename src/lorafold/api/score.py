@@ -15,14 +15,13 @@ def score(
     model: opt.ModelOrLoaded = None,
     data: opt.MeasuredRows = None,
     *,
-    columns: opt.Columns = None,
     adapters: opt.Adapters = (),
     tokenizer: opt.Tokenizer = None,
     out: str | Path | None = None,
     overwrite: Annotated[bool, opt.Option(rare=True)] = False,
     max_length: opt.Length = None,
     console: opt.Progress = None,
-    **base_options: Unpack[opt.BaseOptions],
+    **base_options: Unpack[opt.RowsOptions],
 ) -> "ScoredRows":
     """Score rows with a reward model: an adapter trained with --objective reward, or a whole model.
 
@@ -42,7 +41,7 @@ def score(
         lorafold lab score judge --data pairs.jsonl
         lorafold lab score judge --data pairs.jsonl --out scores.jsonl
     """
-    from lorafold.api.arguments import as_path, as_rows, missing_argument
+    from lorafold.api.arguments import as_path, as_reading, as_rows, missing_argument
 
     if data is None:
         raise missing_argument("data")
@@ -51,7 +50,7 @@ def score(
         problem = "is a directory; expected a new file" if out_path.is_dir() else "exists"
         hint = "; pass --overwrite to replace it" * out_path.is_file()
         raise LorafoldError(f"{out_path} {problem}{hint}")
-    rows = as_rows(data, columns, console, objective=None)
+    rows = as_rows(data, as_reading(base_options), console, objective=None)
     from lorafold.api.model_arguments import load_with_adapters, resolve_model, truncation_length
     from lorafold.evaluation.reward_model_scores import score_rows
 

@@ -25,7 +25,7 @@ DefaultProgress = Annotated[
 ]
 
 
-class RunInputs(opt.StackOptions, total=False):
+class RunInputs(opt.DataOptions, opt.StackOptions, total=False):
     """The inputs of a run besides its recipe, base model and training rows."""
 
     eval_data: Annotated[
@@ -33,7 +33,6 @@ class RunInputs(opt.StackOptions, total=False):
         opt.Option("Held-out rows. Default: hold out `eval_fraction` of the rows.", kind=str),
     ]
     rewards: opt.Rewards
-    columns: opt.Columns
     init_adapter: Annotated[
         str | Path | None,
         opt.Option("Initialize from this saved adapter, with its method and targets.", rare=True),
@@ -163,6 +162,7 @@ def build_request(
     from lorafold.api.arguments import (
         as_path,
         as_paths,
+        as_reading,
         as_recipe,
         as_rows,
         as_stream,
@@ -177,14 +177,14 @@ def build_request(
         read_template(template)  # before anything that takes long
     if rewards := inputs.pop("rewards", ()):
         run_recipe, functions = with_rewards(run_recipe, rewards)
-    columns, held_out = inputs.pop("columns", None), inputs.pop("eval_data", None)
+    reading, held_out = as_reading(inputs), inputs.pop("eval_data", None)
     rows = (
-        as_stream(data, columns, console, run_recipe.objective)
+        as_stream(data, reading, console, run_recipe.objective)
         if run_recipe.streaming
-        else as_rows(data, columns, console, weighted=True, objective=run_recipe.objective)
+        else as_rows(data, reading, console, weighted=True, objective=run_recipe.objective)
     )
     if held_out is not None:
-        held_out = as_rows(held_out, columns, console, objective=run_recipe.objective)
+        held_out = as_rows(held_out, reading, console, objective=run_recipe.objective)
     from lorafold.peft.provenance import RecordedBase
     from lorafold.resolve import base_for
     from lorafold.training.inputs import RunRequest

@@ -22,6 +22,10 @@ CONVERSATION_KEYS = ("messages", "conversations")
 MESSAGE_KEYS = (*CONVERSATION_KEYS, "prompt", "completion", "chosen", "rejected")
 
 
+class Unreadable(ValueError):
+    """A problem with the whole file, as a one-line message."""
+
+
 def decode(text: bytes) -> str:
     try:
         return text.decode()

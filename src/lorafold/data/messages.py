@@ -181,9 +181,9 @@ def openai_tools(value: Any) -> tuple[Tool, ...]:
         value = parse_json(value) if value.strip() else []
     else:
         value = drop_nulls(value or [])
-    return tuple(
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in value
-    )
+    names = {"input_schema": "parameters"}  # of Anthropic
+    flat = ({names.get(key, key): of for key, of in tool.items()} for tool in value)
+    return tuple(t if "function" in t else {"type": "function", "function": t} for t in flat)
 
 
 def openai_call(call: dict[str, Any]) -> dict[str, Any]:

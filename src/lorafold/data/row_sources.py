@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from lorafold.data.exports import Numbered, cut_chats
 from lorafold.data.json_input import json_type
-from lorafold.data.readers import CSV_HINT, SUPPORTED, Numbered, Warn, file_format, read_numbered
+from lorafold.data.readers import CSV_HINT, EXPORT, SUPPORTED, Warn, file_format, read_numbered
 from lorafold.errors import LorafoldError, listed, truncate_middle
 from lorafold.files.paths import nearest_name
 
@@ -31,6 +34,25 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 METADATA = ("dataset_info.json", "dataset_infos.json")  # written by `datasets`
+BY_NAME = (".txt", ".zip")  # read only if the user names the file
+
+
+class Reading(NamedTuple):
+    """How to read rows: lorafold's names of columns, for example {"prompt": "question"}, the
+    assistant in a chat, and the encoding of text.
+    """
+
+    columns: Mapping[str, str] = MappingProxyType({})
+    me: str = ""
+    encoding: str = ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        settings = self._replace(columns=dict(self.columns))._asdict()
+        return {name: value for name, value in settings.items() if value}
+
+
+AS_IS = Reading()
 
 
 class RowFiles(NamedTuple):
@@ -68,12 +90,16 @@ def find_files(name: str) -> RowFiles:
             left_out[file] = "hidden"
         elif path.name in METADATA:
             left_out[file] = "metadata of a dataset"
-        elif not file_format(path):
+        elif not file_format(path) or (not matched and path.suffix.lower() in BY_NAME):
             left_out[file] = "unsupported format"
         else:
             words = () if matched else re.split(r"[^a-z]+", file.lower())
             splits_named = [SPLITS[word] for word in words if word in SPLITS]
             splits[path] = "train" if "train" in splits_named else (splits_named or [""])[0]
+    if not matched and (chats := {path: "" for path in splits if EXPORT.search(path.name)}):
+        rest = [path for path in splits if path not in chats]
+        left_out |= {names[path]: "not the conversations of the export" for path in rest}
+        splits = chats
     known = sorted({*splits.values()})
     if "train" in known:
         others = [path for path, split in splits.items() if split not in ("train", "")]
@@ -108,10 +134,12 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows, and how often an epoch uses each row on average (`weight`)."""
+    """A source of rows, how often an epoch uses each row on average (`weight`), and how to read it.
+    """
 
     name: str
     weight: float = 1.0
+    reading: Reading = AS_IS
 
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
@@ -127,7 +155,7 @@ class DataSource:
     def files(self) -> tuple[DataSource, ...]:
         if not self.is_multiple:
             return (self,)
-        return tuple(DataSource(str(path), self.weight) for path in self._files.paths)
+        return tuple(replace(self, name=str(path)) for path in self._files.paths)
 
     def describe(self, counts: Mapping[str, int] | None = None) -> str:
         names = [Path(file.name) for file in self.files]
@@ -155,17 +183,25 @@ class DataSource:
         if self.is_multiple:
             return " ".join(file.identity for file in self.files)
         kind = "".join(self._path.suffixes[-2:]).lower()
+        read_as = f" {self.reading.record}" if self.reading.record else ""
         if not self._is_file:
-            return str(self._dataset._fingerprint)
-        return f"{kind} {file_digest(self._path)[1]}"
+            return f"{self._dataset._fingerprint}{read_as}"
+        return f"{kind} {file_digest(self._path)[1]}{read_as}"
 
     def numbered_rows(self, warn: Warn = log.warning, streaming: bool = False) -> Numbered:
         """Yields unchecked rows with their numbers. `streaming` avoids a copy of a dataset. `warn`
-        receives a message if an encoding is guessed.
+        receives messages about guesses and about what is left out.
         """
+
+        def note(text: str) -> None:
+            warn(f"{self.name}: {text}")
+
+        columns, me, encoding = self.reading
         if self._is_file:
-            return read_numbered(self._path, lambda text: warn(f"{self.name}: {text}"))
-        return enumerate(_dataset(self.name, self._path, True) if streaming else self._dataset, 1)
+            chats = partial(cut_chats, me=me, note=note)
+            return rename_columns(read_numbered(self._path, note, encoding, chats), columns)
+        rows = _dataset(self.name, self._path, True) if streaming else self._dataset
+        return rename_columns(enumerate(rows, 1), columns)
 
     @property
     def _path(self) -> Path:
@@ -223,22 +259,58 @@ def numbered_rows(data: Any, source: str) -> Numbered:
         raise LorafoldError(f"{source}: {at}{type(error).__name__}: {reason}") from error
 
 
-def parse_source(text: str) -> DataSource:
+def parse_source(text: str, reading: Reading = AS_IS) -> DataSource:
     text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
-        return DataSource(text)
+        return DataSource(text, 1.0, reading)
     if not 0 < float(weight) < float("inf"):
         raise LorafoldError(
             f"--data {text}: found weight {weight}, expected a finite number above 0"
         )
-    return DataSource(name, float(weight))
+    return DataSource(name, float(weight), reading)
+
+
+def rename_columns(
+    numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
+) -> Iterator[tuple[int, Any]]:
+    """Renames `columns[name]` to `name`, and drops the column `name` if `columns[name]` is empty. A
+    row that can't be converted becomes an error message.
+    """
+    names = {name: key for name, key in columns.items() if key}
+    dropped = [name for name in columns if name not in names]
+    given_names = [*names.values(), *dropped]
+    for number, row in numbered:
+        if not (columns and isinstance(row, dict)):
+            yield number, row
+        elif missing := [key for key in given_names if key not in row]:
+            keys = listed(map(repr, row), max_chars=100) or "none"
+            hint = f"; the row has {keys}{suggest_columns(names, row)}"
+            if {*columns} <= {*row} and not dropped:
+                swapped = ",".join(f"{key}={name}" for name, key in names.items())
+                hint = f"; the order is NAME=COLUMN: --columns {swapped}"
+            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
+        elif lost := [name for name in names if name in row and name not in given_names]:
+            pairs = ", ".join(f"{name}={names[name]}" for name in lost)
+            yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
+        else:
+            rest = {key: value for key, value in row.items() if key not in given_names}
+            yield number, rest | {name: row[key] for name, key in names.items()}
+
+
+def suggest_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+    nearest = {
+        name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
+        for name, key in names.items()
+    }
+    columns = ",".join(f"{name}={key}" for name, key in nearest.items())
+    return f"; did you mean --columns {columns}?" if nearest and all(nearest.values()) else ""
 
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
     near = "" if local else nearest_name(path)
-    if path.is_file() and path.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
+    if path.is_file() and path.suffix.lower() in (".xls", ".ods"):
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {CSV_HINT}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         kind = f"a {path.suffix or 'suffixless'} file" if local else "no such file or directory"

@@ -114,8 +114,8 @@ class ArrowRows(Items[Row]):
 @dataclass(frozen=True)
 class Rows(Items[Row]):
     """Checked rows. `ignored` are keys that their formats don't use, `known` is the digest and size
-    of large data, `content` is the kind of data by which formats were chosen, and `files` is the
-    number of rows per file for sources with several files.
+    of large data, `content` is the kind of data by which formats were chosen, `files` is the number
+    of rows per file for sources with several files, and `read_as` is `Reading.record`.
     """
 
     rows: Sequence[Row]
@@ -126,6 +126,7 @@ class Rows(Items[Row]):
     remarks: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins, repr=False)
+    read_as: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(rows: Sequence[Row], content: str = "") -> Rows:
@@ -163,7 +164,7 @@ class Rows(Items[Row]):
     @property
     def record(self) -> dict[str, Any]:
         record = {"rows": len(self.rows), "sha256": self.digest_and_size[0]}
-        return record | ({"files": dict(self.files)} if self.files else {})
+        return record | ({"files": dict(self.files)} if self.files else {}) | dict(self.read_as)
 
     @cached_property
     def digest_and_size(self) -> tuple[str, int]:

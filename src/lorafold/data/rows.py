@@ -10,12 +10,12 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lorafold.data.exports import convert_layout
 from lorafold.data.formats import (
     PAIRS,
     PROMPTS,
@@ -27,7 +27,7 @@ from lorafold.data.formats import (
 )
 from lorafold.data.json_input import MESSAGE_KEYS, Row, find_unusable, normalize_row
 from lorafold.data.messages import KNOWN_KEYS, TURN_KEYS, role_of, trains
-from lorafold.data.row_sources import DataSource, parse_source
+from lorafold.data.row_sources import AS_IS, DataSource, Reading, parse_source
 from lorafold.data.row_store import MAX_IN_MEMORY, ArrowRows, Origins, Rows, SourcePart, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
@@ -69,7 +69,7 @@ class RowRemarks:
     content: str = ""
     ignored: dict[str, None] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)
-    _counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by the remark about them
 
     def is_skipped(self, row: Any, place: str, row_format: RowFormat | None = None) -> bool:
@@ -81,7 +81,7 @@ class RowRemarks:
         else:
             why, skip = UNANSWERED, self.content != PROMPTS and not row_format.has_answers(row)
         if skip:
-            self._counts[why] += 1
+            self.counts[why] += 1
             self._first.setdefault(why, f"; the first: {place}")
         return skip
 
@@ -93,13 +93,13 @@ class RowRemarks:
                 self.ignored[key] = None
             elif isinstance(value, str):
                 if len(value) <= MAX_EMPTY and value in EMPTY_TEXTS and key != "label":
-                    self._counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
+                    self.counts[f"values of {key} are the text {value!r}, {AS_WORD}"] += 1
             elif key in MESSAGE_KEYS:
                 is_list = isinstance(value, list)
                 for message in value if is_list else [value] * isinstance(value, dict):
                     self._add_message(f"{key}[]" if is_list else key, message)
         if PAIRS in row_format.provides and (remark := split_remark(row)):
-            self._counts[remark] += 1
+            self.counts[remark] += 1
 
     def _add_message(self, name: str, message: dict[str, Any]) -> None:
         turn = "from" in message
@@ -114,17 +114,17 @@ class RowRemarks:
         self.ignored |= dict.fromkeys(keys)
         final, trained = role_of(role), trains(message)
         if final == "assistant" and trained is False:
-            self._counts[EXCLUDED] += 1
+            self.counts[EXCLUDED] += 1
         elif final != "assistant" and trained:
-            self._counts[WRONG_ROLE] += 1
+            self.counts[WRONG_ROLE] += 1
         if not turn and role not in ROLES:
             what = f"messages are converted to the role {final}" if final in ROLES else UNKNOWN_ROLE
             self._roles.setdefault(what, Counter())[role] += 1
 
     @property
     def lines(self) -> tuple[str, ...]:
-        counts = self._counts.items()
-        lines = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
+        counts = self.counts.items()
+        lines = [f"{n:,} {what}{self._first.get(what, '')}" for what, n in counts if n]
         for what, roles in self._roles.items():
             lines.append(f"{roles.total():,} {what}: {listed(map(repr, roles))}")
         return tuple(lines)
@@ -146,42 +146,6 @@ def propose_columns(row: Row) -> str:
     return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
-def rename_columns(
-    numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
-) -> Iterator[tuple[int, Any]]:
-    """Renames `columns[name]` to `name`, and drops the column `name` if `columns[name]` is empty. A
-    row that can't be converted becomes an error message.
-    """
-    names = {name: key for name, key in columns.items() if key}
-    dropped = [name for name in columns if name not in names]
-    given_names = [*names.values(), *dropped]
-    for number, row in numbered:
-        if not (columns and isinstance(row, dict)):
-            yield number, row
-        elif missing := [key for key in given_names if key not in row]:
-            keys = listed(map(repr, row), max_chars=100) or "none"
-            hint = f"; the row has {keys}{suggest_columns(names, row)}"
-            if {*columns} <= {*row} and not dropped:
-                swapped = ",".join(f"{key}={name}" for name, key in names.items())
-                hint = f"; the order is NAME=COLUMN: --columns {swapped}"
-            yield number, f"found no column {listed(map(repr, missing), max_chars=80)}{hint}"
-        elif lost := [name for name in names if name in row and name not in given_names]:
-            pairs = ", ".join(f"{name}={names[name]}" for name in lost)
-            yield number, f"--columns {pairs}: the row already has a column {', '.join(lost)}"
-        else:
-            rest = {key: value for key, value in row.items() if key not in given_names}
-            yield number, rest | {name: row[key] for name, key in names.items()}
-
-
-def suggest_columns(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
-    nearest = {
-        name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
-        for name, key in names.items()
-    }
-    columns = ",".join(f"{name}={key}" for name, key in nearest.items())
-    return f"; did you mean --columns {columns}?" if nearest and all(nearest.values()) else ""
-
-
 def check_each(
     numbered: Iterable[tuple[int, Any]],
     source: str,
@@ -197,6 +161,7 @@ def check_each(
     are no rows, unless `none` is true.
     """
     bad: dict[str, list[int]] = {}  # row numbers by problem
+    counts = remarks.counts if remarks else Counter[str]()
     first = None
     used = False
     for number, given in numbered:
@@ -204,6 +169,10 @@ def check_each(
         if remarks and remarks.is_skipped(given, place):
             continue
         row = normalize_row(given)
+        if isinstance(row, dict):
+            row = normalize_row(convert_layout(row, counts))
+            if not row and remarks and remarks.is_skipped(row, place):
+                continue
         if isinstance(row, str):
             problems = [row]
         elif (row_format := format_of(row, formats)) is None:
@@ -275,18 +244,14 @@ class RowsRead:
 
 
 def _read_sources(
-    sources: Sequence[DataSource],
-    columns: Mapping[str, str],
-    content: str,
-    notice: Notice,
-    read: RowsRead,
+    sources: Sequence[DataSource], content: str, notice: Notice, read: RowsRead
 ) -> Iterator[Row]:
     remarks, formats = RowRemarks(content), formats_for(content)
     for number, source in enumerate(sources):
         last = None
         for file in source.files:
             read.files.append([number, 0])
-            numbered = rename_columns(file.numbered_rows(read.guessed.append), columns)
+            numbered = file.numbered_rows(read.guessed.append)
             rows = check_each(numbered, file.name, False, formats, source.is_multiple, remarks)
             for place, row_format, row in rows:
                 if row_format is not last:  # consecutive files of one format are one part
@@ -307,27 +272,25 @@ def _read_sources(
 
 def read_rows(
     sources: str | Sequence[str],
-    columns: Mapping[str, str] | None = None,
+    reading: Reading = AS_IS,
     notice: Notice = lambda text: None,
     content: str = "",
 ) -> Rows:
     """Reads files, directories, glob patterns or datasets from the Hugging Face Hub (their train
-    split). A source may end with its weight, as in `rows.jsonl:0.3`.
-
-    `columns` renames keys, as in {"prompt": "question"}. `content` is the kind of data that formats
-    must provide; it selects among matching formats.
+    split). A source may end with its weight, as in `rows.jsonl:0.3`. `content` is the kind of data
+    that formats must provide; it selects among matching formats.
     """
-    parsed = [parse_source(text) for text in ([sources] if isinstance(sources, str) else sources)]
-    columns, read, known = columns or {}, RowsRead(), None
+    names = [sources] if isinstance(sources, str) else sources
+    parsed, read, known = [parse_source(text, reading) for text in names], RowsRead(), None
     size = sum(source.size for source in parsed)
     if size <= MAX_IN_MEMORY:
-        rows: Sequence[Row] = list(_read_sources(parsed, columns, content, notice, read))
+        rows: Sequence[Row] = list(_read_sources(parsed, content, notice, read))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows into the cache {directory.parent}")
             read = RowsRead()
-            reading = _read_sources(parsed, columns, content, notice, read)
+            reading = _read_sources(parsed, content, notice, read)
             sha256, written = write_rows(reading, directory / "rows.arrow")
             about = asdict(read) | {"sha256": sha256, "bytes": written}
             write_json(directory / "about.json", about)
@@ -336,7 +299,7 @@ def read_rows(
 
         code = of_code("data", packages=("datasets", "pyarrow"))
         identities = [[source.is_multiple, source.identity] for source in parsed]
-        key = json.dumps([code, identities, sorted(columns.items()), content])
+        key = json.dumps([code, identities, content])
         path = cache_entry("rows", key, write, notice)
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         known = (about.pop("sha256"), about.pop("bytes"))
@@ -354,7 +317,7 @@ def read_rows(
     names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
-    return Rows(rows, parts, ignored, known, content, lines, files, origins)
+    return Rows(rows, parts, ignored, known, content, lines, files, origins, reading.record)
 
 
 def to_rows(rows: Sequence[Row], content: str = "") -> Rows:

@@ -6,7 +6,7 @@ is seeded, so a resumed run skips the same rows.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,7 +20,7 @@ from lorafold.data.examples import Examples
 from lorafold.data.formats import RowFormat, formats_for
 from lorafold.data.json_input import Row
 from lorafold.data.row_sources import DataSource
-from lorafold.data.rows import RowRemarks, check_each, check_provided, rename_columns
+from lorafold.data.rows import RowRemarks, check_each, check_provided
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -31,7 +31,6 @@ NUM_PEEKED = 100  # rows of each source that are checked before a run starts
 @dataclass(frozen=True)
 class RowStream:
     sources: tuple[DataSource, ...]
-    columns: Mapping[str, str]
     content: str = ""
 
     @cached_property
@@ -72,7 +71,7 @@ class RowStream:
         while True:
             any_row = False
             for file in source.files:
-                rows = rename_columns(file.numbered_rows(streaming=True), self.columns)
+                rows = file.numbered_rows(streaming=True)
                 good = check_each(rows, file.name, True, formats, source.is_multiple, remarks)
                 for number, row_format, row in good:
                     any_row = True

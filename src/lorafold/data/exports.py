@@ -1,0 +1,284 @@
+"""Layouts of other tools: rows for other APIs, exported conversations, and chats of messengers.
+
+To add a layout of rows, add an entry to `LAYOUTS`. Chats have no roles: one person, `me`, becomes
+the assistant, and pauses end a conversation.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import chain
+from typing import Any
+
+from lorafold.data.json_input import Row, RowResult, Unreadable
+from lorafold.data.messages import KNOWN_KEYS, Message, role_of
+
+Numbered = Iterator[tuple[int, RowResult]]
+HIDDEN = "messages or parts that are not text for the user (tools, reasoning, files) are left out"
+PAUSE, MAX_CHARS = timedelta(hours=6), 2000
+CUT = "a chat is cut into conversations at pauses of 6 hours, and after about 2,000 characters"
+NO_TEXT = "messages without text (media, deleted, of the system) are left out"
+NO_ANSWER = "messages that begin a conversation as the assistant, or have no answer, are left out"
+PARTS = {  # by type of part: its field in a message, and the keys of its ID and its content
+    **dict.fromkeys(("text", "input_text", "output_text"), ("content", "", "text")),
+    "thinking": ("reasoning_content", "", "thinking"),
+    "reasoning": ("reasoning_content", "", "summary"),
+    "tool_use": ("tool_calls", "id", "input"),
+    "function_call": ("tool_calls", "call_id", "arguments"),
+    "functionCall": ("tool_calls", "id", "args"),
+    "tool_result": ("tool", "tool_use_id", "content"),
+    "function_call_output": ("tool", "call_id", "output"),
+    "functionResponse": ("tool", "id", "response"),
+}
+CITATION = re.compile("\ue200[^\ue201]*\ue201")  # a mark that ChatGPT's search inserts
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("parts", value.get("text", value))
+    if isinstance(value, list):
+        return "".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _messages(items: Any, separator: str = "") -> list[Message]:
+    """Returns messages with parts, such as calls, in OpenAI's format. Consecutive ones of a role
+    are joined.
+    """
+    found: list[Message] = []
+    for item in items if isinstance(items, list) else [{"role": "user", "content": items}]:
+        parts = item.get("parts", item.get("content")) if "role" in item else [item]
+        kept = KNOWN_KEYS & item.keys() - {"content"} if "role" in item else ()
+        turn: Message = {key: item[key] for key in kept}
+        turn["role"] = role_of(item.get("role", "assistant"))
+        if found and found[-1]["role"] == turn["role"] != "tool":
+            turn = found.pop() | turn
+        given: Any = [{"text": parts}] if isinstance(parts, str) else parts
+        for part in given or ():
+            kind = part.get("type") or next((key for key in part if key in PARTS), f"{[*part]}")
+            field, identity, key = PARTS[kind]
+            inner = part[kind] if isinstance(part.get(kind), dict) else part
+            text, number = _text(inner.get(key, "")), inner.get(identity)
+            if field == "tool":
+                found += [turn] * (len(turn) > 1)
+                found.append({"role": field, "tool_call_id": number, "content": text})
+                turn = {"role": turn["role"]}
+            elif field == "tool_calls":
+                call = {"id": number, "name": inner["name"], "arguments": inner[key]}
+                turn[field] = [*turn.get(field, ()), call]
+            elif text:
+                field = "reasoning_content" if part.get("thought") else field
+                turn[field] = separator.join(filter(None, (turn.get(field), text)))
+        if len(turn) > 1:
+            found.append(turn)
+    return found
+
+
+def _turns(turns: list[Row]) -> list[Row]:
+    keys = {"input": "user", "output": "assistant"}  # of Capybara
+    pairs = [{"role": keys[k], "content": turn[k]} for turn in turns for k in keys if k in turn]
+    return pairs or turns
+
+
+def _tools(tools: list[Row]) -> list[Row]:
+    return [tool for one in tools for tool in one.get("functionDeclarations", [one])]
+
+
+def _branch(nodes: Mapping[str, Row], end: Any, parent: str) -> list[Row]:
+    """Returns the nodes from the root to `end`."""
+    found: list[Row] = []
+    while end in nodes and len(found) < len(nodes):
+        found.append(nodes[end])
+        end = nodes[end].get(parent)
+    return found[::-1]
+
+
+def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
+    nodes = row["mapping"]
+    for node in _branch(nodes, row.get("current_node") or next(reversed(nodes), ""), "parent"):
+        message = node.get("message") or {}
+        content, role = message.get("content") or {}, message.get("author", {}).get("role")
+        parts = content.get("parts") or []
+        texts = [part for part in parts if isinstance(part, str)]
+        shown = role != "tool" and message.get("recipient", "all") == "all"
+        hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
+        if shown and not hidden and content.get("content_type") in ("text", "multimodal_text"):
+            counts[HIDDEN] += len(parts) - len(texts)
+            yield {"role": role, "content": CITATION.sub("", "\n".join(texts))}
+        else:
+            counts[HIDDEN] += bool(content)
+
+
+def _claude(row: Row, counts: Counter[str]) -> Iterator[Message]:
+    messages = row["chat_messages"]
+    if messages and "parent_message_uuid" in messages[-1]:
+        nodes = {message["uuid"]: message for message in messages}
+        messages = _branch(nodes, messages[-1]["uuid"], "parent_message_uuid")
+    for message in messages:
+        parts = message.get("content") or []
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        counts[HIDDEN] += len(parts) - len(texts) + len(message.get("files") or ())
+        texts += [file.get("extracted_content") for file in message.get("attachments") or ()]
+        texts = texts if parts else [message["text"], *texts]
+        yield {"role": message["sender"], "content": "\n\n".join(filter(None, texts))}
+
+
+LAYOUTS = (  # the fields that the keys of a row become
+    {"messages": "messages"},
+    {"contents": "messages", "systemInstruction": "system", "system_instruction": "system"},
+    {"output": "completion", "input": "prompt", "instructions": "system"},
+    {"preferred_output": "chosen", "non_preferred_output": "rejected", "messages": "prompt"},
+    {"conversation": "conversations"},
+    {"items": "conversations"},
+    {"system_prompt": "system", "question": "prompt", "response": "completion"},
+)
+READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("messages", "prompt", "completion"), _messages),
+    "conversations": _turns,
+    "system": _text,
+    "tools": _tools,
+}
+
+
+def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
+    [first, *_], missing = layout, [key for key in layout if row.get(key) is None]
+    value, field = row.get(first), layout[first]
+    if any(layout[key] != "system" for key in missing) or (field != first and field in row):
+        return False
+    if first != "messages":
+        return isinstance(value, str if first == "system_prompt" else list)
+    contents = [m.get("content") for m in value or () if isinstance(m, dict)]
+    parts = [part for one in contents if isinstance(one, list) for part in one]
+    kinds = {part.get("type") for part in parts if isinstance(part, dict)}
+    return not kinds.isdisjoint(PARTS.keys() - {"text"})
+
+
+def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
+    """Converts a row in another tool's layout, and counts what is left out of it. Returns an error
+    message if that is impossible, and an empty row for a conversation without messages.
+    """
+    key, result = "", dict[str, Any]()
+    try:
+        for key, read in (("mapping", _chatgpt), ("chat_messages", _claude)):
+            if isinstance(row.get(key), list | dict):
+                messages = _messages([*read(row, counts)], "\n\n")
+                rest = {k: v for k, v in row.items() if k not in (key, "current_node")}
+                return rest | {"messages": messages} if messages else {}
+        if "preferred_output" in row and isinstance(row.get("input"), dict):
+            row = row | row["input"] | {"input": None}
+        layout = next((one for one in LAYOUTS if _is_layout(row, one)), None)
+        for key, value in row.items() if layout else ():
+            field = (layout or {}).get(key, key)
+            convert = isinstance(value, list | dict) or (field, key) == ("prompt", "input")
+            result[field] = READ[field](value) if value and convert and field in READ else value
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"field {key}: found content that is not supported, or lacks a key: {error}"
+    return result or row
+
+
+def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbered:
+    """Replaces chats by conversations in which the person `me` is the assistant."""
+    names, left, turns = Counter[str](), Counter[str](), list[tuple[int, str, str]]()
+
+    def ended() -> Numbered:
+        mine = [name == me for _, name, _ in turns]
+        answered = turns[[*mine, False].index(False) : len(mine) - [*mine[::-1], True].index(True)]
+        left[NO_ANSWER] += len(turns) - len(answered)
+        group = len({name for _, name, _ in answered}) > 2
+        messages = [
+            {"role": "assistant" if name == me else "user", "content": text}
+            for _, name, one in answered
+            for text in [f"{name}: {one}" if group and name != me else one]
+        ]
+        if answered:
+            yield answered[0][0], {"messages": _messages(messages, "\n")}
+        turns.clear()
+
+    for number, row in numbered:
+        if (chats := _chats(row)) is None:
+            yield number, row
+        for chat in chats or ():
+            last, size = datetime.min, 0
+            for index, message in enumerate(chat["messages"], 1):
+                text = _text(message.get("text") or "")
+                if message.get("type") != "message" or not text.strip():
+                    left[NO_TEXT] += 1
+                    continue
+                name, time = str(message.get("from")), datetime.fromisoformat(message["date"])
+                turn = bool(turns) and (turns[-1][1] == me, name == me)  # who wrote before, and now
+                paused = abs(time - last) > PAUSE and turn != (False, True)
+                if paused or (size > MAX_CHARS and turn == (True, False)):
+                    yield from ended()
+                    size = 0
+                turns.append((message.get("line", index), name, text.strip()))
+                names[name], last, size = names[name] + 1, time, size + len(text)
+            yield from ended()
+    if names and me not in names:
+        found = ", ".join(f"{name!r} ({count:,} messages)" for name, count in names.most_common(9))
+        what = f"found no message of {me!r} in this chat" if me else "found a chat"
+        raise Unreadable(f"{what}; add --me with the name of the person who answers: {found}")
+    if names:
+        note("; ".join([CUT, *(f"{count:,} {what}" for what, count in left.items() if count)]))
+    elif me:
+        note("--me is not used, because this is not a chat")
+
+
+def _chats(row: Any) -> Sequence[Row] | None:
+    """Returns the chats of Telegram's export, or of `read_whatsapp`."""
+    if not isinstance(row, dict):
+        return None
+    chats = row["chats"].get("list") if isinstance(row.get("chats"), dict) else [row]
+    messages = chats[0].get("messages") if chats else None
+    first = messages[0] if isinstance(messages, list) and messages else None
+    is_telegram = isinstance(first, dict) and {"type", "date"} <= first.keys()
+    return chats if is_telegram or isinstance(messages, Iterator) else None
+
+
+LINE = re.compile(  # the beginning of a message in WhatsApp's export
+    r"\u200e?\[?(\d{1,4})([./-]) ?(\d{1,2})[./-] ?(\d{1,4}),? (\d{1,2})[:.](\d\d)(?:[:.]\d\d)?"
+    r"(?:\s*([ap])\.?\s?m\.?)?(?:\]| -) (?:([^:]+): )?(.*)",
+    re.IGNORECASE,
+)
+MARKS = re.compile("[\u200e\u200f\u202a-\u202e]|^~\\s*")
+WITHOUT_TEXT = re.compile(  # media, deleted messages, and the mark of an edited message
+    r"\A\u200e.*|\A<[^<>]*>\Z|\A[^\n]*\.\w{2,4} \([^()\n]*\)$|\s*\u200e<[^<>]*>\Z|\A(This message"
+    r" was deleted|You deleted this message|(Du hast d|D)iese Nachricht (wurde )?gelöscht)\.?\Z",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def read_whatsapp(file: io.BufferedReader, warn: Any) -> Numbered:
+    with io.TextIOWrapper(file, "utf-8-sig") as lines:
+        yield 1, {"messages": _whatsapp(lines)}
+
+
+def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:
+    """Yields messages like those of Telegram. The day precedes the month, except with AM and PM."""
+    message: Row = {}
+    for number, line in enumerate(chain(lines, [""]), 1):
+        found = LINE.match(line)
+        if message and (found or not line):
+            yield message | {"text": WITHOUT_TEXT.sub("", message["text"])}
+        if found:
+            day, sign, month, year, hour, minute, half, name, text = found.groups()
+            if len(day) == 4:
+                day, year = year, day
+            elif int(month) > 12 or (half and sign == "/" and int(day) <= 12):
+                day, month = month, day
+            hours = int(hour) % 12 + 12 * (half in "pP") if half else int(hour)
+            time = datetime(int(year) % 100 + 2000, int(month), int(day), hours, int(minute))
+            kind = "service" if name is None else "message"
+            message = {"line": number, "type": kind, "date": time.isoformat(), "text": text}
+            message["from"] = MARKS.sub("", MARKS.sub("", name or ""))
+        elif message:
+            message["text"] += f"\n{line.rstrip()}"
+        elif line.strip():
+            raise Unreadable(
+                f"line {number} is not a message of a WhatsApp chat; write other text as JSON lines"
+                ' of {"text": "..."}'
+            )
