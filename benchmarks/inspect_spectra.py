@@ -6,8 +6,8 @@ the embedded model. Linux only.
 The first table: the singular parts and all figures of the spectrum of LoRA at that rank on the 224
 linears of Llama-2-7B, from random factors; no update is formed (the largest would take 180 MB in
 fp32). The second: `lorafold lab inspect` of a random adapter on every linear of smollm2, as a
-process of its own with everything that it imports, once bare and once with its page. Peaks are of resident
-memory.
+process of its own with everything that it imports, once bare and once with its page. Peaks are of
+resident memory.
 """
 
 import argparse

@@ -5,8 +5,9 @@
 The first blocks of the embedded model are a smaller model, in fp32: what they know of a text is
 enough for a head that tells classes apart, while a language model without its last blocks is none.
 Each learns from the same rows in the same order. The search is that of `lorafold lab intrinsic`:
-the smallest power of 2 whose random subspace gets 90% of the way that full training gets in held-out
-loss. One JSON object a size, then the table, which is also written to results/intrinsic.json.
+the smallest power of 2 whose random subspace gets 90% of the way that full training gets in
+held-out loss. One JSON object a size, then the table, which is also written to
+results/intrinsic.json.
 """
 
 import argparse

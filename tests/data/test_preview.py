@@ -439,9 +439,9 @@ def test_a_run_and_its_preview_give_the_figures(tiny_model_dir: Any, tmp_path: P
     held_out = written(tmp_path / "test.jsonl", [asked(1), {"prompt": " ", "completion": None}])
     model = str(tiny_model_dir("llama"))
     given = ["train", "--model", model, "--data", data, "--eval-data", held_out, "--json"]
-    given += ["--out", str(tmp_path / "out"), "--steps", "1", "--storage", "fp32"]
+    given += ["--steps", "1", "--storage", "fp32"]
     shown = []
-    for more in (["--preview"], []):
+    for more in (["--preview"], ["--out", str(tmp_path / "out")]):
         done = CliRunner().invoke(app, [*given, *more], catch_exceptions=False)
         shown.append(json.loads(done.stdout.splitlines()[-1])["data"])
         one_line = done.stderr.replace("\n", "")

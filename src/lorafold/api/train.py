@@ -85,7 +85,7 @@ def train(
     possible, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
 
     Examples:
-        lorafold train --data demo/train.jsonl --out adapter --preview
+        lorafold train --data demo/train.jsonl --preview
         lorafold train --data demo/train.jsonl --out adapter
         lorafold train --data demo/train.jsonl --out small --rank 8 --plot small.html
     """

@@ -25,8 +25,11 @@ class CommandLine(Panels):
         for word in typed:
             if word.name in OLD_NAMES and word.option and word.name not in options:
                 typer.echo(renamed_warning(word.name, word.args[0].partition("=")[0]), err=True)
+        names, words = {word.name for word in typed}, [arg for word in typed for arg in word.args]
+        if "--preview" in names and "--out" not in names:
+            words = ["--out", ".", *words]  # required, but a preview writes no adapter
         try:
-            rest = super().parse_args(ctx, [arg for word in typed for arg in word.args])  # type: ignore[misc]
+            rest = super().parse_args(ctx, words)  # type: ignore[misc]
         except typer.TyperException as error:
             raise parsing_error(error, line, params) or error from None
         if wrong := unquoted_text(line):
