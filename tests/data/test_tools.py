@@ -322,9 +322,14 @@ CALLS = {
 }  # fmt: skip
 
 
+# no one text precedes each value, name or call: types of values, names alone, and numbered calls
+UNREAD = ("Kimi-K3", "MiniMax-M3", "deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4",
+          "meetkai-functionary-medium-v3.2", "moonshotai-Kimi-K2")  # fmt: skip
+
+
 @pytest.mark.few(24)
 @pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if not name.startswith(UNREAD)])
 def test_calls_are_read_back(name: str, kind: str) -> None:
     tokenizer = tokenizer_of(name)
     row = chat(user("Rome?"), {"role": "assistant", "tool_calls": CALLS[kind]}, tools=TOOLS)
