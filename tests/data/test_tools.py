@@ -120,6 +120,9 @@ def test_contents_and_reasoning_have_one_form() -> None:
     assert conversation(row).messages == [
         user("a b"), {"role": "assistant", "content": "c", "reasoning_content": "t"},
     ]  # fmt: skip
+    parts = [{"type": "thinking", "thinking": "t", "text": None}, {"type": "text", "text": "c"}]
+    found = conversation(chat(user("a"), {"role": "assistant", "content": parts}))
+    assert found.messages[1] == said("c", "t")
     for key in ("reasoning", "reasoning_content"):
         found = conversation(chat(user("a"), {"role": "assistant", "content": "c", key: "t"}))
         assert found.messages[1]["reasoning_content"] == "t"
@@ -152,6 +155,10 @@ def test_sharegpt_has_calls_and_tools() -> None:
         (chat(user(None)), "field messages[0].content: found null, expected text"),
         (chat(user([{"type": "image_url"}])),
          "field messages[0].content[0]: found a part of type image_url, expected only text"),
+        (chat(user([{"type": "thinking", "thinking": "t"}])),
+         "field messages[0].content[0]: found a part of type thinking, expected only text parts"),
+        (chat(user("a"), {"role": "assistant", "content": [{"type": "thinking", "text": "t"}]}),
+         "field messages[1].content[0].thinking: found null, expected text"),
         (chat(user([7])), "field messages[0].content[0]: found 7, expected a part of type text"),
         (chat(user([{"type": "text"}])),
          "field messages[0].content[0].text: found null, expected text"),
@@ -201,6 +208,11 @@ def test_a_template_that_shows_no_tools_is_refused_and_told_what_helps() -> None
     for name in ("deepseek_r1_distill", "lfm2", "llama3"):
         message = refusal(encode_row, without, tokenizer_of(name))
         assert "the chat template does not render tool calls" in message
+    sandboxed = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{% set _ ="
+    sandboxed += " messages.append(c) %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    message = refusal(encode_row, without, with_template(sandboxed))
+    assert "does not render tool calls (tool_calls): the model's chat template rejects" in message
+    assert "access to attribute 'append' of 'list' object is unsafe" in message
     message = refusal(encode, [chat(user("a"), said("b")), row], embedded(), 512)
     assert message.startswith("data: row 2: the chat template does not render the tools")
 
@@ -310,9 +322,14 @@ CALLS = {
 }  # fmt: skip
 
 
+# no one text precedes each value, name or call: types of values, names alone, and numbered calls
+UNREAD = ("Kimi-K3", "MiniMax-M3", "deepseek-ai-DeepSeek-V3.2", "deepseek-ai-DeepSeek-V4",
+          "meetkai-functionary-medium-v3.2", "moonshotai-Kimi-K2")  # fmt: skip
+
+
 @pytest.mark.few(24)
 @pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if not name.startswith(UNREAD)])
 def test_calls_are_read_back(name: str, kind: str) -> None:
     tokenizer = tokenizer_of(name)
     row = chat(user("Rome?"), {"role": "assistant", "tool_calls": CALLS[kind]}, tools=TOOLS)

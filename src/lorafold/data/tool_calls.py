@@ -15,7 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.chat_template import USER, Template, prefix_of, template_of, tool_call, try_apply
+from lorafold.data.chat_template import (
+    PARTIAL_TAG,
+    USER,
+    Template,
+    prefix_of,
+    template_of,
+    tool_call,
+    try_apply,
+)
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.errors import LorafoldError, join_problems
 
@@ -114,8 +122,9 @@ def _render_calls(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedToke
     calls = list(map(tool_call, PROBE_NAMES, arguments))
     prompt = try_apply([USER], tokenizer, for_generation=True)
     text = try_apply([USER, {"role": "assistant", "tool_calls": calls}], tokenizer)
-    turn = text[len(prefix_of(prompt, text)) :]
-    return turn[template_of(tokenizer).block.end(turn, prompt) :]
+    turn = text[len(PARTIAL_TAG.sub("", prefix_of(prompt, text))) :]
+    head, name, rest = turn.partition(PROBE_NAMES[0])
+    return head.rpartition(template_of(tokenizer).block.closing)[2] + name + rest
 
 
 def _split_arguments(text: str, arguments: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
