@@ -24,7 +24,7 @@ from lorafold.api.options import (
 )
 from lorafold.cli import COMMANDS, app, commands, function_of, load_command
 from lorafold.cli.command_handlers import RUNNERS
-from lorafold.cli.command_line import OTHER_NAMES
+from lorafold.cli.command_line import OLD_NAMES
 from lorafold.cli.recipe_options import fields_in
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import resize
@@ -148,7 +148,7 @@ def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> 
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_no_option_has_an_old_name(verb: str) -> None:
-    assert not OTHER_NAMES.keys() & {name for names in options(verb).values() for name in names}
+    assert not OLD_NAMES.keys() & {name for names in options(verb).values() for name in names}
 
 
 def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_old_names_work_and_say_what_they_are_called_now(tiny_model_dir, tmp_pat
     assert told.stdout == now.stdout
     assert told.stderr.splitlines()[:2] == [
         "--seq is now called --max-length; lorafold 0.3 will no longer accept --seq",
-        "--base is now called --storage; lorafold 0.3 will no longer accept --base",
+        "--base is now called --quantization; lorafold 0.3 will no longer accept --base",
     ]
     with pytest.warns(DeprecationWarning, match=r"max_length; lorafold 0\.3"):
         old = lf.estimate(tiny_model_dir("llama"), "lora", length=16)

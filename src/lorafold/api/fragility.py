@@ -121,9 +121,9 @@ def fragility(
 
     Examples:
         lorafold lab fragility policy --refuse refuse.jsonl \\
-            --controls controls.jsonl --data benign.jsonl --out fragile --html fragile.html
+            --controls controls.jsonl --data benign.jsonl --out fragile
         lorafold lab fragility policy --refuse refuse.jsonl \\
-            --controls controls.jsonl --data benign.jsonl --out few --examples 10 --rank 8
+            --controls controls.jsonl --data benign.jsonl --out few --rank 8
         lorafold lab fragility policy --refuse refuse.jsonl \\
             --controls controls.jsonl --tuned tuned --fail-under 0.8
 

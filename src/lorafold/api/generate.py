@@ -68,7 +68,7 @@ def generate(
     Examples:
         lorafold lab generate demo/adapter --prompt "a table for two at Noma"
         lorafold lab generate --prompt "What is an adapter?" --max-new-tokens 40
-        lorafold lab generate demo/adapter --prompt "a table for two" --temperature 0.7
+        lorafold lab generate demo/adapter --prompt "a table" --temperature 0.7
     """
     from lorafold.api.arguments import missing_argument
     from lorafold.engine import Sampling

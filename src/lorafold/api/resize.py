@@ -41,7 +41,7 @@ def resize(
     Examples:
         lorafold lab resize demo/adapter --rank 4 --out rank-4
         lorafold lab resize demo/adapter --energy 0.95 --out most
-        lorafold lab resize demo/adapter --rank 4 --out measured --data demo/test.jsonl
+        lorafold lab resize demo/adapter --rank 4 --out new --data demo/test.jsonl
     """
     from dataclasses import replace
 
