@@ -52,7 +52,8 @@ def as_rows(
         rows = check_rows(rename_columns(numbered, reading.columns), label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
-    messages = [*_dropped_columns(reading.columns), *rows.remarks]
+    dropped = _dropped_columns(reading.columns) if reading.columns else []
+    messages = [*dropped, *rows.remarks]
     ignored: Sequence[str] = rows.ignored
     if entry is not None:
         messages += entry.notices(rows.formats)

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
@@ -85,10 +85,6 @@ def _turns(turns: list[Row]) -> list[Row]:
     return pairs or turns
 
 
-def _tools(tools: list[Row]) -> list[Row]:
-    return [tool for one in tools for tool in one.get("functionDeclarations", [one])]
-
-
 def _branch(nodes: Mapping[str, Row], end: Any, parent: str) -> list[Row]:
     """Returns the nodes from the root to `end`."""
     found: list[Row] = []
@@ -137,11 +133,12 @@ LAYOUTS = (  # the fields that the keys of a row become
     {"items": "conversations"},
     {"system_prompt": "system", "question": "prompt", "response": "completion"},
 )
+LAYOUT_KEYS = {"mapping", "chat_messages", *(next(iter(layout)) for layout in LAYOUTS)}
 READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("messages", "prompt", "completion"), _messages),
     "conversations": _turns,
     "system": _text,
-    "tools": _tools,
+    "tools": lambda tools: [t for one in tools for t in one.get("functionDeclarations", [one])],
 }
 
 
@@ -200,9 +197,15 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
         turns.clear()
 
     for number, row in numbered:
-        if (chats := _chats(row)) is None:
+        chats: Any = []  # of Telegram or `read_whatsapp`
+        if isinstance(row, dict) and isinstance(row.get("chats"), dict):
+            chats = row["chats"].get("list")
+        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+            first = (row["messages"] or [None])[0]
+            chats = [row] if isinstance(first, dict) and {"type", "date"} <= {*first} else []
+        if not chats:
             yield number, row
-        for chat in chats or ():
+        for chat in chats:
             last, size = datetime.min, 0
             for index, message in enumerate(chat["messages"], 1):
                 text = _text(message.get("text") or "")
@@ -228,17 +231,6 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
         note("--me is not used, because this is not a chat")
 
 
-def _chats(row: Any) -> Sequence[Row] | None:
-    """Returns the chats of Telegram's export, or of `read_whatsapp`."""
-    if not isinstance(row, dict):
-        return None
-    chats = row["chats"].get("list") if isinstance(row.get("chats"), dict) else [row]
-    messages = chats[0].get("messages") if chats else None
-    first = messages[0] if isinstance(messages, list) and messages else None
-    is_telegram = isinstance(first, dict) and {"type", "date"} <= first.keys()
-    return chats if is_telegram or isinstance(messages, Iterator) else None
-
-
 LINE = re.compile(  # the beginning of a message in WhatsApp's export
     r"\u200e?\[?(\d{1,4})([./-]) ?(\d{1,2})[./-] ?(\d{1,4}),? (\d{1,2})[:.](\d\d)(?:[:.]\d\d)?"
     r"(?:\s*([ap])\.?\s?m\.?)?(?:\]| -) (?:([^:]+): )?(.*)",
@@ -254,7 +246,7 @@ WITHOUT_TEXT = re.compile(  # media, deleted messages, and the mark of an edited
 
 def read_whatsapp(file: io.BufferedReader, warn: Any) -> Numbered:
     with io.TextIOWrapper(file, "utf-8-sig") as lines:
-        yield 1, {"messages": _whatsapp(lines)}
+        yield 1, {"chats": {"list": [{"messages": _whatsapp(lines)}]}}
 
 
 def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from lorafold.data.exports import Numbered, read_whatsapp
+from lorafold.data.exports import Numbered, cut_chats, read_whatsapp
 from lorafold.data.json_input import Unreadable, check_row, decode, load_json, parse_row, suspicious
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.paths import nearest_name
@@ -35,6 +35,10 @@ TABLE_ROWS = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 READ_BYTES = 1 << 16
 WINDOWS = "cp1252"
+READ_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    zipfile.BadZipFile,
+)
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CSV_HINT = "save as .xlsx or as CSV in UTF-8"
 ENCODINGS = (  # suggested if they are plausible
@@ -68,16 +72,6 @@ EXPORT = re.compile(r"(^|/)(conversations(-\d+)?|result)\.json$")  # the chats o
 HEADER_ROWS = 5  # the header of a table is one of its first rows
 SEPARATOR = re.compile(r"[\s,]*")
 ONE_COLUMN = {"text", "prompt", "messages", "conversations"}  # headers of tables with one column
-
-
-def as_utf8(
-    file: io.BufferedReader, encoding: str, windows: bool, warn: Warn
-) -> io.BufferedReader:
-    """Converts `encoding`, or UTF-16, to UTF-8 and, with `windows`, also Windows-1252."""
-    encoding = encoding or "utf-16" * (file.peek(2)[:2] in UTF16_BOMS)
-    if not windows and not encoding:
-        return file
-    return io.BufferedReader(_Utf8(_transcode(file, encoding, warn)), READ_BYTES)
 
 
 class _Utf8(io.RawIOBase):
@@ -159,17 +153,17 @@ def file_format(path: Path) -> FileFormat | None:
     return FileFormat(READERS[last], None) if last in READERS else None
 
 
-def read_numbered(
-    path: Path, warn: Warn, encoding: str = "", convert: Callable[[Numbered], Numbered] = iter
-) -> Numbered:
+def read_numbered(path: Path, warn: Warn, encoding: str = "", me: str = "") -> Numbered:
     try:
         with path.open("rb") as file:
-            yield from convert(_read_file(file, path, warn, encoding))
+            rows = _read_file(file, path, warn, encoding)
+            may_be_chat = me or path.suffix.lower() in (".json", ".txt", ".zip")
+            yield from cut_chats(rows, me, warn) if may_be_chat else rows
     except FileNotFoundError as error:
         several = "; to pass several files, repeat --data or pass a pattern" * ("," in path.name)
         hint = nearest_name(path) or several
         raise LorafoldError(f"{path}: there is no such file{hint}") from error
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         message = reason if known else f"can't be read: {reason}"
@@ -187,10 +181,12 @@ def _read_file(file: io.BufferedReader, path: Path, warn: Warn, encoding: str) -
         for sign, what in PREFIXES.items() if is_text or begins.startswith(b"version") else ():
             if start.startswith(sign.lower()):
                 raise Unreadable(f"found {what}")
-        windows = read in (TEXT_READERS[".csv"], TEXT_READERS[".tsv"])
         if encoding and not is_text:
             warn(f"--encoding is not used, because {path.name} is not a text file")
-        yield from read(as_utf8(plain, encoding, windows, warn) if is_text else plain, warn)
+        encoding = encoding or "utf-16" * (begins[:2] in UTF16_BOMS)
+        if is_text and (encoding or read in (TEXT_READERS[".csv"], TEXT_READERS[".tsv"])):
+            plain = io.BufferedReader(_Utf8(_transcode(plain, encoding, warn)), READ_BYTES)
+        yield from read(plain, warn)
 
 
 def _read_zip(file: io.BufferedReader, warn: Warn, encoding: str = "") -> Numbered:

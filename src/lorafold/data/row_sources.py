@@ -13,13 +13,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lorafold.data.exports import Numbered, cut_chats
+from lorafold.data.exports import Numbered
 from lorafold.data.json_input import json_type
 from lorafold.data.readers import CSV_HINT, EXPORT, SUPPORTED, Warn, file_format, read_numbered
 from lorafold.errors import LorafoldError, listed, truncate_middle
@@ -45,11 +45,6 @@ class Reading(NamedTuple):
     columns: Mapping[str, str] = MappingProxyType({})
     me: str = ""
     encoding: str = ""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        settings = self._replace(columns=dict(self.columns))._asdict()
-        return {name: value for name, value in settings.items() if value}
 
 
 AS_IS = Reading()
@@ -134,7 +129,7 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows, how often an epoch uses each row on average (`weight`), and how to read it.
+    """A source of rows, how to read it, and how often an epoch uses each row on average (`weight`).
     """
 
     name: str
@@ -183,7 +178,7 @@ class DataSource:
         if self.is_multiple:
             return " ".join(file.identity for file in self.files)
         kind = "".join(self._path.suffixes[-2:]).lower()
-        read_as = f" {self.reading.record}" if self.reading.record else ""
+        read_as = f" {self.reading}" if any(self.reading) else ""
         if not self._is_file:
             return f"{self._dataset._fingerprint}{read_as}"
         return f"{kind} {file_digest(self._path)[1]}{read_as}"
@@ -192,16 +187,14 @@ class DataSource:
         """Yields unchecked rows with their numbers. `streaming` avoids a copy of a dataset. `warn`
         receives messages about guesses and about what is left out.
         """
-
-        def note(text: str) -> None:
-            warn(f"{self.name}: {text}")
-
         columns, me, encoding = self.reading
         if self._is_file:
-            chats = partial(cut_chats, me=me, note=note)
-            return rename_columns(read_numbered(self._path, note, encoding, chats), columns)
-        rows = _dataset(self.name, self._path, True) if streaming else self._dataset
-        return rename_columns(enumerate(rows, 1), columns)
+            name = self.name
+            rows = read_numbered(self._path, lambda text: warn(f"{name}: {text}"), encoding, me)
+        else:
+            data = _dataset(self.name, self._path, True) if streaming else self._dataset
+            rows = enumerate(data, 1)
+        return rename_columns(rows, columns) if columns else rows
 
     @property
     def _path(self) -> Path:

@@ -115,7 +115,7 @@ class ArrowRows(Items[Row]):
 class Rows(Items[Row]):
     """Checked rows. `ignored` are keys that their formats don't use, `known` is the digest and size
     of large data, `content` is the kind of data by which formats were chosen, `files` is the number
-    of rows per file for sources with several files, and `read_as` is `Reading.record`.
+    of rows per file for sources with several files, and `read_as` is how they were read.
     """
 
     rows: Sequence[Row]
@@ -164,7 +164,8 @@ class Rows(Items[Row]):
     @property
     def record(self) -> dict[str, Any]:
         record = {"rows": len(self.rows), "sha256": self.digest_and_size[0]}
-        return record | ({"files": dict(self.files)} if self.files else {}) | dict(self.read_as)
+        more = {"files": dict(self.files), **self.read_as}
+        return record | {name: value for name, value in more.items() if value}
 
     @cached_property
     def digest_and_size(self) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafold.data.exports import convert_layout
+from lorafold.data.exports import LAYOUT_KEYS, convert_layout
 from lorafold.data.formats import (
     PAIRS,
     PROMPTS,
@@ -168,11 +168,10 @@ def check_each(
         place = f"{source}: row {number}"
         if remarks and remarks.is_skipped(given, place):
             continue
-        row = normalize_row(given)
-        if isinstance(row, dict):
-            row = normalize_row(convert_layout(row, counts))
-            if not row and remarks and remarks.is_skipped(row, place):
-                continue
+        known = isinstance(given, dict) and not LAYOUT_KEYS.isdisjoint(given)
+        row = normalize_row(convert_layout(given, counts) if known else given)
+        if not row and remarks and remarks.is_skipped(row, place):
+            continue
         if isinstance(row, str):
             problems = [row]
         elif (row_format := format_of(row, formats)) is None:
@@ -317,7 +316,7 @@ def read_rows(
     names = [file.name for source in parsed for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in read.runs))
     ignored, lines = tuple(read.ignored), tuple(read.remarks)
-    return Rows(rows, parts, ignored, known, content, lines, files, origins, reading.record)
+    return Rows(rows, parts, ignored, known, content, lines, files, origins, reading._asdict())
 
 
 def to_rows(rows: Sequence[Row], content: str = "") -> Rows:
