@@ -308,11 +308,13 @@ def test_a_command_line_of_a_shell_script(tmp_path, env, command, tool, fields, 
         ("swift rlhf --rlhf_type gkd --model m", "rlhf_type: found 'gkd', expected sft or dpo"),
         ("swift sft --tuner_type reft --model m", "tuner_type: found 'reft', expected lora or"),
         ("python train.py --x 1 --y 2 --z 3", "the keys do not identify the tool"),
+        ("trl sft --config a b", "reads ['a', 'b'], which was not found"),
+        ('{"cells": [1]}', "found no cells, expected a notebook"),
     ],
 )
 def test_a_shell_script_without_a_training_that_is_read_is_refused(tmp_path, text, part):
     with pytest.raises(LorafoldError) as caught:
-        translated(tmp_path, text, name="a.sh")
+        translated(tmp_path, text, name="a.ipynb" if text.startswith("{") else "a.sh")
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -170,8 +170,7 @@ def _rule_tables() -> Iterator[Mapping[str, Any]]:
     from lorafold.config_import import axolotl, llamafactory, mlx, swift, trl, unsloth
 
     # the arguments of PEFT's LoRA too, without the script's function name
-    prefixes = (unsloth.LOAD, unsloth.ADAPT)
-    own = [rule for rule in unsloth.MAIN_RULES if rule.key.startswith(prefixes)]
+    own = [r for r in unsloth.MAIN_RULES if r.key.startswith((unsloth.LOAD, unsloth.ADAPT))]
     tables = (llamafactory.RULES, axolotl.RULES, mlx.RULES, swift.RULES[swift.SFT])
     yield {rule.key: rule for rule in trl.RULES["trl-sft"]}
     yield {rule.key.partition(".")[2]: rule for rule in own}

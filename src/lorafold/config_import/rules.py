@@ -116,10 +116,10 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
 
 def static_rows(section: str) -> Table:
     """The rows of a section of `keys.yaml`."""
-    kinds = {kind: rows for kind, rows in KEYS[section].items() if kind != "values"}
     rows = [
         (keys, ROWS[kind](REASONS.get(remark, remark)))
-        for kind, remarks in kinds.items()
+        for kind, remarks in KEYS[section].items()
+        if kind != "values"
         for remark, keys in remarks.items()
     ]
     for keys, outcomes in KEYS[section].get("values", {}).items():

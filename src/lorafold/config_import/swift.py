@@ -20,11 +20,9 @@ from lorafold.models.quantizations import bnb_storage
 
 MARKERS = "tuner_type train_type rlhf_type quant_bits split_dataset_ratio lora_rank attn_impl"
 SFT = "sft"  # for a file without rlhf_type
-KINDS = {
-    **{name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")},
-    "simpo": "trl-cpo",
-    "rm": "trl-reward",
-}
+KINDS = {name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")} | {
+    "simpo": "trl-cpo", "rm": "trl-reward"
+}  # fmt: skip
 AUTO = "auto"  # for a file without a value
 DEFAULTS = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "seed": 42}
 OF_LOSS: Mapping[str, Mapping[str, Any]] = {
@@ -127,7 +125,7 @@ LORA_KEYS: Table = {
     **rules.static_rows("swift_lora"),
 }
 # With completions that the model samples, TRL's rows for these keys apply
-ROW_KEYS: Table = {
+ROW_KEYS: dict[str, Any] = {
     "max_length": (
         lambda value, settings: (
             rules.changed("ms-swift's limit is the model's context, lorafold's is max_length")
@@ -144,7 +142,7 @@ ROW_KEYS: Table = {
         lambda value, settings: mapped(accumulate=accumulation(settings)), AUTO,
     ),
 }
-SFT_KEYS: Table = {
+SFT_KEYS: dict[str, Any] = {
     "loss_scale": (_loss_scale, "default"),
     **rules.static_rows("swift_sft"),
 }
@@ -152,8 +150,7 @@ SFT_KEYS: Table = {
 
 def _rules(name: str) -> tuple[rules.Rule, ...]:
     kind = KINDS.get(name, "trl-sft")
-    rows = {**MAIN_KEYS, **({} if name == "grpo" else ROW_KEYS)}
-    rows |= SFT_KEYS if name == SFT else {}
+    rows = {**MAIN_KEYS, **({SFT: ROW_KEYS | SFT_KEYS, "grpo": {}}.get(name, ROW_KEYS))}
     rows |= {"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {}
     lora = {**LORA_KEYS, "lora_dropout": (trl.DROPOUTS[kind], 0.05)}
     own = (*rules.table(rows), *rules.table(lora, is_lora))

@@ -21,17 +21,13 @@ MARKERS = "checkpointer metric_logger max_steps_per_epoch enable_activation_chec
 NONE = "none"  # for a file without an entry
 DATASET = "dataset."
 OBJECTIVES = {
-    "LinearCrossEntropyLoss": "sft",
-    "CEWithChunkedOutputLoss": "sft",
-    "DPOLoss": "dpo",
+    "LinearCrossEntropyLoss": "sft", "CEWithChunkedOutputLoss": "sft", "DPOLoss": "dpo",
     "RSOLoss": "hinge",
-}
+}  # fmt: skip
 OPTIMIZERS = {
-    "AdamW": "adamw_torch",
-    "AdamW8bit": "adamw_8bit",
-    "PagedAdamW": "paged_adamw",
+    "AdamW": "adamw_torch", "AdamW8bit": "adamw_8bit", "PagedAdamW": "paged_adamw",
     "PagedAdamW8bit": "paged_adamw_8bit",
-}
+}  # fmt: skip
 SOURCES = {  # of datasets that builders name
     "alpaca": "tatsu-lab/alpaca",
     "alpaca_cleaned": "yahma/alpaca-cleaned",

@@ -294,8 +294,11 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
     if path.suffix in (".sh", ".bash"):
         return _read_shell(path, text)
     if path.suffix == ".ipynb":
-        cells = [c for c in read_object(path).get("cells", ()) if c.get("cell_type") == "code"]
-        code = "\n".join("".join(cell["source"]) for cell in cells)
+        try:
+            cells = [c for c in read_object(path)["cells"] if c["cell_type"] == "code"]
+            code = "\n".join("".join(cell["source"]) for cell in cells)
+        except (KeyError, TypeError):
+            raise LorafoldError(f"{path}: found no cells, expected a notebook") from None
         return unsloth.arguments_of(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", code), str(path)), ""
     if path.suffix == ".py" or kind == "unsloth":
         return unsloth.arguments_of(text, str(path)), ""
@@ -303,7 +306,10 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
 
 
 def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
-    trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
+    try:
+        trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
+    except ValueError as error:
+        raise LorafoldError(f"{path}: not a shell script: {error}") from None
     if not trainings:
         raise LorafoldError(
             f"{path}: found no command that trains, expected for example trl sft, swift sft, tune"
@@ -318,11 +324,12 @@ def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
     given = SUBCOMMANDS.get(words[end - 1], {}) | given
     config: dict[str, Any] = {}
     if name := given.pop("config", next(filter(CONFIG_FILE.search, files), None)):
-        file = next((one for one in (path.parent / name, Path(name)) if one.is_file()), None)
-        if file is None:
-            hint = "; copy it with tune cp" * (kind == "torchtune")
-            raise LorafoldError(f"{path}: reads {name}, which was not found{hint}")
-        config = {**_read(file, None)[0]}
+        files = [str(path.parent / str(name)), str(name)]
+        file = Path(next(filter(os.path.isfile, files), ""))
+        if not file.name:
+            copy = "; copy it with tune cp" * (kind == "torchtune")
+            raise LorafoldError(f"{path}: reads {name}, which was not found{copy}")
+        config = dict(_read_yaml(file, read_text(file, "a training configuration")))
     config |= {key: _typed(value, str(path)) for key, value in given.items()}
     others = "; ".join(" ".join(rest[first : last + 2]) for rest, (_, first, last) in more)
     about = {"launcher": " ".join(words[:start]), "another_training": others}
