@@ -235,7 +235,7 @@ def test_what_a_step_shows(told, tmp_path: Path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("def half(completion):\n    return 0.5\n")
     names = [f"{file}:half", "0.5*regex:.*a.*"]
-    text = told(rewards=names)
+    text = told(rewards=names, verbose=True)
     for name in ("reward ", f"reward {file}:half 0.5", "cut off", "entropy", "mismatch"):
         assert name in text
     assert "dropout=0.0" in text

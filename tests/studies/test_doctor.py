@@ -48,7 +48,7 @@ CPU = replace(FINE, device="cpu", fp32=400.0, bf16=800.0)
         (replace(CPU, widened=True), "At 400 GFLOP/s"),
         (replace(CPU, bf16=100.0, widened=True), "than fp32 matmuls (100 and 400 GFLOP/s)"),
         (replace(CPU, native_bf16=False, native_why="it has none"),
-         "because it has none; --storage auto"),
+         "because it has none; --quantization auto"),
         (replace(CPU, native_bf16=False), "At 400 GFLOP/s"),
         (replace(CPU, cores=1, threads=1), "Only one core is usable"),
         (replace(CPU, cores=2, threads=2), "Only 2 cores are usable"),
@@ -76,7 +76,7 @@ def test_the_process_and_the_kernel_have_sentences_too() -> None:
 
 def test_what_lorafold_uses_is_told() -> None:
     told = {f.name: f for f in findings(replace(CPU, native_bf16=False, widened=True))}
-    assert "--storage auto keeps weights in fp32" in told["lorafold uses"].text
+    assert "--quantization auto keeps weights in fp32" in told["lorafold uses"].text
     assert "multiplied in fp32" in told["lorafold uses"].text
     assert told["lorafold uses"].value["widened"] is True
     assert told["processor"].text == "a processor, 8 usable cores"

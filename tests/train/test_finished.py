@@ -39,8 +39,8 @@ def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
     before = files_of(run)
     done = lorafold(*run)
     assert done.returncode == 0
-    assert done.stderr.startswith("nothing to resume: ")
-    assert done.stderr.count("\n") == 1
+    assert "\nnothing to resume: " in done.stderr
+    assert done.stderr.count("\n") == 2
     record, found = json.loads(before["lorafold.json"]), json.loads(done.stdout)
     assert found["losses"] == record["losses"]
     assert found["steps"] == 2

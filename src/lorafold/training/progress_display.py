@@ -85,7 +85,7 @@ class Display:
             if len(figures) > MAX_INLINE_METRICS:  # in columns
                 line = f"{line:<{2 * len(str(self.steps)) + 52}}"
                 clauses = [f"  {name} {value:<9.4g}" for name, value in figures.items()]
-            self.note((line + "".join(clauses)).rstrip())
+            print_lines(self.console, (line + "".join(clauses)).rstrip())
 
     def update_cell(self, step: int, figures: str) -> None:
         time = monotonic()
