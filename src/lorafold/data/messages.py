@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorafold.data.json_input import Row, json_type, parse_json
+from lorafold.data.json_input import json_type, parse_json
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-# the messages of a prompt, and the messages of each completion by field name
-Completions = tuple[list[Message], dict[str, list[Message]]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: don't train on the turn
 OPENAI_KEYS = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
@@ -139,6 +137,10 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
         yield type_problem(f"{field}.arguments", arguments, "an object or its JSON text")
 
 
+def parsed(value: Any) -> Any:
+    return parse_json(value) if isinstance(value, str) else value
+
+
 def tool_problems(value: Any) -> Iterator[str]:
     """Yields problems unless the value is a list of tools, its JSON text, or empty text."""
     if isinstance(value, str):
@@ -234,13 +236,12 @@ def _json_problem(text: str, kind: type) -> str:
     return "" if isinstance(value, kind) else f"JSON of {json_type(value)}"
 
 
-def turns_problems(row: Row) -> Iterator[str]:
-    turns = row["conversations"]
-    if wrong := list_problem("conversations", turns, "turns"):
+def turns_problems(name: str, turns: Any) -> Iterator[str]:
+    if wrong := list_problem(name, turns, "turns"):
         yield wrong
         return
     for index, turn in enumerate(turns):
-        yield from turn_problems(f"conversations[{index}]", turn)
+        yield from turn_problems(f"{name}[{index}]", turn)
 
 
 def turn_problems(name: str, turn: Any) -> Iterator[str]:
@@ -272,52 +273,3 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
             message = {"role": "assistant", "tool_calls": calls}
         messages.append(message | {key: turn[key] for key in LOSS_KEYS if key in turn})
     return normalize(messages)
-
-
-def instruction_problems(output: str, input: str, row: Row) -> Iterator[str]:
-    for key in ("instruction", output, *([input] if row.get(input) is not None else [])):
-        yield from text_problems(key, row[key])
-
-
-def read_instruction(output: str, input: str, row: Row) -> Completions:
-    request = "\n".join(filter(None, (row["instruction"], row.get(input))))
-    return messages_from("user", request), {output: messages_from("assistant", row[output])}
-
-
-def query_problems(row: Row) -> Iterator[str]:
-    yield from text_problems("query", row["query"])
-    try:
-        yield from call_problems("answers", _answers(row))
-    except ValueError as error:
-        yield f"field answers: found invalid JSON ({error}), expected a list of calls"
-
-
-def read_query(row: Row) -> Completions:
-    answer = {"role": "assistant", "tool_calls": list(map(openai_call, _answers(row)))}
-    return messages_from("user", row["query"]), {"answers": [answer]}
-
-
-def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Yields problems of the field `system`. Unless the row is `wrong`, also compares the field
-    with the conversation's system message.
-    """
-    yield from text_problems("system", row["system"])
-    if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
-        yield "field system: found another system message in the conversation, expected only one"
-
-
-def system_of(row: Row) -> list[Message]:
-    return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
-
-
-def _own_system(row: Row) -> str | None:
-    for key in ("messages", "conversations", "prompt", "chosen"):
-        first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
-        if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
-            return str(first.get("content", first.get("value")))
-    return None
-
-
-def _answers(row: Row) -> list[dict[str, object]]:
-    answers = row["answers"]
-    return parse_json(answers) if isinstance(answers, str) else answers
