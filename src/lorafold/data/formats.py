@@ -9,7 +9,7 @@ in a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,7 +18,9 @@ from lorafold.data.json_input import Row, json_type
 from lorafold.data.messages import (
     CALL_ROLES,
     REASONING,
+    Check,
     Message,
+    Problems,
     Tool,
     call_problems,
     message_problems,
@@ -41,15 +43,14 @@ from lorafold.data.messages import (
 Completions = tuple[list[Message], dict[str, list[Message]]]
 TURN_START = re.compile(r"\n\n(Human|Assistant): ?")
 TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
-Check = Callable[[str, Any], Iterator[str]]  # yields the problems of a field: its name and value
 SPLIT_REMARK = "rows have texts that are split into Human and Assistant turns"
 
 
-def content_problems(name: str, value: Any) -> Iterator[str]:
+def content_problems(name: str, value: Any) -> Problems:
     return (message_problems if isinstance(value, list) else text_problems)(name, value)
 
 
-def preference_problems(row: Row) -> Iterator[str]:
+def preference_problems(row: Row) -> Problems:
     fields = ("prompt", "chosen", "rejected")
     problems = [problem for name in fields for problem in content_problems(name, row[name])]
     yield from problems
@@ -61,7 +62,7 @@ def preference_problems(row: Row) -> Iterator[str]:
         )
 
 
-def implicit_problems(row: Row) -> Iterator[str]:
+def implicit_problems(row: Row) -> Problems:
     problems: list[str] = []
     for name in ("chosen", "rejected"):
         answer = row[name]
@@ -140,7 +141,7 @@ def _prompt_messages(prompt: str) -> list[Message]:
     return turns[:-1] if opened and len(turns) > 1 else messages_from("user", prompt)
 
 
-def system_problems(row: Row, wrong: bool) -> Iterator[str]:
+def system_problems(row: Row, wrong: bool) -> Problems:
     """Yields problems of the field `system`. Unless the row is `wrong`, also compares the field
     with the conversation's system message.
     """
@@ -219,7 +220,7 @@ class RowFormat:
     read: Callable[[Row], Completions] | None
     provides: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
-    find_problems: Callable[[Row], Iterator[str]] | None = None
+    find_problems: Callable[[Row], Problems] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -232,7 +233,7 @@ class RowFormat:
     def known(self) -> frozenset[str]:
         return frozenset((*self.keys, *self.optional))
 
-    def problems(self, row: Row) -> Iterator[str]:
+    def problems(self, row: Row) -> Problems:
         checked = (p for key, check in self.fields.items() for p in check(key, row[key]))
         problems = list(self.find_problems(row) if self.find_problems else checked)
         yield from problems
@@ -304,7 +305,7 @@ def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat
     return None
 
 
-def _pair_problems(row: Row) -> Iterator[str]:
+def _pair_problems(row: Row) -> Problems:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
         yield (
@@ -317,7 +318,7 @@ def _pair_problems(row: Row) -> Iterator[str]:
     yield from check("completion", row["completion"])
 
 
-def _label_problems(name: str, value: Any) -> Iterator[str]:
+def _label_problems(name: str, value: Any) -> Problems:
     if not isinstance(value, str | int) or isinstance(value, bool):
         yield type_problem(name, value, "text or an integer")
 
@@ -333,7 +334,7 @@ def _read_query(row: Row) -> Completions:
 
 
 def _instruction(output: str, input: str) -> RowFormat:
-    def find_problems(row: Row) -> Iterator[str]:
+    def find_problems(row: Row) -> Problems:
         for key in ("instruction", output, *[input] * (row.get(input) is not None)):
             yield from text_problems(key, row[key])
 
@@ -345,7 +346,7 @@ def _instruction(output: str, input: str) -> RowFormat:
     return RowFormat(fields, read, CHAT_KINDS, (input, "system", "tools"), find_problems)
 
 
-def _answers_problems(name: str, value: Any) -> Iterator[str]:
+def _answers_problems(name: str, value: Any) -> Problems:
     try:
         yield from call_problems(name, parsed(value))
     except ValueError as error:
