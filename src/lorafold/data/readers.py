@@ -373,9 +373,8 @@ def _read_arrow(file: io.BufferedReader, warn: Warn) -> Numbered:
         batches = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
-        yield from _read_batches(pa.ipc.open_stream(file))
-        return
-    yield from _read_batches(batches.get_batch(n) for n in range(batches.num_record_batches))
+        return _read_batches(pa.ipc.open_stream(file))
+    return _read_batches(batches.get_batch(n) for n in range(batches.num_record_batches))
 
 
 def _read_batches(batches: Iterable[pa.RecordBatch]) -> Numbered:
