@@ -34,14 +34,12 @@ if TYPE_CHECKING:
 EXCEPTIONS = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
 ALL_TOKENS = None  # instead of a set of tokens
 MARK_START, MARK_END = mark_control_tokens("x", re.compile("x")).split("x")
-PROMPT_REMARK = (
-    "the prompt contains control tokens, which are tokenized as plain text; to keep them as control"
-    " tokens, pass --allow-control-tokens"
+AS_TEXT = (
+    "control tokens, which are tokenized as plain text; to keep them as control tokens, pass"
+    " --allow-control-tokens"
 )
-ROWS_REMARK = (
-    "rows contain control tokens, which are tokenized as plain text; to keep them as control"
-    " tokens, pass --allow-control-tokens"
-)
+PROMPT_REMARK = f"the prompt contains {AS_TEXT}"
+ROWS_REMARK = f"rows contain {AS_TEXT}"
 
 
 def allow_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str] | None = None) -> None:

@@ -274,22 +274,17 @@ class Examples(TableExamples[Example]):
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        counts, last, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
-        for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
-            border = (ends - ends[0]) // 2  # (n + 1,), the end of each example's spans
-            start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
-            length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
-            # the first token is never in the loss, because no token precedes it
-            counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
-            counts.append(np.diff(np.append(0, np.cumsum(counted))[border]))
-            there = np.append(values, np.int32(0))[ends[1:] - 1]
-            last.append(np.where(np.diff(ends) > 0, there, 0))
-            first += len(border) - 1
-        labelled = np.concatenate(counts)
+        start, end = self._spans.flat.reshape(-1, 2).T  # (s,) each
+        of = np.repeat(np.arange(len(lengths)), self._spans.lengths // 2)  # (s,), each span's index
+        # the first token is never in the loss, because no token precedes it
+        counted = np.maximum(0, np.minimum(end, lengths[of]) - np.maximum(start, 1))
+        labelled = np.bincount(of, counted, len(lengths)).astype(np.int64)
+        last = np.zeros(len(lengths), np.int32)
+        last[of] = end  # the end of the last span
         super().__init__(table, max_length, np.flatnonzero(labelled))
         self.labelled = labelled[self.indices]  # (n,), number of tokens in the loss
         self.compared_by = self._ids, self._spans
-        self.ends_lost = np.concatenate(last)[self.indices] > max_length
+        self.ends_lost = last[self.indices] > max_length
 
     def item(self, index: int) -> Example:
         entry = int(self.indices[index])

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
@@ -180,47 +180,25 @@ def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
 
 def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbered:
     """Replaces chats by conversations in which the person `me` is the assistant."""
-    names, left, turns = Counter[str](), Counter[str](), list[tuple[int, str, str]]()
-
-    def ended() -> Numbered:
-        mine = [name == me for _, name, _ in turns]
-        answered = turns[[*mine, False].index(False) : len(mine) - [*mine[::-1], True].index(True)]
-        left[NO_ANSWER] += len(turns) - len(answered)
-        group = len({name for _, name, _ in answered}) > 2
-        messages = [
-            {"role": "assistant" if name == me else "user", "content": text}
-            for _, name, one in answered
-            for text in [f"{name}: {one}" if group and name != me else one]
-        ]
-        if answered:
-            yield answered[0][0], {"messages": _messages(messages, "\n")}
-        turns.clear()
-
+    names, left = Counter[str](), Counter[str]()
     for number, row in numbered:
-        chats: Any = []  # of Telegram or `read_whatsapp`
-        if isinstance(row, dict) and isinstance(row.get("chats"), dict):
-            chats = row["chats"].get("list")
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            first = (row["messages"] or [None])[0]
-            chats = [row] if isinstance(first, dict) and {"type", "date"} <= {*first} else []
-        if not chats:
+        chats = _chats(row)
+        if chats is None:
             yield number, row
-        for chat in chats:
-            last, size = datetime.min, 0
-            for index, message in enumerate(chat["messages"], 1):
-                text = _text(message.get("text") or "")
-                if message.get("type") != "message" or not text.strip():
-                    left[NO_TEXT] += 1
-                    continue
-                name, time = str(message.get("from")), datetime.fromisoformat(message["date"])
-                turn = bool(turns) and (turns[-1][1] == me, name == me)  # who wrote before, and now
-                paused = abs(time - last) > PAUSE and turn != (False, True)
-                if paused or (size > MAX_CHARS and turn == (True, False)):
-                    yield from ended()
-                    size = 0
-                turns.append((message.get("line", index), name, text.strip()))
-                names[name], last, size = names[name] + 1, time, size + len(text)
-            yield from ended()
+        for turns in chain.from_iterable(_cut(c["messages"], me, names, left) for c in chats or ()):
+            mine = [name == me for _, name, _ in turns]
+            end = len(mine) - [*mine[::-1], True].index(True)
+            answered = turns[[*mine, False].index(False) : end]
+            left[NO_ANSWER] += len(turns) - len(answered)
+            group = len({name for _, name, _ in answered}) > 2
+            messages = [
+                {"role": "assistant", "content": text}
+                if name == me
+                else {"role": "user", "content": f"{name}: {text}" if group else text}
+                for _, name, text in answered
+            ]
+            if answered:
+                yield answered[0][0], {"messages": _messages(messages, "\n")}
     if names and me not in names:
         found = ", ".join(f"{name!r} ({count:,} messages)" for name, count in names.most_common(9))
         what = f"found no message of {me!r} in this chat" if me else "found a chat"
@@ -229,6 +207,38 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
         note("; ".join([CUT, *(f"{count:,} {what}" for what, count in left.items() if count)]))
     elif me:
         note("--me is not used, because this is not a chat")
+
+
+def _cut(
+    messages: Iterable[Row], me: str, names: Counter[str], left: Counter[str]
+) -> Iterator[list[tuple[int, str, str]]]:
+    """Yields the turns of each conversation: the number, the person and the text."""
+    turns, last, size = list[tuple[int, str, str]](), datetime.min, 0
+    for index, message in enumerate(messages, 1):
+        text = _text(message.get("text") or "")
+        if message.get("type") != "message" or not text.strip():
+            left[NO_TEXT] += 1
+            continue
+        name, time = str(message.get("from")), datetime.fromisoformat(message["date"])
+        turn = bool(turns) and (turns[-1][1] == me, name == me)  # who wrote before, and now
+        paused = abs(time - last) > PAUSE and turn != (False, True)
+        if paused or (size > MAX_CHARS and turn == (True, False)):
+            yield turns
+            turns, size = [], 0
+        turns.append((message.get("line", index), name, text.strip()))
+        names[name], last, size = names[name] + 1, time, size + len(text)
+    yield turns
+
+
+def _chats(row: Any) -> Sequence[Row] | None:
+    """Returns the chats of Telegram's export, or of `read_whatsapp`."""
+    if not isinstance(row, dict):
+        return None
+    chats = row["chats"].get("list") if isinstance(row.get("chats"), dict) else [row]
+    messages = chats[0].get("messages") if chats else None
+    first = messages[0] if isinstance(messages, list) and messages else None
+    is_telegram = isinstance(first, dict) and {"type", "date"} <= first.keys()
+    return chats if is_telegram or isinstance(messages, Iterator) else None
 
 
 LINE = re.compile(  # the beginning of a message in WhatsApp's export

@@ -9,29 +9,27 @@ in a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lorafold.data.json_input import Row, json_type
 from lorafold.data.messages import (
     CALL_ROLES,
     REASONING,
-    Completions,
+    Check,
     Message,
+    Problems,
     Tool,
-    instruction_problems,
+    call_problems,
     message_problems,
     messages_from,
     normalize,
+    openai_call,
     openai_tools,
-    query_problems,
-    read_instruction,
-    read_query,
+    parsed,
     role_of,
-    system_of,
-    system_problems,
     text_problems,
     tool_problems,
     trains,
@@ -41,16 +39,18 @@ from lorafold.data.messages import (
     type_problem,
 )
 
+# the messages of a prompt, and the messages of each completion by field name
+Completions = tuple[list[Message], dict[str, list[Message]]]
 TURN_START = re.compile(r"\n\n(Human|Assistant): ?")
 TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 SPLIT_REMARK = "rows have texts that are split into Human and Assistant turns"
 
 
-def content_problems(name: str, value: Any) -> Iterator[str]:
+def content_problems(name: str, value: Any) -> Problems:
     return (message_problems if isinstance(value, list) else text_problems)(name, value)
 
 
-def preference_problems(row: Row) -> Iterator[str]:
+def preference_problems(row: Row) -> Problems:
     fields = ("prompt", "chosen", "rejected")
     problems = [problem for name in fields for problem in content_problems(name, row[name])]
     yield from problems
@@ -62,7 +62,7 @@ def preference_problems(row: Row) -> Iterator[str]:
         )
 
 
-def implicit_problems(row: Row) -> Iterator[str]:
+def implicit_problems(row: Row) -> Problems:
     problems: list[str] = []
     for name in ("chosen", "rejected"):
         answer = row[name]
@@ -81,12 +81,6 @@ def implicit_problems(row: Row) -> Iterator[str]:
         yield "fields chosen and rejected: found different first messages, expected the same prompt"
     elif shared == min(len(chosen), len(rejected)):
         yield "fields chosen and rejected: one begins with the other; expected different answers"
-
-
-def turns_preference_problems(row: Row) -> Iterator[str]:
-    yield from turns_problems(row)
-    for name in ("chosen", "rejected"):
-        yield from turn_problems(name, row[name])
 
 
 def read_preference(row: Row) -> Completions:
@@ -147,6 +141,23 @@ def _prompt_messages(prompt: str) -> list[Message]:
     return turns[:-1] if opened and len(turns) > 1 else messages_from("user", prompt)
 
 
+def system_problems(row: Row, wrong: bool) -> Problems:
+    """Yields problems of the field `system`. Unless the row is `wrong`, also compares the field
+    with the conversation's system message.
+    """
+    yield from text_problems("system", row["system"])
+    if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
+        yield "field system: found another system message in the conversation, expected only one"
+
+
+def _own_system(row: Row) -> str | None:
+    for key in ("messages", "conversations", "prompt", "chosen"):
+        first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
+        if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
+            return str(first.get("content", first.get("value")))
+    return None
+
+
 # the kinds of data that a format may provide for a row
 CONVERSATIONS = "conversations"  # Conversation
 PAIRS = "pairs"  # a list with one PreferenceRow, which has a chosen and a rejected completion
@@ -198,18 +209,22 @@ class LabelledText:
     label: str | int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowFormat:
-    """A row format: its required keys, a function that yields a row's problems, a function that
-    returns the prompt and completions of a valid row (None for text), the kinds of data it
-    provides, and its optional keys.
+    """A row format: its required fields, a function that returns the prompt and completions of a
+    valid row (None for text), the kinds of data it provides, its optional keys, and a function that
+    yields a row's problems instead of the fields' checks.
     """
 
-    keys: tuple[str, ...]
-    find_problems: Callable[[Row], Iterator[str]]
+    fields: Mapping[str, Check]
     read: Callable[[Row], Completions] | None
     provides: tuple[str, ...]
     optional: tuple[str, ...] = ("system", "tools")
+    find_problems: Callable[[Row], Problems] | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.fields)
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
@@ -218,8 +233,9 @@ class RowFormat:
     def known(self) -> frozenset[str]:
         return frozenset((*self.keys, *self.optional))
 
-    def problems(self, row: Row) -> Iterator[str]:
-        problems = list(self.find_problems(row))
+    def problems(self, row: Row) -> Problems:
+        checked = (p for key, check in self.fields.items() for p in check(key, row[key]))
+        problems = list(self.find_problems(row) if self.find_problems else checked)
         yield from problems
         if "system" in self.optional and row.get("system") is not None:
             yield from system_problems(row, bool(problems))
@@ -233,7 +249,9 @@ class RowFormat:
                 return LabelledText(row["text"], row["label"])
             return Conversation([], text=row["text"])
         prompt, answers = self.read(row)
-        before = [*system_of(row), *prompt] if row.get("system") else prompt
+        before = prompt
+        if row.get("system") and _own_system(row) is None:
+            before = [{"role": "system", "content": row["system"]}, *prompt]
         tools = openai_tools(row["tools"]) if row.get("tools") else ()
         if content == PAIRS:
             return [PreferenceRow(before, answers, tools)]
@@ -287,7 +305,7 @@ def format_of(row: Row, formats: Sequence[RowFormat] | None = None) -> RowFormat
     return None
 
 
-def _pair_problems(row: Row) -> Iterator[str]:
+def _pair_problems(row: Row) -> Problems:
     kinds = [type(row[key]) for key in ("prompt", "completion")]
     if {*kinds} == {str, list}:
         yield (
@@ -300,56 +318,80 @@ def _pair_problems(row: Row) -> Iterator[str]:
     yield from check("completion", row["completion"])
 
 
-def _label_problems(row: Row) -> Iterator[str]:
-    yield from text_problems("text", row["text"])
-    if not isinstance(row["label"], str | int) or isinstance(row["label"], bool):
-        yield type_problem("label", row["label"], "text or an integer")
+def _label_problems(name: str, value: Any) -> Problems:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        yield type_problem(name, value, "text or an integer")
+
+
+def _read_pair(row: Row) -> Completions:
+    answer = {"completion": messages_from("assistant", row["completion"])}
+    return messages_from("user", row["prompt"]), answer
+
+
+def _read_query(row: Row) -> Completions:
+    answer = {"role": "assistant", "tool_calls": list(map(openai_call, parsed(row["answers"])))}
+    return messages_from("user", row["query"]), {"answers": [answer]}
 
 
 def _instruction(output: str, input: str) -> RowFormat:
-    wrong = partial(instruction_problems, output, input)
-    read, keys = partial(read_instruction, output, input), ("instruction", output)
-    return RowFormat(keys, wrong, read, CHAT_KINDS, (input, "system", "tools"))
+    def find_problems(row: Row) -> Problems:
+        for key in ("instruction", output, *[input] * (row.get(input) is not None)):
+            yield from text_problems(key, row[key])
+
+    def read(row: Row) -> Completions:
+        request = "\n".join(filter(None, (row["instruction"], row.get(input))))
+        return messages_from("user", request), {output: messages_from("assistant", row[output])}
+
+    fields = {"instruction": text_problems, output: text_problems}
+    return RowFormat(fields, read, CHAT_KINDS, (input, "system", "tools"), find_problems)
+
+
+def _answers_problems(name: str, value: Any) -> Problems:
+    try:
+        yield from call_problems(name, parsed(value))
+    except ValueError as error:
+        yield f"field {name}: found invalid JSON ({error}), expected a list of calls"
 
 
 CHAT_KINDS = (CONVERSATIONS, PROMPTS)
 PAIR_KINDS = (*CHAT_KINDS, PAIRS, JUDGED)
+TEXT = {"text": text_problems}
+CHOICE: dict[str, Check] = dict.fromkeys(PAIR_KEYS, content_problems)
+PROMPT: dict[str, Check] = {"prompt": content_problems}
 PROMPT_ONLY = RowFormat(  # only valid if no completion is needed
-    ("prompt",),
-    lambda row: content_problems("prompt", row["prompt"]),
-    lambda row: (messages_from("user", row["prompt"]), {}),
-    (PROMPTS,),
+    PROMPT, lambda row: (messages_from("user", row["prompt"]), {}), (PROMPTS,)
 )
 ROW_FORMATS = (
     RowFormat(
-        ("messages",),
-        lambda row: message_problems("messages", row["messages"]),
+        {"messages": message_problems},
         lambda row: ([], {"messages": normalize(row["messages"])}),
         CHAT_KINDS,
     ),
     RowFormat(
-        ("prompt", "completion"),
-        _pair_problems,
-        lambda row: (
-            messages_from("user", row["prompt"]),
-            {"completion": messages_from("assistant", row["completion"])},
-        ),
+        PROMPT | {"completion": content_problems},
+        _read_pair,
         (*CHAT_KINDS, JUDGED),
+        find_problems=_pair_problems,
     ),
-    RowFormat(("prompt", *PAIR_KEYS), preference_problems, read_preference, PAIR_KINDS),
-    RowFormat(("conversations", *PAIR_KEYS), turns_preference_problems, read_turns, PAIR_KINDS),
-    RowFormat(PAIR_KEYS, implicit_problems, read_implicit, PAIR_KINDS),
+    RowFormat(PROMPT | CHOICE, read_preference, PAIR_KINDS, find_problems=preference_problems),
     RowFormat(
-        ("conversations",),
-        turns_problems,
+        {"conversations": turns_problems, **dict.fromkeys(PAIR_KEYS, turn_problems)},
+        read_turns,
+        PAIR_KINDS,
+    ),
+    RowFormat(CHOICE, read_implicit, PAIR_KINDS, find_problems=implicit_problems),
+    RowFormat(
+        {"conversations": turns_problems},
         lambda row: ([], {"conversations": turns_to_messages(row["conversations"])}),
         CHAT_KINDS,
     ),
     _instruction("output", "input"),
     _instruction("response", "context"),
-    RowFormat(("query", "answers", "tools"), query_problems, read_query, CHAT_KINDS),
-    RowFormat(("text", "label"), _label_problems, None, (LABELS,), ()),
     RowFormat(
-        ("text",), lambda row: text_problems("text", row["text"]), None, (CONVERSATIONS,), ()
+        {"query": text_problems, "answers": _answers_problems, "tools": lambda *_: iter(())},
+        _read_query,
+        CHAT_KINDS,
     ),
+    RowFormat(TEXT | {"label": _label_problems}, None, (LABELS,), ()),
+    RowFormat(TEXT, None, (CONVERSATIONS,), ()),
 )

@@ -9,15 +9,15 @@ with nulls. `*_problems` functions yield one line per error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lorafold.data.json_input import Row, json_type, parse_json
+from lorafold.data.json_input import json_type, parse_json
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-# the messages of a prompt, and the messages of each completion by field name
-Completions = tuple[list[Message], dict[str, list[Message]]]
+Problems = Iterator[str]  # one line per error
+Check = Callable[[str, Any], Problems]  # of a field: its name and value
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: don't train on the turn
 OPENAI_KEYS = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
@@ -36,47 +36,49 @@ def type_problem(field: str, value: Any, expected: str) -> str:
     return f"field {field}: found {json_type(value)}, expected {expected}"
 
 
-def text_problems(name: str, value: Any) -> Iterator[str]:
+def text_problems(name: str, value: Any) -> Problems:
     if not isinstance(value, str):
         yield type_problem(name, value, "text")
 
 
-def list_problem(name: str, value: Any, of: str) -> str:
-    if value == []:
-        return f"field {name}: found an empty list, expected a list of {of}"
-    return "" if isinstance(value, list) else type_problem(name, value, f"a list of {of}")
+def list_problems(name: str, value: Any, of: str, check: Check, empty: bool = False) -> Problems:
+    if not isinstance(value, list):
+        yield type_problem(name, value, f"a list of {of}")
+    elif not value and not empty:
+        yield f"field {name}: found an empty list, expected a list of {of}"
+    else:
+        for index, one in enumerate(value):
+            yield from check(f"{name}[{index}]", one)
 
 
-def message_problems(name: str, value: Any) -> Iterator[str]:
-    if wrong := list_problem(name, value, "messages"):
-        yield wrong
+def message_problems(name: str, value: Any) -> Problems:
+    return list_problems(name, value, "messages", _message_problems)
+
+
+def _message_problems(field: str, message: Any) -> Problems:
+    if not isinstance(message, dict):
+        yield type_problem(field, message, "an object with role and content")
         return
-    for index, message in enumerate(value):
-        field = f"{name}[{index}]"
-        if not isinstance(message, dict):
-            yield type_problem(field, message, "an object with role and content")
-            continue
-        role, content = message.get("role"), message.get("content")
-        if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
-            continue  # the common case
-        yield from text_problems(f"{field}.role", role)
-        calls, called = message.get("tool_calls"), bool(_calls(message))
-        kinds = ("text", "thinking")[: 1 + (role_of(role) == "assistant")]
-        yield from _content_problems(f"{field}.content", content, called, kinds)
-        key = "tool_calls" if calls else "function_call"
-        if calls:
-            yield from call_problems(f"{field}.{key}", calls)
-        elif called:
-            yield from call_problem(f"{field}.{key}", message[key])
-        if called and role_of(role) != "assistant":
+    role, content = message.get("role"), message.get("content")
+    if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
+        return  # the common case
+    yield from text_problems(f"{field}.role", role)
+    called, is_assistant = bool(_calls(message)), role_of(role) == "assistant"
+    kinds = ("text", "thinking")[: 1 + is_assistant]
+    yield from _content_problems(f"{field}.content", content, called, kinds)
+    if called:
+        key = "tool_calls" if message.get("tool_calls") else "function_call"
+        check = call_problems if key == "tool_calls" else call_problem
+        yield from check(f"{field}.{key}", message[key])
+        if not is_assistant:
             yield f"field {field}.{key}: found with role {role}, expected role assistant"
-        for key in REASONING:
-            if message.get(key) is not None:
-                yield from text_problems(f"{field}.{key}", message[key])
-        yield from loss_key_problems(field, message)
+    for key in REASONING:
+        if message.get(key) is not None:
+            yield from text_problems(f"{field}.{key}", message[key])
+    yield from loss_key_problems(field, message)
 
 
-def loss_key_problems(field: str, message: Message) -> Iterator[str]:
+def loss_key_problems(field: str, message: Message) -> Problems:
     for key in LOSS_KEYS:
         if message.get(key) not in (None, 0, 1):
             yield type_problem(f"{field}.{key}", message[key], "0, 1, false or true")
@@ -99,7 +101,7 @@ def _calls(message: Message) -> list[Any]:
 
 def _content_problems(
     name: str, value: Any, optional: bool, kinds: Sequence[str]
-) -> Iterator[str]:
+) -> Problems:
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)
@@ -115,15 +117,11 @@ def _content_problems(
             yield from text_problems(f"{name}[{index}].{kind}", part.get(kind))
 
 
-def call_problems(name: str, calls: Any) -> Iterator[str]:
-    if not isinstance(calls, list):
-        yield type_problem(name, calls, "a list of calls")
-        return
-    for index, call in enumerate(calls):
-        yield from call_problem(f"{name}[{index}]", call)
+def call_problems(name: str, calls: Any) -> Problems:
+    return list_problems(name, calls, "calls", call_problem, empty=True)
 
 
-def call_problem(field: str, call: Any) -> Iterator[str]:
+def call_problem(field: str, call: Any) -> Problems:
     expected = "an object with name and arguments"
     if isinstance(call, dict) and call.get("function") is not None:
         field, call, expected = f"{field}.function", call["function"], "an object"
@@ -139,24 +137,28 @@ def call_problem(field: str, call: Any) -> Iterator[str]:
         yield type_problem(f"{field}.arguments", arguments, "an object or its JSON text")
 
 
-def tool_problems(value: Any) -> Iterator[str]:
+def parsed(value: Any) -> Any:
+    return parse_json(value) if isinstance(value, str) else drop_nulls(value)
+
+
+def tool_problems(value: Any) -> Problems:
     """Yields problems unless the value is a list of tools, its JSON text, or empty text."""
-    if isinstance(value, str):
-        if not value.strip():
-            return
-        if other := _json_problem(value, list):
-            yield f"field tools: found {other}, expected JSON of a list of tools"
-            return
-        value = parse_json(value)
-    if not isinstance(value, list):
-        yield type_problem("tools", value, "a list of tools")
-        return
-    for index, tool in enumerate(value):
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict):
-            yield type_problem(f"tools[{index}]", function, "an object with a name")
-        else:
-            yield from text_problems(f"tools[{index}].name", function.get("name"))
+    if isinstance(value, str) and value.strip() and (other := _json_problem(value, list)):
+        yield f"field tools: found {other}, expected JSON of a list of tools"
+    else:
+        yield from list_problems("tools", _parsed_tools(value), "tools", _tool_problems, True)
+
+
+def _tool_problems(field: str, tool: Any) -> Problems:
+    function = tool.get("function", tool) if isinstance(tool, dict) else tool
+    if isinstance(function, dict):
+        yield from text_problems(f"{field}.name", function.get("name"))
+    else:
+        yield type_problem(field, function, "an object with a name")
+
+
+def _parsed_tools(value: Any) -> Any:
+    return [] if isinstance(value, str) and not value.strip() else parsed(value)
 
 
 def messages_from(role: str, value: Any) -> list[Message]:
@@ -177,19 +179,15 @@ def normalize(messages: list[Message]) -> list[Message]:
 
 
 def openai_tools(value: Any) -> tuple[Tool, ...]:
-    if isinstance(value, str):
-        value = parse_json(value) if value.strip() else []
-    else:
-        value = drop_nulls(value or [])
     names = {"input_schema": "parameters"}  # of Anthropic
-    flat = ({names.get(key, key): of for key, of in tool.items()} for tool in value)
+    tools = _parsed_tools(value or [])
+    flat = ({names.get(key, key): of for key, of in tool.items()} for tool in tools)
     return tuple(t if "function" in t else {"type": "function", "function": t} for t in flat)
 
 
 def openai_call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function") or call
-    arguments = function.get("arguments")
-    arguments = parse_json(arguments) if isinstance(arguments, str) else drop_nulls(arguments)
+    arguments = parsed(function.get("arguments"))
     function = {"name": function["name"], "arguments": arguments or {}}
     more = {k: v for k, v in call.items() if v is not None and k not in ("name", "arguments")}
     return more | {"type": "function", "function": function}
@@ -234,16 +232,11 @@ def _json_problem(text: str, kind: type) -> str:
     return "" if isinstance(value, kind) else f"JSON of {json_type(value)}"
 
 
-def turns_problems(row: Row) -> Iterator[str]:
-    turns = row["conversations"]
-    if wrong := list_problem("conversations", turns, "turns"):
-        yield wrong
-        return
-    for index, turn in enumerate(turns):
-        yield from turn_problems(f"conversations[{index}]", turn)
+def turns_problems(name: str, turns: Any) -> Problems:
+    return list_problems(name, turns, "turns", turn_problems)
 
 
-def turn_problems(name: str, turn: Any) -> Iterator[str]:
+def turn_problems(name: str, turn: Any) -> Problems:
     if not isinstance(turn, dict):
         yield type_problem(name, turn, "an object with from and value")
         return
@@ -272,52 +265,3 @@ def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
             message = {"role": "assistant", "tool_calls": calls}
         messages.append(message | {key: turn[key] for key in LOSS_KEYS if key in turn})
     return normalize(messages)
-
-
-def instruction_problems(output: str, input: str, row: Row) -> Iterator[str]:
-    for key in ("instruction", output, *([input] if row.get(input) is not None else [])):
-        yield from text_problems(key, row[key])
-
-
-def read_instruction(output: str, input: str, row: Row) -> Completions:
-    request = "\n".join(filter(None, (row["instruction"], row.get(input))))
-    return messages_from("user", request), {output: messages_from("assistant", row[output])}
-
-
-def query_problems(row: Row) -> Iterator[str]:
-    yield from text_problems("query", row["query"])
-    try:
-        yield from call_problems("answers", _answers(row))
-    except ValueError as error:
-        yield f"field answers: found invalid JSON ({error}), expected a list of calls"
-
-
-def read_query(row: Row) -> Completions:
-    answer = {"role": "assistant", "tool_calls": list(map(openai_call, _answers(row)))}
-    return messages_from("user", row["query"]), {"answers": [answer]}
-
-
-def system_problems(row: Row, wrong: bool) -> Iterator[str]:
-    """Yields problems of the field `system`. Unless the row is `wrong`, also compares the field
-    with the conversation's system message.
-    """
-    yield from text_problems("system", row["system"])
-    if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
-        yield "field system: found another system message in the conversation, expected only one"
-
-
-def system_of(row: Row) -> list[Message]:
-    return [] if _own_system(row) is not None else [{"role": "system", "content": row["system"]}]
-
-
-def _own_system(row: Row) -> str | None:
-    for key in ("messages", "conversations", "prompt", "chosen"):
-        first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
-        if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
-            return str(first.get("content", first.get("value")))
-    return None
-
-
-def _answers(row: Row) -> list[dict[str, object]]:
-    answers = row["answers"]
-    return parse_json(answers) if isinstance(answers, str) else answers

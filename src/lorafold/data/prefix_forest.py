@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.data.arrow import Array
-from lorafold.data.examples import NO_LOSS
+from lorafold.data.examples import NO_LOSS, Example
 
 R = TypeVar("R")
 EMPTY: Array = np.zeros(0, np.int64)
@@ -78,7 +78,8 @@ def prefix_forest(
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the previous row; tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
-        own, row_targets = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
+        own = np.array(rows[n].ids, np.int64)
+        row_targets = np.array([*rows[n].labels[1:], NO_LOSS])[: len(own)]
         before, limit = limit, size if limits is None else limits[n]
         shared = min(_num_shared(ids[path], own, targets[path], row_targets), before, limit)
         if groups:
@@ -106,15 +107,8 @@ def owners(rows: Sequence[Sequence[int]]) -> list[Array]:
     """Returns, for each token of each row (t,), the first row with the same prefix up to this
     token.
     """
-    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # for each node
-    of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
-    for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
-        before, ids = ids, np.array(rows[n], np.int64)
-        shared = _num_shared(before, ids)
-        path = np.concatenate([path[:shared], np.arange(end, end := end + len(ids) - shared)])
-        of_rows[n] = path
-        first[path] = np.minimum(first[path], n)
-    return [first[path] for path in of_rows]
+    forest = prefix_forest([Example(tuple(ids), (NO_LOSS,) * len(ids)) for ids in rows])
+    return [forest.first[path] for path in forest.places]
 
 
 def batches_by_prefix(

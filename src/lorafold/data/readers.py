@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lorafold.data.exports import Numbered, cut_chats, read_whatsapp
 from lorafold.data.json_input import Unreadable, check_row, decode, load_json, parse_row, suspicious
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Warn = Callable[[str], None]
+Reader = Callable[[io.BufferedReader, Warn], Numbered]
 BOM = b"\xef\xbb\xbf"
 TABLE_ROWS = 1000  # rows of a table converted to objects at a time
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
@@ -74,38 +75,33 @@ SEPARATOR = re.compile(r"[\s,]*")
 ONE_COLUMN = {"text", "prompt", "messages", "conversations"}  # headers of tables with one column
 
 
-class _Utf8(io.RawIOBase):
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._ready = pieces, b""
+def as_utf8(file: io.BufferedReader, encoding: str, warn: Warn) -> io.BufferedReader:
+    """Converts `encoding`, or else Windows-1252 if it is not UTF-8, to UTF-8."""
+    import pyarrow as pa
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        while not self._ready and (piece := next(self._pieces, None)) is not None:
-            self._ready = piece
-        count = min(len(into), len(self._ready))
-        into[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+    convert = _transcoder(encoding, warn)
+    stream = pa.TransformInputStream(pa.PythonFile(file, "r"), lambda data: convert(bytes(data)))
+    return io.BufferedReader(stream, READ_BYTES)
 
 
-def _transcode(file: io.BufferedReader, encoding: str, warn: Warn) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
-    plain, piece = not encoding, b" "  # plain: only ASCII so far
-    while piece:
-        piece = file.read1(READ_BYTES)
-        waiting = decoder.getstate()[0]
+def _transcoder(encoding: str, warn: Warn) -> Callable[[bytes], bytes]:
+    decoder: Any = codecs.getincrementaldecoder(encoding or "utf-8")()
+    plain = not encoding  # only ASCII so far
+
+    def transcode(piece: bytes) -> bytes:
+        nonlocal decoder, encoding, plain
+        if decoder is None:
+            return piece
+        whole = decoder.getstate()[0] + piece
         try:
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             if encoding:
                 begin = "has a UTF-16 BOM, but " * (encoding == "utf-16")
                 raise Unreadable(f"{begin}is not {encoding.upper()}; save it as UTF-8") from error
-            whole = waiting + piece
             if not (plain and whole[: error.start].isascii()):
-                yield whole  # the parser of the row reports the bad bytes
-                yield from iter(lambda: file.read1(READ_BYTES), b"")
-                return
+                decoder = None
+                return whole  # the parser of the row reports the bad bytes
             encoding, decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)()
             word, text = _example_of_windows(whole), decoder.decode(whole)
             warn(
@@ -114,7 +110,9 @@ def _transcode(file: io.BufferedReader, encoding: str, warn: Warn) -> Iterator[b
                 " --encoding"
             )
         plain = plain and text.isascii()
-        yield text.encode()
+        return str(text).encode()
+
+    return transcode
 
 
 def _example_of_windows(piece: bytes) -> str:
@@ -141,16 +139,12 @@ def _example_of_windows(piece: bytes) -> str:
     raise Unreadable(f"neither UTF-8 nor Windows-1252; pass {expected}")
 
 
-class FileFormat(NamedTuple):
-    read: Callable[[io.BufferedReader, Warn], Numbered]
-    compression: str | None
-
-
-def file_format(path: Path) -> FileFormat | None:
+def file_format(path: Path) -> tuple[Reader, str | None] | None:
+    """Returns the reader and the compression of a file, by its name."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     if last in COMPRESSIONS and before in TEXT_READERS:
-        return FileFormat(TEXT_READERS[before], COMPRESSIONS[last])
-    return FileFormat(READERS[last], None) if last in READERS else None
+        return TEXT_READERS[before], COMPRESSIONS[last]
+    return (READERS[last], None) if last in READERS else None
 
 
 def read_numbered(path: Path, warn: Warn, encoding: str = "", me: str = "") -> Numbered:
@@ -171,7 +165,7 @@ def read_numbered(path: Path, warn: Warn, encoding: str = "", me: str = "") -> N
 
 
 def _read_file(file: io.BufferedReader, path: Path, warn: Warn, encoding: str) -> Numbered:
-    read, compression = file_format(path) or FileFormat(_read_lines, None)
+    read, compression = file_format(path) or (_read_lines, None)
     if read is _read_zip:
         yield from _read_zip(file, warn, encoding)
         return
@@ -185,7 +179,7 @@ def _read_file(file: io.BufferedReader, path: Path, warn: Warn, encoding: str) -
             warn(f"--encoding is not used, because {path.name} is not a text file")
         encoding = encoding or "utf-16" * (begins[:2] in UTF16_BOMS)
         if is_text and (encoding or read in (TEXT_READERS[".csv"], TEXT_READERS[".tsv"])):
-            plain = io.BufferedReader(_Utf8(_transcode(plain, encoding, warn)), READ_BYTES)
+            plain = as_utf8(plain, encoding, warn)
         yield from read(plain, warn)
 
 
@@ -380,9 +374,8 @@ def _read_arrow(file: io.BufferedReader, warn: Warn) -> Numbered:
         batches = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
-        yield from _read_batches(pa.ipc.open_stream(file))
-        return
-    yield from _read_batches(batches.get_batch(n) for n in range(batches.num_record_batches))
+        return _read_batches(pa.ipc.open_stream(file))
+    return _read_batches(batches.get_batch(n) for n in range(batches.num_record_batches))
 
 
 def _read_batches(batches: Iterable[pa.RecordBatch]) -> Numbered:
@@ -390,7 +383,7 @@ def _read_batches(batches: Iterable[pa.RecordBatch]) -> Numbered:
     return enumerate((row for batch in few for row in batch.to_pylist()), 1)
 
 
-TEXT_READERS: dict[str, Callable[[io.BufferedReader, Warn], Numbered]] = {
+TEXT_READERS: dict[str, Reader] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_json,
