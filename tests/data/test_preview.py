@@ -21,6 +21,7 @@ from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
 from lorafold.data.row_checks import Findings, find_problems
+from lorafold.data.row_sources import AS_IS
 from lorafold.data.row_store import Origins, RowPlace, Rows
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
@@ -166,7 +167,7 @@ def finding(
     """What a preview finds, and the lines of it that say so."""
     console, recipe = Console(file=io.StringIO(), width=200), Recipe(**fields)
     given = as_stream if recipe.streaming else partial(as_rows, weighted=True)
-    rows = given(data, None, None, objective=recipe.objective)
+    rows = given(data, AS_IS, None, objective=recipe.objective)
     held_out = eval_data and as_rows(eval_data, objective=recipe.objective)
     request = RunRequest(Base(base), Path("none"), recipe, rows, "rows.jsonl", held_out)
     findings = show(request, console, html=html)
