@@ -49,7 +49,9 @@ def as_rows(
         rows = read_rows(sources, reading, lambda text: print_lines(console, text), content)
     else:
         numbered = enumerate(data, 1) if isinstance(data, list) else numbered_rows(data, label)
-        rows = check_rows(rename_columns(numbered, reading.columns), label, content)
+        if reading.columns:
+            numbered = rename_columns(numbered, reading.columns)
+        rows = check_rows(numbered, label, content)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
     dropped = _dropped_columns(reading.columns) if reading.columns else []
