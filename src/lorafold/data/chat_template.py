@@ -138,13 +138,6 @@ class ReasoningBlock:
     lead: str
     between: str
 
-    @classmethod
-    def of_tags(cls, opening: str, closing: str) -> ReasoningBlock:
-        """Returns the block of a template that renders no reasoning, with each tag on a separate
-        line.
-        """
-        return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
-
     def end(self, text: str, prompt: str) -> int:
         """Returns the length of the block at the start of a turn, or 0. The prompt may contain the
         opening tag.
@@ -161,7 +154,7 @@ class ReasoningBlock:
         return end + (len(text[end:]) - len(text[end:].lstrip())) * self.spaced
 
 
-DEFAULT_BLOCK = ReasoningBlock.of_tags("<think>", "</think>")
+DEFAULT_BLOCK = ReasoningBlock("<think>", "</think>", False, True, "\n", "\n</think>\n\n")
 
 
 @dataclass(frozen=True)
@@ -288,8 +281,7 @@ class Template:
     def shows_calls(self) -> bool:
         after = [RESULT | {"content": PROBE_TEXT}, ASSISTANT | {"content": PROBE_TEXT}]
         texts = (try_apply([USER, TOOL_CALL, *after[:n]], self.tokenizer) for n in (0, 2))
-        offered = try_apply([USER], self.tokenizer).count(PROBE_NAME)
-        return any(text.count(PROBE_NAME) > offered for text in texts)
+        return any(PROBE_NAME in text.replace(PROBE_TEXT, "") for text in texts)
 
     def through_special(self, text: str) -> str:
         """Returns the text up to and including its first special token, or ""."""

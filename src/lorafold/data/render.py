@@ -227,11 +227,6 @@ class ConversationRenderings:
         is_last = i == len(self.formatted) - 1
         after, marks = whole if whole and is_last else self.render_marked(self.formatted[: i + 1])
         text, reasoning = after, self.messages[i].get("reasoning_content", "")
-        if not text.startswith(prompt) and reasoning:
-            bare = {k: v for k, v in self.messages[i].items() if k != "reasoning_content"}
-            plain, plain_marks = self.render_marked([*earlier, *self.template.form.of([bare])])
-            if plain.startswith(prompt):
-                text, marks = plain, plain_marks
         block, bare_text = self.without_tools.block, text.removeprefix(prompt)
         lost = prompt.rstrip().endswith(block.opening) and reasoning.strip() not in bare_text
         if lost or not text.startswith(prompt):
@@ -406,10 +401,11 @@ def rebuild_after_block(
     """
     opening, closing, (reasoning, content) = block.opening, block.closing, turn
     inside = prompt.rstrip().removesuffix(closing).rstrip()
-    at, is_closed = len(inside) - len(opening), inside != prompt.rstrip()
+    at, is_closed = len(inside.removesuffix(opening)), inside != prompt.rstrip()
     answer = after[at:]
     stripped = answer.lstrip()
-    if not inside.endswith(opening) or not after.startswith(prompt[:at]) or not stripped:
+    found = is_closed or inside.endswith(opening)
+    if not found or not after.startswith(prompt[:at]) or not stripped:
         return None
     inner, closed, rest = stripped.removeprefix(opening).partition(closing)
     written = stripped.startswith(opening) or (reasoning and inner.strip() == reasoning.strip())
@@ -422,7 +418,7 @@ def rebuild_after_block(
     elif closing in content:
         reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
     if is_closed:
-        return prompt + answer.lstrip("\n")
+        return prompt + answer.removeprefix(prompt[len(prompt.rstrip()) :])
     lead, between = block.lead, block.between
     if not block.shown and stripped.startswith(opening + closing):
         lead, between = "", closing  # as the template writes an empty block
