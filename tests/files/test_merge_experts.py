@@ -219,7 +219,7 @@ def test_into_the_dequantized_experts_that_were_trained_on(kind, quantization, m
 def test_quantized_experts_cant_be_saved(moe, tmp_path) -> None:
     base = moe("mixtral")
     adapted(base, tmp_path / "a")
-    with pytest.raises(LorafoldError, match=r"into nf4: found experts .*--storage nf4"):
+    with pytest.raises(LorafoldError, match=r"into nf4: found experts .*--quantization nf4"):
         merge(base, [tmp_path / "a"], tmp_path / "merged", into="nf4")
     assert not (tmp_path / "merged").exists()
 

@@ -434,7 +434,7 @@ def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     recipe = (*data, *model, "--steps", "2", "--batch", "4", "--storage", "fp32", "--device", "cpu")
     stack = ("--adapter", a, "--adapter", b)
     assert lorafold("train", *recipe, "--out", a).returncode == 0
-    done = lorafold("train", *recipe, "--over", a, "--out", b)
+    done = lorafold("train", *recipe, "--over", a, "--out", b, "--verbose")
     assert done.returncode == 0
     assert f"over: {a} (" in "".join(done.stderr.splitlines())
     measured = lorafold("eval", *data, *model, *stack, "--json")
