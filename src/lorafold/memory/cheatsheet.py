@@ -26,7 +26,8 @@ def table() -> Iterator[tuple[str, ...]]:
     for case in TABLES["cases"]:
         fields = case.get("recipe", {})
         setting = memory_setting(case["mode"], Recipe(**fields), case["batch"], case["length"])
-        total = estimate(llama(case["size"]), replace(setting, device_kind=DeviceKind("cuda"))).total
+        setting = replace(setting, device_kind=DeviceKind("cuda"))
+        total = estimate(llama(case["size"]), setting).total
         yield (
             case["size"].upper(),
             case["mode"] + ", checkpointing" * bool(fields),

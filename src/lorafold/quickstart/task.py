@@ -26,8 +26,7 @@ Slot = Callable[[random.Random, Split], tuple[str, str | int]]  # (as spoken, as
 SYSTEM = "JSON"
 TEXTS = yaml.safe_load(Path(__file__).with_name("task.yaml").read_text(encoding="utf-8"))
 WORDS = {name: tuple(text.split()) for name, text in TEXTS["words"].items()}
-NUMBERS = "one two three four five six seven eight nine".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBERS, DAYS = WORDS["numbers"], WORDS["days"]
 
 
 def words_of_split(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
