@@ -23,7 +23,7 @@ from lorafold.peft.config import CONFIG, missing_config_error
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 ROOT = Path(__file__).parent
-SOURCES = (".py", ".cpp", ".h")
+SOURCES = (".py", ".cpp", ".h", ".yaml")
 # the packages that training and evaluation import
 TRAINING = (
     *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
