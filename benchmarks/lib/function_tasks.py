@@ -19,19 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafold.quickstart.task import (
-    CITY,
-    CLOSINGS,
-    NOUN,
-    OPENINGS,
-    PERSON,
-    PLACE,
-    TASK,
-    Slot,
-    Split,
-    number,
-    pattern_slot,
-)
+from lorafold.quickstart.task import SLOTS, TEXTS, Slot, Split, number, pattern_slot
 
 OFFERED = 3  # functions in a row
 SYSTEM = "Call one function. It is 2026."
@@ -59,9 +47,9 @@ def one_of(**spoken: str) -> tuple[Slot, Schema]:
     return draw, {"type": "string", "enum": list(spoken)}
 
 
-def text(slot: Slot) -> tuple[Slot, Schema]:
+def copied(slot: str) -> tuple[Slot, Schema]:
     """A text that is copied from the request."""
-    return slot, {"type": "string"}
+    return (SLOTS | {"thing": THING})[slot], {"type": "string"}
 
 
 def whole(low: int, high: int) -> tuple[Slot, Schema]:
@@ -71,7 +59,7 @@ def whole(low: int, high: int) -> tuple[Slot, Schema]:
 
 DAY: tuple[Slot, Schema] = (date, {"type": "string", "format": "date"})
 ROOM = one_of(kitchen="the kitchen", bedroom="the bedroom", office="the office", hall="the hall")
-THING = pattern_slot(("%s lamp", (NOUN,)), ("%s poster", (NOUN,)), ("%s mug", (NOUN,)))
+THING = pattern_slot(("<noun> lamp", "<noun> poster", "<noun> mug"))
 
 
 @dataclass(frozen=True)
@@ -87,27 +75,27 @@ class Function:
 
 FUNCTIONS = {
     "book_table": Function(
-        "Book a table.", {"place": text(PLACE), "people": whole(2, 9), "date": DAY},
+        "Book a table.", {"place": copied("place"), "people": whole(2, 9), "date": DAY},
         ("(book|reserve|get) a table for <people> at <place> on <date>",
          "(book|reserve) <place> for <people> people on <date>")),
     "book_train": Function(
         "Book a train ticket.",
-        {"to": text(CITY), "date": DAY,
+        {"to": copied("city"), "date": DAY,
          "class": one_of(first="first class", second="second class")},
         ("(book|get me|buy) a <class> train ticket to <to> (on|for) <date>",
          "(book|reserve) a train to <to> on <date> in <class>")),
     "get_forecast": Function(
-        "Get a weather forecast.", {"city": text(CITY), "date": DAY},
+        "Get a weather forecast.", {"city": copied("city"), "date": DAY},
         ("(check|tell me|show me) the (weather|forecast) (for|in) <city> on <date>",
          "(check|tell me) whether it will rain in <city> on <date>")),
     "send_money": Function(
         "Send money.",
-        {"to": text(PERSON), "amount": whole(2, 99),
+        {"to": copied("person"), "amount": whole(2, 99),
          "currency": one_of(EUR="euros", USD="dollars", GBP="pounds")},
         ("(send|pay|transfer) <to> <amount> <currency>",
          "(send|transfer) <amount> <currency> to <to>")),
     "add_reminder": Function(
-        "Add a reminder.", {"task": text(TASK), "date": DAY},
+        "Add a reminder.", {"task": copied("task"), "date": DAY},
         ("remind me to <task> on <date>", "(add|set|make) a reminder for <date> to <task>")),
     "set_heating": Function(
         "Set the heating.", {"room": ROOM, "degrees": whole(15, 25)},
@@ -118,17 +106,17 @@ FUNCTIONS = {
         ("dim the (light|lights) in <room> to <percent> percent",
          "(set|turn) the (light|lights) in <room> to <percent>%")),
     "start_timer": Function(
-        "Start a timer.", {"minutes": whole(1, 60), "label": text(TASK)},
+        "Start a timer.", {"minutes": whole(1, 60), "label": copied("task")},
         ("(start|set) a timer of <minutes> minutes to <label>",
          "(set|start) a <minutes> minute timer to <label>")),
     "order_item": Function(
         "Order something.",
-        {"item": text(THING), "count": whole(1, 9),
+        {"item": copied("thing"), "count": whole(1, 9),
          "shipping": one_of(fast="by express", normal="by standard mail")},
         ("(order|buy|get) <count> of the <item> <shipping>",
          "(order|buy) the <item>, <count> of them, <shipping>")),
     "invite": Function(
-        "Invite someone.", {"guest": text(PERSON), "place": text(PLACE), "date": DAY},
+        "Invite someone.", {"guest": copied("person"), "place": copied("place"), "date": DAY},
         ("invite <guest> to <place> on <date>",
          "(ask|invite) <guest> to come to <place> on <date>")),
     "log_expense": Function(
@@ -139,7 +127,7 @@ FUNCTIONS = {
          "(add|log) an expense of <amount> euros on <date> for <category>")),
     "translate": Function(
         "Translate a text.",
-        {"text": text(TASK), "language": one_of(fr="French", de="German", es="Spanish",
+        {"text": copied("task"), "language": one_of(fr="French", de="German", es="Spanish",
                                                  it="Italian")},
         ("translate '<text>' (to|into) <language>", "(say|put) '<text>' in <language>")),
 }  # fmt: skip
@@ -200,7 +188,7 @@ def _draw(function: Function, rng: random.Random, split: Split) -> tuple[str, di
     arguments: dict[str, str | int] = {}
     for key, (slot, _) in function.arguments.items():
         said[key], arguments[key] = slot(rng, split)
-    phrasing = OPENINGS + rng.choice(function.requests) + CLOSINGS
+    phrasing = TEXTS["openings"] + rng.choice(function.requests) + TEXTS["closings"]
     phrasing = re.sub(r"\(([^()]*)\)", lambda found: rng.choice(found[1].split("|")), phrasing)
     request = re.sub(r"<(\w+)>", lambda key: said[key[1]], phrasing)
     return (request[0].upper() + request[1:] if rng.random() < 0.5 else request), arguments

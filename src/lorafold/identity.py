@@ -23,7 +23,7 @@ from lorafold.peft.config import CONFIG, missing_config_error
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 ROOT = Path(__file__).parent
-SOURCES = (".py", ".cpp", ".h")
+SOURCES = (".py", ".cpp", ".h", ".yaml", ".jinja")
 # the packages that training and evaluation import
 TRAINING = (
     *("adapter", "layers", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
@@ -90,8 +90,8 @@ def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
     digest = sha256()
     for room in sorted(rooms):
         path = ROOT / room
-        files = sorted(path.rglob("*")) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
+        files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}.*")
+        for file in sorted(files):
             if file.suffix in SOURCES:
                 content = file.read_bytes()
                 digest.update(f"{file.relative_to(ROOT).as_posix()} {len(content)}\n".encode())

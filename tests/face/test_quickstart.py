@@ -157,7 +157,7 @@ def test_rows_are_strict_json_with_fixed_key_order() -> None:
         assert (system["role"], system["content"], user["role"]) == ("system", SYSTEM, "user")
         (answer,) = row["completion"]
         found = json.loads(answer["content"])
-        assert list(found) == ["intent", *INTENTS[found["intent"]].slots]
+        assert list(found) == ["intent", *INTENTS[found["intent"]]["slots"]]
         assert answer["content"] == json.dumps(found, separators=(",", ":"))
 
 

@@ -14,7 +14,7 @@ import re
 import zlib
 from typing import Any
 
-from lorafold.quickstart.task import CITY, PLACE, Split, number
+from lorafold.quickstart.task import SLOTS, Split, number
 
 CURRENCIES = ("dollars", "pounds", "yen", "francs", "rupees")
 EACH = 4  # exchanges in a row, since the tools are most of its tokens
@@ -107,7 +107,7 @@ def question(rng: random.Random, split: Split, name: str) -> tuple[str, dict[str
         if key == "currency":
             spoken[key] = arguments[key] = rng.choice(CURRENCIES)
             continue
-        slot = {"city": CITY, "place": PLACE, "people": _people, "amount": _amount}[key]
+        slot = (SLOTS | {"people": _people, "amount": _amount})[key]
         spoken[key], arguments[key] = slot(rng, split)
     return _said(rng, rng.choice(ASKED[name]), spoken), arguments
 
@@ -118,7 +118,7 @@ def _exchange(rng: random.Random, split: Split, names: list[str]) -> list[dict[s
         asked, answer = rng.choice(SMALL_TALK)
         return [_user(_said(rng, asked, {})), {"role": "assistant", "content": answer}]
     if drawn < 0.2 and "get_weather" in names:
-        cities = [str(CITY(rng, split)[1]) for _ in range(2)]
+        cities = [str(SLOTS["city"](rng, split)[1]) for _ in range(2)]
         asked = _said(rng, rng.choice(BOTH), dict(zip("ab", cities, strict=True)))
         calls = [("get_weather", {"city": city}) for city in cities]
     else:

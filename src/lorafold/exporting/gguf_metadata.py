@@ -18,9 +18,11 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
@@ -32,26 +34,7 @@ from lorafold.exporting.target import window_notes
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
 from lorafold.models.gguf_tokenizers import WHOLE_WORDS, pre_tokenizer_names, pre_tokenizer_of
 
-INTEGER_KEYS = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "sliding_window": "attention.sliding_window",
-    "num_local_experts": "expert_count",
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
-FLOAT_KEYS = {
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
-GELU = "gelu_pytorch_tanh"
-QWEN = {"use_sliding_window": False}
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -73,25 +56,10 @@ class Architecture:
     norm_offset: float = 0.0
     assumed: Mapping[str, Any] = field(default_factory=dict)
     window_period: int = 0
-    by_width: tuple[int, ...] = ()
+    by_width: Sequence[int] = ()
 
 
-LLAMA = Architecture("llama", interleaved=True)
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "mixtral": LLAMA,
-    "qwen2": Architecture("qwen2", assumed=QWEN),
-    "qwen3": Architecture("qwen3", assumed=QWEN),
-    "qwen3_moe": Architecture(
-        "qwen3moe",
-        assumed=QWEN | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
-    ),
-    "gemma": Architecture("gemma", GELU, norm_offset=1.0),
-    "gemma2": Architecture("gemma2", GELU, norm_offset=1.0, window_period=2, by_width=(46,)),
-    "gemma3_text": Architecture("gemma3", GELU, norm_offset=1.0, window_period=6, by_width=(62,)),
-    "phi3": Architecture("phi3"),
-}
+ARCHITECTURES = {name: Architecture(**row) for name, row in TABLES["architectures"].items()}
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -126,9 +94,9 @@ def head_dim(config: Any) -> int:
 
 def add_metadata(writer: GGUFWriter, config: Any, arch: Architecture) -> Sequence[str]:
     """Writes the configuration, except positions; returns notes on differences in llama.cpp."""
-    for table, add in ((INTEGER_KEYS, writer.add_uint32), (FLOAT_KEYS, writer.add_float32)):
+    for table, add in (("integers", writer.add_uint32), ("floats", writer.add_float32)):
         values = {}  # by key, because two fields may have the same key
-        for name, key in table.items():
+        for name, key in TABLES[table].items():
             value = getattr(config, name, None)
             if value is not None and not (name == "sliding_window" and not arch.window_period):
                 values[key] = value
@@ -207,19 +175,7 @@ def _add_longrope(
 
 
 SPACE = "▁"
-# rules differ in digits, case, suffixes, punctuation, line ends, scripts and combining marks
-PROBE_TEXTS = (
-    "It's 1 of 12, 123, 1234 and 1234567 - we'll pay 3.50€ (or 4½) on 2024-10-05T12:30:59Z.",
-    "I'M SURE THEY'RE LATE; YOU'D say 'twas don't_do ''s 'S x'T",
-    "a  b   c\td\t\te \n\n f\r\n\r\n  g\n   h \t \n",
-    "McDonald's HTTPServer parseXML2JSON iPhone15Pro ÀÉÎõü ǅungla ʰa ªb",
-    "def f(x):\n    return {'a': [1, 22, 333]} # ok...\n\n\tif !x && y||z {}\r\n",
-    "!!!\n\n???\r\n...// --/\n <<>> $100 +1 =2 ~`^|\\ \"Hi!\"said he.",
-    "我想在apple工作1314151天～ 你好，世界！ こんにちは カタカナ 한국어 ㅋㅋ ㄅㄆ",
-    "Привет, мир! ЁЛКА шёл Ünïcödé e\u0301a\u0308 ไทย កាន់តែ हिन्दी عربي ۱۲۳ ١٢ עברית",
-    "🚀 😶\u200d🌫️ ✅🦙🦙 \u00a0x\u2003y \u3000z ﬁn … – — ‘a’ “b”",
-    " lead  two\n\n\n\nthree ",
-)
+PROBE_TEXTS: list[str] = TABLES["probes"]
 
 
 def pre_tokenizer_name(backend: Backend, whole_words: bool) -> str:

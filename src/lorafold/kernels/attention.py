@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lorafold.core.contexts import is_fake
-from lorafold.kernels.compiling import INT, F, Functions, N, P, supported
+from lorafold.kernels.compiling import Functions, supported
 from lorafold.ops.attention import Scores
 from lorafold.ops.packed_documents import Documents
 
-SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # parameters from the table of documents on
-SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
+SIZES = "P7l2P3fi"  # parameters from the table of documents on
+SIGNATURES = {"attend": f"4P{SIZES}", "attend_backward": f"9P{SIZES}"}
 
 
 class _CppAttention:

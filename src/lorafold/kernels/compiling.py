@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,10 @@ HEADERS = Path(__file__).parent
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno",
          "-fno-trapping-math")  # fmt: skip
 TIMEOUT = 120  # seconds, to compile
-P, N, INT, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+TYPES: dict[str, Any] = {
+    "P": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float,
+    "I": ctypes.c_uint32, "L": ctypes.c_uint64,
+}  # fmt: skip
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -35,19 +39,26 @@ class Unavailable(LorafoldError):
     """Raised if operations can't be compiled or loaded on this machine."""
 
 
+def parameter_types(signature: str) -> list[Any]:
+    """The types of parameters in the notation of `struct`: 2Pl is two pointers and a long."""
+    counts = re.findall(r"(\d*)(\D)", signature)
+    return [kind for count, code in counts for kind in [TYPES[code]] * int(count or 1)]
+
+
 class Functions:
     """The functions of a C++ file, with a suffix for the dtype. `signatures` maps their names to
-    the types of their parameters; functions in `half` exist only for bfloat16. Raises Unavailable
-    if compilation fails.
+    their parameters (`parameter_types`); functions in `half` exist only for bfloat16. Raises
+    Unavailable if compilation fails.
     """
 
     def __init__(
-        self, source: Path, signatures: Mapping[str, Sequence[Any]], half: Sequence[str] = ()
+        self, source: Path, signatures: Mapping[str, str], half: Sequence[str] = ()
     ) -> None:
         self.library = load_library(source)
         self._found: dict[tuple[str, torch.dtype], tuple[Any, list[int]]] = {}
-        for name, parameters in signatures.items():
-            pointers = [i for i, kind in enumerate(parameters) if kind is P]
+        for name, signature in signatures.items():
+            parameters = parameter_types(signature)
+            pointers = [i for i, kind in enumerate(parameters) if kind is ctypes.c_void_p]
             for dtype in [torch.bfloat16] if name in half else DTYPES:
                 function = getattr(self.library, f"{name}_{DTYPES[dtype]}")
                 function.restype, function.argtypes = None, parameters

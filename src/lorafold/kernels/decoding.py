@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.kernels.compiling import INT, F, Functions, N, P, supported
+from lorafold.kernels.compiling import Functions, supported
 from lorafold.ops.decoding import SlotFactors, low_rank
 
 SIGNATURES = {
-    "low_rank": [P, P, N, P, P, N, N, N, N, INT],
-    "attend": [*[P] * 5, *[N] * 16, F, INT],
-    "write": [*[P] * 4, *[N] * 9],
+    "low_rank": "2Pl2P4li",
+    "attend": "5P16lfi",
+    "write": "4P9l",
 }
 
 

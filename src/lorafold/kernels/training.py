@@ -12,24 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, supported
+from lorafold.kernels.compiling import DTYPES, Functions, parameter_types, supported
 from lorafold.ops.dropout import names_and_key, threshold
 
-U32, U64 = ctypes.c_uint32, ctypes.c_uint64
 SIGNATURES = {
-    "gated_silu": [P, P, P, N, N, N, N, INT],
-    "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
-    "gated_silu_backward": [P, P, P, P, P, N, INT],
-    "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
-    "rms_norm": [P, P, INT, P, N, N, F, INT],
-    "rms_norm_backward": [P, P, P, P, N, N, F, INT],
-    "rotary": [*[P] * 4, *[N] * 11, F, INT],
-    "softmax": [P, P, N, N, N, N, F, INT],
-    "softmax_backward": [P, P, N, N, F, INT],
-    "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
-    "empty": [P, P, N],
-    "scale": [P, P, P, P, N, N, INT],
-    "scale_backward": [P, P, P, P, P, P, N, N, INT],
+    "gated_silu": "3P4li",
+    "gated_gelu_tanh": "3P4li",
+    "gated_silu_backward": "5Pli",
+    "gated_gelu_tanh_backward": "5Pli",
+    "rms_norm": "2PiP2lfi",
+    "rms_norm_backward": "4P2lfi",
+    "rotary": "4P11lfi",
+    "softmax": "2P4lfi",
+    "softmax_backward": "2P2lfi",
+    "cross_entropy": "3P2l2f2i",
+    "empty": "2Pl",
+    "scale": "4P2li",
+    "scale_backward": "6P2li",
 }
 threads = torch.get_num_threads
 
@@ -39,7 +38,7 @@ class _CppTraining:
         half = "scale", "scale_backward"
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES, half)
         self._places = self._call.library.dropped_places
-        self._places.restype, self._places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
+        self._places.restype, self._places.argtypes = ctypes.c_long, parameter_types("2P2lILIi")
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Any:
         if not supported(x, dense=True):

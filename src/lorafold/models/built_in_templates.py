@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
@@ -31,45 +32,6 @@ JOINED_TEMPLATE = (
 )
 TOOLS = "tools"  # likewise
 START, END = "<|im_start|>", "<|im_end|>"
-TEMPLATE = """\
-{%- macro begin(role) %}HEADER{% endmacro -%}
-{%- macro end() %}{{ ENDING + '\\n' }}{% endmacro -%}
-{%- set said = messages[0].content if messages[0].role == 'system' else '' -%}
-{%- if tools or said -%}
-{{ begin('system') + said }}
-{%- if tools -%}
-{{ '\\n\\n' if said else '' }}
-{{- 'Functions, one JSON object a line:\\n<tools>\\n' }}
-{%- for tool in tools %}{{ (tool.function or tool) | tojson + '\\n' }}{% endfor -%}
-{{ '</tools>\\nTo call one, write:\\n<tool_call>\\n' }}
-{{- '{"name": its name, "arguments": an object}\\n</tool_call>' }}
-{%- endif -%}
-{{ end() }}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if not (loop.first and message.role == 'system') -%}
-{{ begin(message.role) }}
-{%- if message.role == 'assistant' -%}
-{%- if message.reasoning_content -%}
-{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
-{%- endif -%}
-{{ message.content or '' }}
-{%- for call in message.tool_calls or [] -%}
-{{ '\\n' if message.content or not loop.first else '' }}
-{{- '<tool_call>\\n{"name": ' + call.function.name | tojson + ', "arguments": ' }}
-{{- call.function.arguments if call.function.arguments is string
-    else call.function.arguments | tojson }}
-{{- '}\\n</tool_call>' }}
-{%- endfor -%}
-{%- elif message.role == 'tool' -%}
-{{ '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-{%- else -%}
-{{ message.content }}
-{%- endif -%}
-{{ end() }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ begin('assistant') }}{% endif -%}"""
 # the variables that transformers passes
 PASSED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
 JINJA_GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "namespace", "lipsum",
@@ -109,7 +71,8 @@ def tools_template(tokenizer: PreTrainedTokenizerBase) -> str:
             f"chat template {TOOLS}: the tokenizer has neither {START} and {END} nor an"
             " end-of-sequence token, so completions could not end; use another chat template"
         )
-    return before + TEMPLATE.replace("HEADER", header).replace("ENDING", ending)
+    template = Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8").removesuffix("\n")
+    return before + template.replace("HEADER", header).replace("ENDING", ending)
 
 
 def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:

@@ -28,7 +28,6 @@ from lorafold.files.cache import fill_once
 from lorafold.files.contents import digest, file_digest
 from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_rope import FREQUENCIES, LLAMA3_TYPES, metadata_value, set_rope_scaling
-from lorafold.models.gguf_tokenizers import set_pre_tokenizer
 from lorafold.models.load_errors import check_complete, loading, one_line, warn_unread
 
 if TYPE_CHECKING:
@@ -125,6 +124,8 @@ def renew_copy(gguf: Gguf, copy: Path) -> Path:
 
 def _unpack(gguf: Gguf, copy: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from lorafold.models.gguf_tokenizers import set_pre_tokenizer
 
     log.info("converting %s to %s (once)", gguf.files[0].name, gguf.copy)
     what, readers = f"model {gguf}", read_gguf(gguf.files)

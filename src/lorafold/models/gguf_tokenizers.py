@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from lorafold.errors import LorafoldError
 
@@ -21,74 +24,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BYTE_LEVEL = "gpt2"  # the type of vocabulary to which the rules apply
-AS_GPT2 = frozenset(
-    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
-     "granite-docling", "exaone4")
-)  # fmt: skip
-EACH_DIGIT = frozenset(
-    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+AS_GPT2, EACH_DIGIT, WHOLE_WORDS, PREFERRED_NAMES = (
+    TABLES[key].split() for key in ("as_gpt2", "each_digit", "whole_words", "preferred")
 )
-# with these rules, a word in the vocabulary is one token even if the merges do not produce it
-WHOLE_WORDS = frozenset(
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-     "tekken", "youtu", "minicpm5")
-)  # fmt: skip
 
-SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-PUNCTUATION, LINES, SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)|\s+"
-LLAMA3 = rf"{SUFFIX}|{WORD}|\p{{N}}{{1,3}}|{PUNCTUATION}|{LINES}|{SPACES}"
-QWEN2 = rf"{SUFFIX}|{WORD}|\p{{N}}|{PUNCTUATION}|{LINES}|{SPACES}"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + SUFFIX + "?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + SUFFIX + "?"
-)
-DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{LINES}|{SPACES}",
-)
-BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
-BAILING = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    rf"|\s*[\r\n]|{SPACES}"
-)
-# the preferred names of rules that have several names
-PREFERRED_NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
-# each pattern splits the pieces left by the previous ones
+
+def whole_pattern(pattern: str) -> str:
+    """The pattern with the parts that it names."""
+    return re.sub(r"<(\w+)>", lambda name: whole_pattern(TABLES["parts"][name[1]]), pattern)
+
+
+GPT2 = whole_pattern("<gpt2>")
 RULES = {
-    "glm4": (LLAMA3,),
-    "chatglm-bpe": (LLAMA3,),
-    "hunyuan": (QWEN2,),
-    "stablelm2": (QWEN2,),
-    "solar-open": (QWEN2,),
-    "grok-2": (QWEN2,),
-    "ufakzeka": (rf"{WORD}|\p{{N}}|{PUNCTUATION}|{LINES}|{SPACES}",),
-    "laguna": (r"[^\n]+|[\n]+", QWEN2),
-    "seed-coder": (rf"{SUFFIX}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{LINES}|{SPACES}",),
-    "minicpm5": (r"\p{N}{1,3}", rf"{SUFFIX}|{WORD}|\p{{N}}+|{PUNCTUATION}|{LINES}|{SPACES}"),
-    "bailingmoe": (BAILING,),
-    "bailingmoe2": (BAILING,),
-    "llada-moe": (BAILING,),
-    "deepseek-v3": DEEPSEEK3,
-    "hunyuan-dense": DEEPSEEK3,
-    "joyai-llm": DEEPSEEK3,
-    "hy_v4": DEEPSEEK3,
-    "deepseek-coder": (
-        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}"
-    ),
-    "youtu": (
-        "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥\u3040-ゟ゠-ヿ]+",
-        rf"{CASED}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}|{SPACES}",
-    ),
-    "bloom": (BLOOM,),
-    "gpt3-finnish": (BLOOM,),
-    "poro-chat": (BLOOM,),
-    "viking": (BLOOM, r"\p{N}"),
-    "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"),
-}  # fmt: skip
+    name: tuple(map(whole_pattern, patterns))
+    for names, patterns in TABLES["rules"].items()
+    for name in names.split()
+}
 
 
 def set_pre_tokenizer(
