@@ -16,8 +16,10 @@ from lorafold.config_import import axolotl_objectives as objectives
 from lorafold.config_import import grpo, trainer
 from lorafold.config_import.axolotl_objectives import accumulation, is_policy, of_policy
 from lorafold.config_import.rules import (
+    KEYS,
     OFF,
     PLACEHOLDER,
+    REASONS,
     TURN_KEYS,
     Outcome,
     Reader,
@@ -32,12 +34,10 @@ from lorafold.config_import.rules import (
     dataset,
     expected_rows,
     if_else,
-    if_on,
     is_off,
     mapped,
     rename_remarks,
     static_rows,
-    switch,
     table,
     to_field,
     unmapped,
@@ -45,56 +45,28 @@ from lorafold.config_import.rules import (
 )
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import NO_FP16, boolean, integer, modules, names, number
-from lorafold.models.quantizations import bnb_storage
 
-MARKERS = (
-    "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
-    " sample_packing val_set_size lora_target_modules lora_model_dir"
-)
 # axolotl's names of a PEFT adapter's weights
 LORA_WEIGHTS = (
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
 )
-# Attention settings with which axolotl keeps packed rows apart
-ATTENTION_KEYS = (
-    "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
-    "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
-)  # fmt: skip
 NO_ADAPTER = "none (full fine-tuning)"  # for a file without `adapter`
 PLUGIN_PREFIX = "axolotl.integrations."
-REJECTED_PLUGINS = {
-    "densemixer": "trains the router through every expert",
-    "diffusion": "trains a diffusion language model",
-    "grokfast": "filters gradients over past steps",
-    "hatchery": "trains on a remote machine",
-    "kd": "distills a teacher model",
-    "llm_compressor": "keeps pruned weights at zero",
-    "nemo_gym": "uses rewards from its own environments",
-    "spectrum": "trains only the layers with the highest signal-to-noise ratio",
-}
-NEUTRAL_PLUGINS = (
-    "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
-)  # fmt: skip
+NAMES = KEYS["names"]["axolotl"]
 # Keys that are read of a dataset, and of a dataset of conversations
-DATASET_KEYS = {"path", "name", "split", "data_files", "ds_type", "type", "trust_remote_code"}
-CONVERSATION_KEYS = {
-    "chat_template", "field_messages", "message_property_mappings", "message_field_role",
-    "message_field_content", "field_tools", "field_chosen", "field_rejected",
-}  # fmt: skip
-# Values with the same effect as in lorafold; gpt is axolotl's alias of assistant
-SAME_VALUES = {
-    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
-    **dict.fromkeys(("train_on_eos", "train_on_eot"), ("turn",)),
-}
+DATASET_KEYS = {*NAMES["dataset_keys"].split()}
+CONVERSATION_KEYS = {*NAMES["conversation_keys"].split()}
 
 
 BATCH = trainer.batch(
     "GPU", lambda settings: bool(settings["sample_packing"]), "axolotl sequence_len", accumulation
 )
 TOO_LONG = by_value(
-    {"truncate": mapped("longer rows are truncated")},
-    changed("lorafold truncates longer rows; to drop them, filter the data first"),
+    {
+        "truncate": ("taken", "longer rows are truncated"),
+        "else": ("changed", "lorafold truncates longer rows; to drop them, filter the data first"),
+    }
 )
 
 
@@ -163,7 +135,7 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     """Without an attention setting, axolotl's packed rows attend to each other."""
     if is_policy(settings):
         return mapped("lorafold computes a prompt once for all its completions")
-    mixed = boolean(value) and all(is_off(settings[key]) for key in ATTENTION_KEYS)
+    mixed = boolean(value) and all(is_off(settings[key]) for key in NAMES["attention_keys"].split())
     why = "axolotl's packed rows attend to each other without attn_implementation, lorafold's don't"
     return changed(why if mixed else "", packing=boolean(value))
 
@@ -198,17 +170,6 @@ def per_epoch(name: str) -> Reader:
     return of_count
 
 
-def _chat_template(value: Any, settings: ToolSettings) -> Outcome:
-    if value == "tokenizer_default":
-        return mapped("the model's own template")
-    if value == "jinja":
-        return mapped("set by chat_template_jinja")
-    return unmapped(
-        f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
-        " --chat-template FILE"
-    )
-
-
 def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     """axolotl attaches the adapter and then freezes all parameters that match no pattern. The
     adapter's weights are named base_model.model.PATH.lora_A.default.weight.
@@ -227,18 +188,14 @@ def unfrozen_parameters(value: Any, settings: ToolSettings) -> Outcome:
     )
 
 
-def tracker(name: str) -> Reader:
-    return if_on(mapped(trackers=(name,)))
-
-
 def _plugins(value: Any, settings: ToolSettings) -> Outcome:
     others = []
     for name in names(value):
         own = name.startswith(PLUGIN_PREFIX)
         part = name.removeprefix(PLUGIN_PREFIX).partition(".")[0] if own else ""
-        if part in REJECTED_PLUGINS:
-            raise LorafoldError(f"found {name}, which {REJECTED_PLUGINS[part]}; lorafold does not")
-        if part not in NEUTRAL_PLUGINS:
+        if why := NAMES["rejected_plugins"].get(part):
+            raise LorafoldError(f"found {name}, which {why}; lorafold does not")
+        if part not in NAMES["neutral_plugins"]:
             others.append(name)
     if others:
         return unmapped(f"unknown plugins, which have no effect in lorafold: {', '.join(others)}")
@@ -295,13 +252,12 @@ def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"to use its template {template}, write it to a file and pass --chat-template FILE"
     known |= {"field"} if kind == "completion" else set()
     rest = {k: v for k, v in one.items() if k not in known and not is_off(v)}
-    yield from unsupported_remarks([k for k, v in rest.items() if v not in SAME_VALUES.get(k, ())])
+    same = NAMES["same_values"]
+    yield from unsupported_remarks([k for k, v in rest.items() if v not in same.get(k, ())])
 
 
 MAIN_KEYS: Table = {
     "adapter": (_adapter, NO_ADAPTER),
-    "load_in_4bit": switch(mapped(storage=bnb_storage(4))),
-    "load_in_8bit": switch(mapped(storage=bnb_storage(8))),
     "bf16": (_bf16, "auto"),
     "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
     "float32": unless_bf16(mapped(storage="fp32")),
@@ -327,7 +283,6 @@ MAIN_KEYS: Table = {
         "drop",
     ),
     "sample_packing": (sample_packing, False),
-    "train_on_inputs": switch(trainer.FULL_LOSS, trainer.COMPLETIONS),
     "gradient_checkpointing": lambda value, settings: (
         changed("lorafold does not offload activations", gradient_checkpointing=True)
         if str(value).startswith(("offload", "unsloth"))
@@ -337,15 +292,14 @@ MAIN_KEYS: Table = {
     "evals_per_epoch": per_epoch("eval_every"),
     "saves_per_epoch": per_epoch("save_every"),
     "tokens": lambda value, settings: (
-        unmapped("lorafold uses the tokenizer's own special tokens")
+        unmapped(REASONS["own_tokens"])
         if isinstance(value, dict)
         else changed("the new rows are in the adapter, not the base", new_tokens=names(value))
     ),
-    "chat_template": _chat_template,
     "chat_template_jinja": lambda value, settings: (
         mapped(chat_template=str(value))
         if "{" not in str(value) and Path(str(value)).suffix
-        else unmapped("write the template to a file and pass --chat-template FILE")
+        else unmapped(REASONS["template_file"])
     ),
     "chat_template_kwargs": lambda value, settings: (
         unmapped("ignored: expected an object with variables of the chat template")
@@ -355,25 +309,14 @@ MAIN_KEYS: Table = {
             template_kwargs=value,
         )
     ),
-    "use_wandb": tracker("wandb"),
-    "wandb_project": changed("the tracker's project is named lorafold", trackers=("wandb",)),
-    "use_tensorboard": tracker("tensorboard"),
-    "use_mlflow": tracker("mlflow"),
-    "use_comet": tracker("comet_ml"),
-    "use_trackio": tracker("trackio"),
-    "use_swanlab": tracker("swanlab"),
     "datasets pretraining_dataset": _datasets,
-    "test_datasets": trainer.EVAL_DATA,
     "unfrozen_parameters": unfrozen_parameters,
     "plugins": _plugins,
     **trainer.SHARED_KEYS,
     **static_rows("axolotl"),
 }
 LORA_KEYS: Table = {
-    "peft_use_dora peft_use_rslora": (if_on(trainer.PART_OF_METHOD), False),
-    "peft_init_lora_weights peft": if_on(trainer.PART_OF_METHOD),
     "lora_dropout": (objectives.dropout, 0.0),
-    "lora_target_linear": switch(mapped(targets="all-linear")),
     "lora_target_modules": if_else(
         lambda settings: settings["lora_target_linear"],
         changed("lora_target_linear is on, so all linear layers of the blocks are targets"),

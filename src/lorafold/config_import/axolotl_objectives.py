@@ -29,7 +29,6 @@ from lorafold.config_import.rules import (
     pass_option,
     read_with,
     rejection,
-    require,
     setting_in,
     static_rows,
     table,
@@ -46,17 +45,13 @@ OTHER_LOSSES = ("ipo", "orpo", "simpo", "kto")
 REJECTED = {"gdpo": grpo.SUM_FIRST, "ebft": "lorafold has no energy-based objective"}
 DEFAULTS = {"max_completion_length": grpo.NO_LIMIT, "use_bias_correction_kl": False}
 # `beta` is read with the other keys that may contain it
-BLOCK_KEYS: Table = {
-    "reroll_start_fraction": require(1, "lorafold uses the prompts in order"),
-    **static_rows("axolotl_policies"),
-}
 BLOCK_RULES = (
     *(
         replace(rule, default=DEFAULTS.get(rule.key, rule.default))
         for rule in table(grpo.GRPO)
         if rule.key != "beta"
     ),
-    *table(BLOCK_KEYS),
+    *table(static_rows("axolotl_policies")),
 )
 
 

@@ -21,11 +21,8 @@ from lorafold.config_import.rules import (
     choice,
     mapped,
     read_with,
-    reject,
     rejection,
-    require,
     static_rows,
-    switch,
     to_field,
     to_options,
     unmapped,
@@ -49,7 +46,6 @@ PROMPT = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
 FULL_SAMPLING = "lorafold samples completions at temperature 1 from all tokens"
 SUM_FIRST = "lorafold sums rewards before it normalizes them"
-SAME_WEIGHTS = "lorafold gives all tokens the same weight, and its loss has no entropy term"
 RATIOS = "with one update per step, every importance ratio is 1"
 FUNCTION = "FILE.py:FUNCTION"
 AS_TEXT = (
@@ -295,8 +291,6 @@ GRPO: Table = {
     ),
     "delta": bound_of_ratios(1),
     "off_policy_mask_threshold": bound_of_ratios(0),
-    "top_entropy_quantile": require(1, SAME_WEIGHTS),
-    "entropy_coef": require(0, SAME_WEIGHTS),
     **static_rows("grpo"),
 }
 RLOO: Table = {
@@ -308,18 +302,5 @@ RLOO: Table = {
         2,
     ),
     "beta": (beta, 0.05),
-    "normalize_advantages": (
-        switch(
-            changed(
-                "TRL divides by the standard deviation of the batch's advantages, lorafold by"
-                " the standard deviation of the batch's rewards",
-                objective_options={"scale": "batch"},
-            ),
-            mapped(objective_options={"scale": "none"}),
-        ),
-        False,
-    ),
-    "reward_clip_range": reject(
-        "lorafold does not clip rewards: clip them in the reward function", lambda value: False
-    ),
+    **static_rows("rloo"),
 }

@@ -15,7 +15,9 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
+    KEYS,
     OFF,
+    REASONS,
     Outcome,
     Rule,
     SourceDataset,
@@ -30,14 +32,11 @@ from lorafold.config_import.rules import (
     mapped,
     pass_option,
     read_with,
-    reject,
     rejection,
     rename_remarks,
     setting_in,
     static_rows,
-    switch,
     table,
-    to_field,
     unmapped,
     unsupported_remarks,
 )
@@ -46,39 +45,22 @@ from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
 from lorafold.models.quantizations import DEFAULT, ON_LOAD, STORAGES, bnb_storage
 
-MARKERS = (
-    "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
-    " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
-)
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 PREF_LOSS = by_value(
-    {theirs: mapped(objective=ours) for theirs, ours in LOSSES.items()}
-    | {"kto_pair": "lorafold's kto trains on single completions; use stage: kto"}
+    {theirs: ("taken", "", {"objective": ours}) for theirs, ours in LOSSES.items()}
+    | {"kto_pair": ("refused", "lorafold's kto trains on single completions; use stage: kto")}
 )
 FULL = by_value(
     {
-        **dict.fromkeys(("freeze", "oft"), "lorafold does not support this method"),
-        "lora": OFF,
-        "full": mapped(method="full"),
+        "freeze oft": ("refused", "lorafold does not support this method"),
+        "lora": ("taken", "off"),
+        "full": ("taken", "", {"method": "full"}),
     }
 )
-NO_TERM = "lorafold's losses have no such term"
 NEGLIGIBLE = 1e-6  # LLaMA-Factory ignores terms up to this weight
 DATASET_INFO = "dataset_info.json"
 ONLINE = "ONLINE"  # a dataset_dir for Hub datasets
-DATASET_KEYS = {
-    "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "subset", "split", "formatting",
-    "ranking", "columns", "tags",
-}  # fmt: skip
-# lorafold's column: LLaMA-Factory's column, in both formats
-INSTRUCTION_COLUMNS = {"instruction": "prompt", "input": "query", "output": "response"}
-PREFERENCE_COLUMNS = {
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "label": "kto_tag",
-    "system": "system",
-    "tools": "tools",
-}
+NAMES = KEYS["names"]["llamafactory"]
 
 
 is_lora = setting_in("finetuning_type", "lora")
@@ -208,7 +190,7 @@ def _label_smoothing(value: Any, settings: ToolSettings) -> Outcome:
 
 def _bco_weight(value: Any, settings: ToolSettings) -> Outcome | None:
     if number(value) > NEGLIGIBLE and has_reference(settings) and is_dpo(settings):
-        raise rejection(value, NO_TERM)
+        raise rejection(value, REASONS["no_such_term"])
     return None
 
 
@@ -270,9 +252,9 @@ def _listed_dataset(name: str, info: Any, folder: Path) -> SourceDataset:
 
 def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
     given, tags = info.get("columns") or {}, info.get("tags") or {}
-    judged = {name: given.get(key) for name, key in PREFERENCE_COLUMNS.items()}
+    judged = {name: given.get(key) for name, key in NAMES["preference_columns"].items()}
     if info.get("formatting") != "sharegpt":
-        return {name: given.get(key) for name, key in INSTRUCTION_COLUMNS.items()} | judged
+        return {name: given.get(key) for name, key in NAMES["instruction_columns"].items()} | judged
     is_openai = (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content")
     theirs = given.get("messages") or "conversations"
     turns = {"messages" if is_openai else "conversations": theirs}
@@ -283,14 +265,14 @@ def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
     yield from rename_remarks(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     others = [key for key in ("history", "images", "videos", "audios") if given.get(key)]
-    others += [key for key, value in info.items() if key not in DATASET_KEYS and not is_off(value)]
+    known = NAMES["dataset_keys"].split()
+    others += [key for key, value in info.items() if key not in known and not is_off(value)]
     yield from unsupported_remarks(others)
 
 
 MAIN_KEYS: Table = {
     "stage": (_stage, "sft"),
     "finetuning_type": (_finetuning_type, "lora"),
-    "use_dora use_rslora": (switch(trainer.PART_OF_METHOD, None), False),
     "pissa_init": (pissa_init, False),
     "pissa_iter": (
         lambda value, settings: trainer.PART_OF_METHOD if settings.is_on("pissa_init") else None,
@@ -316,7 +298,6 @@ MAIN_KEYS: Table = {
     ),
     "quantization_bit": _quantization_bit,
     "bf16": (_bf16, False),
-    "pure_bf16": (switch(read_with("bf16"), None), False),
     "fp16": (
         lambda value, settings: (
             None
@@ -341,18 +322,8 @@ MAIN_KEYS: Table = {
         "lorafold rejects enable_thinking if the model's chat template does not use it",
         template_kwargs={"enable_thinking": boolean(value)},
     ),
-    "disable_gradient_checkpointing": to_field(
-        "gradient_checkpointing", lambda value: not boolean(value)
-    ),
     "val_size": (trainer.held_out_rows, 0.0),
-    "use_swanlab": switch(mapped(trackers=("swanlab",))),
-    "template": lambda value, settings: unmapped(
-        f"lorafold uses the model's own template; to use {value}, write it to a file and pass"
-        " --chat-template FILE"
-    ),
     "dataset": _dataset,
-    "eval_dataset": trainer.EVAL_DATA,
-    "do_train": trainer.TRAIN_SWITCH,
     **trainer.TRAINER_KEYS,
     **trainer.SHARED_KEYS,
     **static_rows("llamafactory"),
@@ -377,23 +348,17 @@ LORA_KEYS: Table = {
 }
 DPO_KEYS: Table = {
     "pref_loss": (PREF_LOSS, "sigmoid"),
-    "ld_alpha": reject(NO_TERM, lambda value: False),
     "dpo_label_smoothing": (_label_smoothing, 0.0),
+    **static_rows("llamafactory_dpo"),
 }
 REFERENCE_KEYS: Table = {
     "ref_model": _ref_model,
     "ref_model_quantization_bit": _ref_model_quantization_bit,
-}
-QUANTIZATION_KEYS: Table = {
-    "double_quantization": switch(
-        mapped("always on with nf4"), changed("always on with lorafold's nf4")
-    ),
-    **static_rows("llamafactory_quantization"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),
     *table(LORA_KEYS, is_lora),
     *table(DPO_KEYS, is_dpo),
     *table(REFERENCE_KEYS, has_reference),
-    *table(QUANTIZATION_KEYS, is_quantized),
+    *table(static_rows("llamafactory_quantization"), is_quantized),
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorafold.config_import import trainer
 from lorafold.config_import.rules import (
+    KEYS,
     Outcome,
     Reader,
     Rule,
@@ -28,10 +29,8 @@ from lorafold.config_import.rules import (
     mapped,
     objects_with_path,
     pass_option,
-    read_with,
     setting_in,
     static_rows,
-    switch,
     table,
     to_field,
     unmapped,
@@ -40,21 +39,12 @@ from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number, product
 from lorafold.models.quantizations import bnb_storage
 
-MARKERS = (
-    "fine_tune_type lora_parameters num_layers lora_layers iters steps_per_eval steps_per_report"
-    " adapter_path mask_prompt lr_schedule val_batches grad_checkpoint hf_dataset"
-)
 BLOCK = "lora_parameters"
 ALL = "every linear layer"  # for a file without keys
 BETAS = 0.9, 0.999
 CONSTANT = "constant"  # for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-COLUMN_KEYS = {  # lorafold's column: mlx-lm's key
-    "prompt": "prompt_feature",
-    "completion": "completion_feature",
-    "messages": "chat_feature",
-    "text": "text_feature",
-}
+COLUMN_KEYS: Mapping[str, str] = KEYS["names"]["mlx"]["columns"]  # by lorafold's column
 
 
 is_lora = setting_in("fine_tune_type", "lora", "dora")
@@ -220,44 +210,32 @@ def model(value: Any, settings: ToolSettings) -> Outcome:
 
 MAIN_KEYS: Table = {
     "fine_tune_type": (_fine_tune_type, "lora"),
-    BLOCK: None,
     "model": (model, "Qwen/Qwen3-0.6b"),
     "optimizer": (_optimizer, "adam"),
     "lr_schedule": (_lr_schedule, CONSTANT),
     "iters": (in_steps("steps", "iters"), 1000),
     "batch_size": (_batch, 4),
-    "mask_prompt": (
-        switch(
-            mapped("only the last message is trained", train_on="last"),
-            changed("mlx-lm trains on every token, lorafold on assistant turns and {text} rows"),
-        ),
-        False,
-    ),
     "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
     "save_every": (in_steps("save_every", "save_every"), 100),
     "report_to": trainer.trackers,
-    "train": trainer.TRAIN_SWITCH,
     "data": (_data, "mlx-community/WikiSQL"),
     "hf_dataset": _hf_dataset,
-    " ".join(COLUMN_KEYS.values()): read_with("data"),
-    "trust_remote_code": trainer.TRUST,
     **static_rows("mlx"),
 }
 LORA_KEYS: Table = {
-    f"{BLOCK}.rank": (to_field("rank", integer), 8),
     f"{BLOCK}.scale": (
         lambda value, settings: mapped(
             "alpha is scale times the rank", alpha=product(value, settings[f"{BLOCK}.rank"])
         ),
         20.0,
     ),
-    f"{BLOCK}.dropout": (to_field("dropout", number), 0.0),
     f"{BLOCK}.keys": (
         to_field("targets", lambda value: "all-linear" if value == ALL else names(value)),
         ALL,
     ),
     "num_layers": (_num_layers, 16),
     "lora_layers": _num_layers,
+    **static_rows("mlx_lora"),
 }
 RULES: tuple[Rule, ...] = (
     *table(MAIN_KEYS),

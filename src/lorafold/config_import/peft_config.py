@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorafold.config_import.rules import (
+    KEYS,
     OFF,
     REASONS,
     UNKNOWN_KEY,
@@ -35,16 +36,10 @@ from lorafold.peft.config import (
 from lorafold.peft.table_types import Field, Method
 from lorafold.recipe.fields import METHOD_FIELDS
 
-MARKERS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
 OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
-SELECTION_ADVICE = {
-    "exclude_modules": "pass --set targets=REGEX that excludes these modules",
-    "layers_to_transform": "pass --set targets=REGEX for these layers",
-    "layers_pattern": "pass --set targets=REGEX for these layers",
-    "trainable_token_indices": "pass the tokens with these ids as --new-tokens",
-}
+ADVICE: Mapping[str, str] = KEYS["names"]["peft"]["advice"]
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
@@ -102,8 +97,8 @@ def _method_outcomes(method: Method, spec: Spec, start: Any) -> Iterator[tuple[s
 
 
 def _selection_outcome(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
-    if field.key in SELECTION_ADVICE:
-        return unmapped(SELECTION_ADVICE[field.key]) if value not in (None, [], {}, "") else OFF
+    if field.key in ADVICE:
+        return unmapped(ADVICE[field.key]) if value not in (None, [], {}, "") else OFF
     if field.key == PARAMETERS.key and value:
         return target_parameters(read[TARGETS], read[field.attribute])
     if value:

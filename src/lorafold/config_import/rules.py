@@ -13,6 +13,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -29,6 +30,7 @@ from lorafold.foreign_options import (
     modules,
     names,
     number,
+    targets,
 )  # fmt: skip
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import ADAPTER_FIELDS
@@ -114,27 +116,57 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
-def static_rows(section: str) -> Table:
+def static_rows(section: str, only: Condition | None = None) -> Table:
     """The rows of a section of `keys.yaml`."""
-    rows = [
-        (keys, ROWS[kind](REASONS.get(remark, remark)))
-        for kind, remarks in KEYS[section].items()
-        if kind != "values"
-        for remark, keys in remarks.items()
-    ]
-    for keys, outcomes in KEYS[section].get("values", {}).items():
-        made = {
-            value: remark if kind == "refused" else Outcome(kind, dict(*fields), remark)
-            for values, (kind, text, *fields) in outcomes.items()
-            for remark in [REASONS.get(text, text)]
-            for value in values.split()
-        }
-        rows.append((keys, by_value(made, made.pop("else", ""))))
     return {
         key: (row, yaml.safe_load(default)) if default else row
-        for keys, row in rows
+        for kind, rows in KEYS[section].items()
+        for first, second in rows.items()
+        for keys, made in [
+            (first, BY_VALUE[kind](second)) if kind in BY_VALUE else (second, ROWS[kind](first))
+        ]
+        for row in [if_else(only, made) if only else made]
         for key, _, default in (one.partition("=") for one in keys.split())
     }
+
+
+def _row(kind: Any, text: str = "", more: Any = "") -> Reader:
+    """The reader for one value of a key; `more` are recipe fields or an option."""
+    if kind == "refused":
+        return reject(text, lambda value: False)
+    if kind in ("fields", "options", "unused") or text.startswith("--"):
+        return _reader(ROWS[kind](text))
+    fields = more if isinstance(more, dict) else {}
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    flag, remark = "" if fields else more, REASONS.get(text, text)
+
+    def read(value: Any, settings: ToolSettings) -> Outcome:
+        texts = (one.replace("{value}", str(value)) for one in (remark, flag))
+        return Outcome(kind, fields, *texts)
+
+    return read
+
+
+def switch(rows: Mapping[bool, Sequence[Any]]) -> Reader:
+    on, off = _row(*rows[True]), _row(*rows.get(False, ("taken", "off")))
+    return lambda value, settings: (on if boolean(value) else off)(value, settings)
+
+
+def _in_use(row: Sequence[Any]) -> Reader:
+    reader = _row(*row)
+    return lambda value, settings: reader(value, settings) if value else OFF
+
+
+def by_value(rows: Mapping[str, Sequence[Any]]) -> Reader:
+    readers = {value: _row(*row) for values, row in rows.items() for value in values.split()}
+    choices = " ".join(values for values, row in rows.items() if row[0] != "refused")
+
+    def read(value: Any, settings: ToolSettings) -> Outcome | None:
+        if reader := readers.get(str(value), readers.get("else")):
+            return reader(value, settings)
+        raise unexpected(value, choices.split())
+
+    return read
 
 
 def _reader(row: Handler, key: str = "") -> Reader:
@@ -193,26 +225,6 @@ def to_options(name: str, read: Callable[[Any], Any] = number) -> Reader:
     return lambda value, settings: mapped(objective_options={name: read(value)})
 
 
-def switch(is_on: Outcome | None, off: Outcome | None = OFF) -> Reader:
-    return lambda value, settings: is_on if boolean(value) else off
-
-
-def by_value(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
-    def read(value: Any, settings: ToolSettings) -> Outcome:
-        outcome = outcomes.get(str(value), otherwise)
-        if not outcome:
-            choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
-        if isinstance(outcome, str):
-            raise rejection(value, outcome)
-        return outcome
-
-    return read
-
-
-def if_on(outcome: Outcome) -> Reader:
-    return lambda value, settings: outcome if value else OFF
-
-
 def pass_option(name: str, value: Any) -> Outcome:
     return unmapped(f"pass this value as {name}", f"{name} {shlex.quote(str(value))}")
 
@@ -230,18 +242,22 @@ def reject(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
     def read(value: Any, settings: ToolSettings) -> Outcome:
         if is_neutral(value):
             return OFF
-        raise rejection(value, why)
+        raise rejection(value, REASONS.get(why, why))
 
     return read
 
 
-def require(neutral: float, why: str) -> Reader:
-    return reject(why, lambda value: number(value) == neutral)
+def require(neutral: str, why: str) -> Reader:
+    return reject(why, lambda value: number(value) == float(neutral))
+
+
+def unexpected(value: Any, choices: Iterable[str]) -> LorafoldError:
+    return LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
 
 
 def choice(value: Any, *choices: str) -> str:
     if value not in choices:
-        raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
+        raise unexpected(value, choices)
     return str(value)
 
 
@@ -249,16 +265,29 @@ class Expression(str):
     """The source of a value that a script computes."""
 
 
-READERS = {f.__name__: f for f in (number, integer, boolean, names, modules, str)}
-# How the rows of `keys.yaml` are read
+READERS = {f.__name__: f for f in (number, integer, boolean, names, modules, targets, str)}
+
+
+def _to(option: bool, text: str) -> Reader:
+    name, reader = text.split()
+    return (to_options if option else to_field)(name, READERS[reader])
+
+
+# How the rows of `keys.yaml` are read, by a remark, and by the outcomes of values
 ROWS: Mapping[str, Callable[[str], Handler]] = {
-    "taken": mapped,
-    "changed": changed,
+    "taken": lambda text: mapped(REASONS.get(text, text)),
+    "changed": lambda text: changed(REASONS.get(text, text)),
     "refused": reject,
-    "left": str,
+    "neutral": lambda text: require(*text.split(" ", 1)),
+    "left": lambda text: REASONS.get(text, text),
     "unused": lambda text: None,
-    "fields": lambda text: to_field(text.split()[0], READERS[text.split()[1]]),
-    "options": lambda text: to_options(text.split()[0], READERS[text.split()[1]]),
+    "fields": partial(_to, False),
+    "options": partial(_to, True),
+}
+BY_VALUE: Mapping[str, Callable[[Any], Reader]] = {
+    "values": by_value,
+    "switches": switch,
+    "in_use": _in_use,
 }
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from lorafold.config_import import rules, trainer, trl
 from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
-from lorafold.foreign_options import NO_FP16, integer, names, number, targets
+from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
-MARKERS = "tuner_type train_type rlhf_type quant_bits split_dataset_ratio lora_rank attn_impl"
 SFT = "sft"  # for a file without rlhf_type
 KINDS = {name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")} | {
     "simpo": "trl-cpo", "rm": "trl-reward"
@@ -32,12 +31,6 @@ OF_LOSS: Mapping[str, Mapping[str, Any]] = {
 RENAMED = {"train_type": "tuner_type", "max_epochs": "num_train_epochs"}
 # TRL's names of ms-swift's keys for GRPO
 OF_GRPO = {"max_length": "max_prompt_length", "overlong_filter": "mask_truncated_completions"}
-DTYPES = {
-    AUTO: mapped(trainer.AUTO, storage="auto"),
-    "bfloat16": mapped(storage="bf16"),
-    "float16": rules.changed(NO_FP16, storage="bf16"),
-    "float32": mapped(storage="fp32"),
-}
 DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
 is_lora = rules.setting_in("tuner_type", "lora")
 RATE = trainer.rate(is_lora)
@@ -90,9 +83,6 @@ def _loss_scale(value: Any, settings: ToolSettings) -> Outcome:
 
 MAIN_KEYS: Table = {
     "tuner_type": (_tuner_type, "lora"),
-    "torch_dtype": (
-        rules.if_else(rules.setting_in("quant_bits", None), rules.by_value(DTYPES)), AUTO,
-    ),
     "quant_bits": _quant_bits,
     "learning_rate": (
         lambda value, settings: RATE(
@@ -102,18 +92,11 @@ MAIN_KEYS: Table = {
     ),
     "adam_beta1": (_betas, 0.9),
     "adam_beta2": (_betas, 0.95),
-    "trust_remote_code": trainer.TRUST,
-    "val_dataset": rules.if_on(trainer.EVAL_DATA),
     "split_dataset_ratio": (trainer.held_out_rows, 0.0),
     "dataset": _dataset,
-    "freeze_parameters_ratio": rules.require(0, "lorafold's full method trains the whole model"),
-    "freeze_vit freeze_aligner": rules.switch(
-        mapped("lorafold adapts the language model"), rules.unmapped(rules.REASONS["every_layer"])
-    ),
     **rules.static_rows("swift"),
 }
 LORA_KEYS: Table = {
-    "target_modules": (lambda value, settings: mapped(targets=targets(value)), "all-linear"),
     "target_regex": lambda value, settings: mapped(targets=trainer.text(value)),
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings["target_modules"], names(value)
@@ -126,14 +109,6 @@ LORA_KEYS: Table = {
 }
 # With completions that the model samples, TRL's rows for these keys apply
 ROW_KEYS: dict[str, Any] = {
-    "max_length": (
-        lambda value, settings: (
-            rules.changed("ms-swift's limit is the model's context, lorafold's is max_length")
-            if value == AUTO
-            else mapped(max_length=integer(value))
-        ),
-        AUTO,
-    ),
     **rules.static_rows("swift_rows"),
     "per_device_train_batch_size": (
         trainer.batch("process", trl.is_packed, "ms-swift max_length", accumulation), 1,
@@ -153,7 +128,8 @@ def _rules(name: str) -> tuple[rules.Rule, ...]:
     rows = {**MAIN_KEYS, **({SFT: ROW_KEYS | SFT_KEYS, "grpo": {}}.get(name, ROW_KEYS))}
     rows |= {"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {}
     lora = {**LORA_KEYS, "lora_dropout": (trl.DROPOUTS[kind], 0.05)}
-    own = (*rules.table(rows), *rules.table(lora, is_lora))
+    dtype = rules.table(rules.static_rows("swift_dtype"), rules.setting_in("quant_bits", None))
+    own = (*dtype, *rules.table(rows), *rules.table(lora, is_lora))
     base = trl.COMMON if name == SFT else trl.RULES[kind]
     return trl.rules_over(base, own, {**DEFAULTS, **OF_LOSS.get(name, {})})
 

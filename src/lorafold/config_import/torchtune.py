@@ -17,23 +17,10 @@ from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
-MARKERS = "checkpointer metric_logger max_steps_per_epoch enable_activation_checkpointing"
 NONE = "none"  # for a file without an entry
 DATASET = "dataset."
-OBJECTIVES = {
-    "LinearCrossEntropyLoss": "sft", "CEWithChunkedOutputLoss": "sft", "DPOLoss": "dpo",
-    "RSOLoss": "hinge",
-}  # fmt: skip
-OPTIMIZERS = {
-    "AdamW": "adamw_torch", "AdamW8bit": "adamw_8bit", "PagedAdamW": "paged_adamw",
-    "PagedAdamW8bit": "paged_adamw_8bit",
-}  # fmt: skip
-SOURCES = {  # of datasets that builders name
-    "alpaca": "tatsu-lab/alpaca",
-    "alpaca_cleaned": "yahma/alpaca-cleaned",
-    "stack_exchange_paired": "lvwerra/stack-exchange-paired",
-    "hh_rlhf_helpful": "RLHFlow/HH-RLHF-Helpful-standard",
-}
+NAMES: Mapping[str, Mapping[str, str]] = rules.KEYS["names"]["torchtune"]
+OBJECTIVES = NAMES["objectives"]
 # torchtune's column, of rows in the format `instruct`: lorafold's
 COLUMNS = {"input": "prompt", "output": "completion"}
 
@@ -124,7 +111,7 @@ def _source(one: Mapping[str, Any]) -> SourceDataset:
     turns = "messages" if one.get("conversation_style") == "openai" else "conversations"
     columns |= {turns: one.get("conversation_column"), "text": one.get("column")}
     return rules.dataset(
-        one.get("source", SOURCES.get(builder)), one.get("name"), one.get("split"),
+        one.get("source", NAMES["sources"].get(builder)), one.get("name"), one.get("split"),
         one.get("data_files"), "", columns, _remarks(one, builder), f" ({builder})",
     )  # fmt: skip
 
@@ -142,7 +129,7 @@ MAIN_KEYS: Table = {
     "dtype": rules.if_else(
         is_quantized,
         mapped(storage=bnb_storage(4)),
-        rules.by_value({name: mapped(storage=name) for name in ("bf16", "fp32")}),
+        rules.by_value({name: ("taken", "", {"storage": name}) for name in ("bf16", "fp32")}),
     ),
     "loss._component_": _loss,
     "max_steps_per_epoch": lambda value, settings: rules.changed(
@@ -154,23 +141,13 @@ MAIN_KEYS: Table = {
         lambda value, settings: mapped(clip=0.0 if value in (NONE, "inf") else number(value)), NONE,
     ),
     "optimizer._component_": lambda value, settings: trainer.optimizer(
-        OPTIMIZERS.get(component("optimizer", settings), ""), settings
+        NAMES["optimizers"].get(component("optimizer", settings), ""), settings
     ),
     "optimizer.lr": (trainer.rate(is_lora), 1e-3),
     "optimizer.betas": rules.to_field("betas", mlx.betas),
     "lr_scheduler._component_": (_schedule, NONE),
     "lr_scheduler.num_warmup_steps": (lambda value, _: trainer.warmup_of(integer(value)), 0),
-    "lr_scheduler.num_cycles": rules.require(0.5, "lorafold's schedule is half a cosine"),
-    "tokenizer.max_seq_len": (
-        lambda value, settings: (
-            rules.changed("torchtune does not truncate the rows, lorafold does at max_length")
-            if value == NONE
-            else mapped(max_length=integer(value))
-        ),
-        NONE,
-    ),
     "dataset dataset._component_": _dataset,
-    "dataset_val": trainer.EVAL_DATA,
     "run_val_every_n_steps": trainer.interval("eval_every"),
     "save_every_n_steps": trainer.interval("save_every"),
     **rules.static_rows("torchtune"),

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorafold.config_import.rules import (
     OFF,
+    REASONS,
     Condition,
-    Handler,
     Outcome,
     Reader,
     Table,
@@ -21,7 +21,6 @@ from lorafold.config_import.rules import (
     mapped,
     rejection,
     static_rows,
-    switch,
     to_field,
     to_options,
     unmapped,
@@ -44,8 +43,8 @@ AUTO = "the tool keeps the files' dtype; lorafold uses bf16 if native to the dev
 FROM_ZERO = "the other tool warms up from a learning rate of 0, lorafold from peak / warm-up steps"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 ADAMW = "lorafold supports only AdamW, which may need a different learning rate"
-COMPLETIONS = mapped("the loss is computed on completions only")
-FULL_LOSS = unmapped("lorafold trains on every token only in {text} rows, in others on completions")
+COMPLETIONS = mapped(REASONS["completions"])
+FULL_LOSS = unmapped(REASONS["full_loss"])
 PART_OF_METHOD = mapped("part of the method")
 AUTO_TARGETS = changed("PEFT chooses targets by architecture; lorafold uses the method's default")
 
@@ -195,11 +194,6 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
     return changed(why, **fields)
 
 
-TRUST: Handler = switch(unmapped("pass --trust-remote-code", "--trust-remote-code"))
-TRAIN_SWITCH: Handler = switch(
-    mapped("lorafold train always trains"), unmapped("off in the file, but lorafold train trains")
-)
-EVAL_DATA = unmapped("pass the rows as --eval-data", "--eval-data EVAL_DATA")
 # The Trainer's keys that tools rename
 SHARED_KEYS: Table = {
     "max_steps": lambda value, settings: (
@@ -214,7 +208,6 @@ SHARED_KEYS: Table = {
             "lorafold keeps 2 checkpoints and the best one; change this with --set keep=N"
         )
     ),
-    "trust_remote_code": TRUST,
     **static_rows("trainer"),
 }
 # The Trainer's keys under its own names
@@ -227,7 +220,6 @@ TRAINER_KEYS: Table = {
         else warmup_of(number(value), share=True)
     ),
     "optim": (optimizer, "adamw_torch_fused"),
-    "use_cpu": switch(unmapped("pass --device cpu", "--device cpu")),
     "report_to": trackers,
     **static_rows("transformers"),
 }

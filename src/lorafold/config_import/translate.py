@@ -65,22 +65,7 @@ SECTIONS = {
 UNSUPPORTED_FILES: Mapping[str, str] = KEYS["unsupported_files"]
 NOTES: Mapping[str, str] = KEYS["notes"]
 FILE_RULES = table(static_rows("file"))
-# Commands that train: the kind, by a pattern of a word and the word after it
-LAUNCHES = {
-    r"(?:.*/)?trl (sft|dpo|kto|reward|grpo|rloo)": "trl-{}",
-    r"(?:.*/)?swift (sft|pt|rlhf)": "ms-swift",
-    r".*swift[/.]cli[/.](sft|pt|rlhf)(?:\.py)? .*": "ms-swift",
-    r"(?:.*/)?axolotl (?:train|finetune)": "axolotl",
-    r"axolotl\.cli\.train .*": "axolotl",
-    r"(?:.*/)?(?:llamafactory-cli|lmf) train": "llamafactory",
-    r"(?:.*/)?mlx_lm lora": "mlx-lm",
-    r"(?:.*/)?mlx_lm\.lora .*": "mlx-lm",
-    r"(?:.*/)?tune run": "torchtune",
-    r"(?:.*/)?(autotrain|litgpt|megatron) .*": "{}",
-    r"(?:.*[/.]|(?=.*\.py ))(?:run_)?(sft|[dc]po|kto|orpo|grpo|rloo)(?:\.py)? .*": "trl-{}",
-    r"(?:.*/)?(reward)_modeling\.py .*": "trl-{}",
-    r".*(?:train|tune|run)\w*\.py .*": "",
-}
+LAUNCHES: Mapping[str, str] = KEYS["launches"]
 TOKEN = re.compile(
     r"""\\\n|`\#[^`]*`|(?<![^\s;&|])\#[^\n]*|(?<!\S)\d?[<>]+&?\d?|[\n;&|()<>]+
     |(?:[^\s'"\\$;&|<>()]|\\[^\n]|'[^']*'|"(?:\\.|[^"\\])*"
@@ -102,33 +87,34 @@ class Tool:
 
     name: str
     markers: str
-    read_keys: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+    read_keys: ReadKeys
     known: frozenset[str] | None
 
 
+ReadKeys = Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+
+
 def _from_rules(
-    name: str,
-    markers: str,
-    rules: Sequence[Rule],
-    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-) -> Tool:
-    """A tool with a table of rules; `flatten` moves keys in blocks to the top level."""
+    rules: Sequence[Rule], flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+) -> tuple[ReadKeys, frozenset[str]]:
+    """Reads a file with a table of rules; `flatten` moves keys in blocks to the top level."""
     known = frozenset(name for rule in rules for name in (rule.key, rule.key.split(".")[0]))
-    return Tool(name, markers, lambda config: apply_rules(rules, flatten(config)), known)
+    return lambda config: apply_rules(rules, flatten(config)), known
 
 
-TOOLS: dict[str, Tool] = {
-    "axolotl": _from_rules("axolotl", axolotl.MARKERS, axolotl.RULES, axolotl_objectives.flatten),
-    "llamafactory": _from_rules("LLaMA-Factory", llamafactory.MARKERS, llamafactory.RULES),
-    **{
-        kind: _from_rules(f"TRL's {name}", markers, trl.RULES[kind])
-        for kind, (name, markers, _) in trl.TRAINERS.items()
-    },
-    "mlx-lm": _from_rules("mlx-lm", mlx.MARKERS, mlx.RULES, mlx.flatten_lora),
-    "torchtune": _from_rules("torchtune", torchtune.MARKERS, torchtune.RULES, torchtune.flatten),
-    "ms-swift": Tool("ms-swift", swift.MARKERS, swift.read_keys, swift.KNOWN),
-    "unsloth": Tool("Unsloth", unsloth.MARKERS, unsloth.read_keys, unsloth.KNOWN),
-    "peft": Tool("PEFT", peft_config.MARKERS, peft_config.read_keys, None),
+READERS: Mapping[str, tuple[ReadKeys, frozenset[str] | None]] = {
+    "axolotl": _from_rules(axolotl.RULES, axolotl_objectives.flatten),
+    "llamafactory": _from_rules(llamafactory.RULES),
+    **{kind: _from_rules(rules) for kind, rules in trl.RULES.items()},
+    "mlx-lm": _from_rules(mlx.RULES, mlx.flatten_lora),
+    "torchtune": _from_rules(torchtune.RULES, torchtune.flatten),
+    "ms-swift": (swift.read_keys, swift.KNOWN),
+    "unsloth": (unsloth.read_keys, unsloth.KNOWN),
+    "peft": (peft_config.read_keys, None),
+}
+TOOLS = {
+    kind: Tool(about["name"], about["markers"], *READERS[kind])
+    for kind, about in KEYS["tools"].items()
 }
 
 

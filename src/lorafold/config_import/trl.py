@@ -20,20 +20,14 @@ from lorafold.config_import.rules import (
     Rule,
     Table,
     ToolSettings,
-    by_value,
     changed,
     choice,
     data_outcome,
     dataset,
-    if_else,
-    if_on,
     mapped,
     objects_with_path,
-    pass_option,
     read_with,
-    require,
     static_rows,
-    switch,
     table,
     unmapped,
 )
@@ -44,11 +38,6 @@ from lorafold.models.quantizations import bnb_storage
 BY_ARCHITECTURE = "by architecture"  # for a file without lora_target_modules
 SCORE_HEAD = "score"  # transformers' name of a reward model's head
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
-# The losses of DPOTrainer; losses that DPO_LOSSES lacks are rejected by name
-DPO_NAMES = (
-    *trainer.DPO_LOSSES, "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
 
 
 def is_lora(settings: ToolSettings) -> bool:
@@ -96,16 +85,8 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
 # ModelConfig and related keys
 MODEL_KEYS: Table = {
     "use_peft": (_use_peft, False),
-    "use_dora use_rslora": (if_on(read_with("use_peft")), False),
     "load_in_4bit": (_load_in_4bit, False),
-    "load_in_8bit": (switch(mapped(storage=bnb_storage(8))), False),
     "torch_dtype": dtype,
-    "bf16": (if_on(read_with("dtype")), True),
-    "fp16": (if_on(read_with("dtype")), False),
-    "model_revision": lambda value, settings: (
-        mapped("the default revision") if value == "main" else pass_option("--revision", value)
-    ),
-    "trust_remote_code": trainer.TRUST,
     **static_rows("trl_model"),
 }
 LORA_KEYS: Table = {
@@ -130,12 +111,7 @@ IN_MODEL = {rule.key for rule in MODEL}
 COMMON = (
     *MODEL,
     *(r for r in table({**trainer.SHARED_KEYS, **trainer.TRAINER_KEYS}) if r.key not in IN_MODEL),
-    *table(
-        {
-            "test_split_size": trainer.held_out_rows,
-            **static_rows("trl"),
-        }
-    ),
+    *table({"test_split_size": trainer.held_out_rows, **static_rows("trl")}),
 )
 
 
@@ -228,10 +204,9 @@ LENGTH_KEYS: Table = {
 }
 # Preferences: dropout is off, and the reference is the model below the adapter
 PREFERENCE_KEYS: Table = {
-    "disable_dropout": (switch(mapped("there is no dropout"), mapped("dropout is applied")), True),
-    "packing": (mapped(packing=False), False),
     "learning_rate": (RATE, 1e-6),
     **LENGTH_KEYS,
+    **static_rows("preferences"),
 }
 # With sampled completions, a batch counts completions and there is no dropout
 SAMPLING_KEYS: Table = {
@@ -241,154 +216,77 @@ SAMPLING_KEYS: Table = {
     "gradient_accumulation_steps": (grpo.accumulation, 1),
     **static_rows("trl_sampling"),
 }
-POLICY_MARKERS = (
-    "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
-    " generation_batch_size use_vllm"
-)
-# Each trainer's name, markers and table
-TRAINERS: Mapping[str, tuple[str, str, Table]] = {
-    "trl-sft": (
-        "SFT",
-        "packing packing_strategy padding_free completion_only_loss assistant_only_loss"
-        " dataset_text_field dataset_kwargs eval_packing loss_type=nll loss_type=dft"
-        " loss_type=chunked_nll max_seq_length",
-        {
-            "learning_rate": (RATE, 2e-5),
-            "packing": (_packing, False),
-            "packing_strategy": if_else(
-                lambda settings: settings.is_on("packing"),
-                by_value(
-                    {
-                        "bfd": mapped("best-fit packing"),
-                        **dict.fromkeys(
-                            ("bfd_split", "bfd-requeue", "wrapped"),
-                            changed(
-                                "lorafold uses best-fit packing without attention between rows,"
-                                " and truncates rows that are too long"
-                            ),
-                        ),
-                    }
-                ),
+TABLES: Mapping[str, Table] = {
+    "trl-sft": {
+        "learning_rate": (RATE, 2e-5),
+        "packing": (_packing, False),
+        **static_rows("trl_packed", lambda settings: settings.is_on("packing")),
+        **static_rows("trl_sft"),
+        "chat_template_path": _chat_template_path,
+        **data_rows(None),
+        **LENGTH_KEYS,
+    },
+    "trl-dpo": {
+        "loss_type": (
+            lambda value, settings: trainer.dpo_objective(
+                losses(settings), settings["loss_weights"], "loss_weights"
             ),
-            **static_rows("trl_sft"),
-            "completion_only_loss": switch(trainer.COMPLETIONS, trainer.FULL_LOSS),
-            "assistant_only_loss": (
-                switch(
-                    mapped("the loss is computed on assistant turns only"),
-                    changed(
-                        "TRL trains on every token of {messages} rows, lorafold only on assistant"
-                        " turns"
-                    ),
-                ),
-                False,
+            ["sigmoid"],
+        ),
+        "beta": (
+            trainer.beta(lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))),
+            0.1,
+        ),
+        "label_smoothing": trainer.dpo_label_smoothing,
+        **static_rows("trl_dpo"),
+        **data_rows("dpo"),
+        **grpo.REFERENCE,
+        **PREFERENCE_KEYS,
+    },
+    "trl-kto": {
+        **static_rows("trl_kto"),
+        "desirable_weight": (trainer.loss_option("desirable_weight", lambda _: "kto"), 1.0),
+        "undesirable_weight": (trainer.loss_option("undesirable_weight", lambda _: "kto"), 1.0),
+        **data_rows("kto"),
+        **grpo.REFERENCE,
+        **PREFERENCE_KEYS,
+    },
+    "trl-orpo": {
+        # no key names its loss
+        "beta": (
+            lambda value, settings: changed(
+                trainer.ORPO_TERM, objective="orpo", beta=number(value)
             ),
-            "dataset_text_field": lambda value, settings: (
-                mapped("lorafold uses the same column name")
-                if value == "text"
-                else unmapped("name the text column with --columns", f"--columns text={value}")
-            ),
-            "chat_template_path": _chat_template_path,
-            **data_rows(None),
-            **LENGTH_KEYS,
-        },
-    ),
-    "trl-dpo": (
-        "DPO",
-        " ".join(f"loss_type={name}" for name in DPO_NAMES)
-        + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
-        {
-            "loss_type": (
-                lambda value, settings: trainer.dpo_objective(
-                    losses(settings), settings["loss_weights"], "loss_weights"
-                ),
-                ["sigmoid"],
-            ),
-            "beta": (
-                trainer.beta(
-                    lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))
-                ),
-                0.1,
-            ),
-            "label_smoothing": trainer.dpo_label_smoothing,
-            **static_rows("trl_dpo"),
-            "ld_alpha": require(1, "lorafold gives all tokens of both completions the same weight"),
-            **data_rows("dpo"),
-            **grpo.REFERENCE,
-            **PREFERENCE_KEYS,
-        },
-    ),
-    "trl-kto": (
-        "KTO",
-        "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
-        {
-            **static_rows("trl_kto"),
-            "desirable_weight": (trainer.loss_option("desirable_weight", lambda _: "kto"), 1.0),
-            "undesirable_weight": (trainer.loss_option("undesirable_weight", lambda _: "kto"), 1.0),
-            **data_rows("kto"),
-            **grpo.REFERENCE,
-            **PREFERENCE_KEYS,
-        },
-    ),
-    "trl-orpo": (
-        "ORPO",
-        "",
-        {
-            # no key names its loss
-            "beta": (
-                lambda value, settings: changed(
-                    trainer.ORPO_TERM, objective="orpo", beta=number(value)
-                ),
-                0.1,
-            ),
-            **data_rows("orpo"),
-            **PREFERENCE_KEYS,
-        },
-    ),
-    "trl-cpo": (
-        "CPO",
-        "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
-        {
-            **static_rows("trl_cpo"),
-            "simpo_gamma": (trainer.loss_option("gamma", lambda _: "simpo"), 0.5),
-            "cpo_alpha": (trainer.sft_term_of("simpo"), 1.0),
-            "alpha": require(0, "lorafold does not support AlphaPO's reward transformation"),
-            "label_smoothing": require(0, "lorafold's simpo does not support label smoothing"),
-            **data_rows("simpo"),
-            **PREFERENCE_KEYS,
-        },
-    ),
-    "trl-reward": (
-        "reward trainer",
-        "center_rewards_coefficient",
-        {
-            "center_rewards_coefficient": (centre, 0.0),
-            "chat_template_path": _chat_template_path,
-            **data_rows("reward"),
-            **PREFERENCE_KEYS,
-            "learning_rate": (RATE, 1e-4),
-        },
-    ),
-    "trl-grpo": (
-        "GRPO",
-        f"{POLICY_MARKERS} num_iterations scale_rewards importance_sampling_level"
-        " multi_objective_aggregation delta loss_type=dapo loss_type=bnpo loss_type=dr_grpo"
-        " loss_type=grpo loss_type=luspo loss_type=cispo",
-        {**grpo.GRPO, **SAMPLING_KEYS},
-    ),
-    "trl-rloo": (
-        "RLOO",
-        f"{POLICY_MARKERS} normalize_advantages reward_clip_range",
-        {**grpo.RLOO, **SAMPLING_KEYS},
-    ),
+            0.1,
+        ),
+        **data_rows("orpo"),
+        **PREFERENCE_KEYS,
+    },
+    "trl-cpo": {
+        **static_rows("trl_cpo"),
+        "simpo_gamma": (trainer.loss_option("gamma", lambda _: "simpo"), 0.5),
+        "cpo_alpha": (trainer.sft_term_of("simpo"), 1.0),
+        **data_rows("simpo"),
+        **PREFERENCE_KEYS,
+    },
+    "trl-reward": {
+        "center_rewards_coefficient": (centre, 0.0),
+        "chat_template_path": _chat_template_path,
+        **data_rows("reward"),
+        **PREFERENCE_KEYS,
+        "learning_rate": (RATE, 1e-4),
+    },
+    "trl-grpo": {**grpo.GRPO, **SAMPLING_KEYS},
+    "trl-rloo": {**grpo.RLOO, **SAMPLING_KEYS},
 }
 SAMPLERS = {"trl-grpo", "trl-rloo"}  # trainers that sample completions
-DROPOUTS = {kind: _sampling_dropout if kind in SAMPLERS else LORA_DROPOUT for kind in TRAINERS}
+DROPOUTS = {kind: _sampling_dropout if kind in SAMPLERS else LORA_DROPOUT for kind in TABLES}
 RULES = {
     kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
-    for kind, (_, _, rows) in TRAINERS.items()
+    for kind, rows in TABLES.items()
 }
 # The objective of a trainer; None for supervised training
-OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TRAINERS} | {
+OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TABLES} | {
     "trl-sft": None, "trl-cpo": "simpo"
 }  # fmt: skip
 

@@ -12,11 +12,12 @@ all trainers' configurations. Processing of rows before training is ignored.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorafold.config_import import trainer, trl
 from lorafold.config_import.rules import (
+    KEYS,
     PLACEHOLDER,
     Expression,
     Outcome,
@@ -30,10 +31,8 @@ from lorafold.config_import.rules import (
     dataset,
     expected_rows,
     mapped,
-    read_with,
     static_rows,
     table,
-    to_field,
     unmapped,
 )
 from lorafold.errors import LorafoldError
@@ -41,39 +40,19 @@ from lorafold.foreign_options import boolean, integer, modules, names
 from lorafold.models.quantizations import bnb_storage
 
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
-MARKERS = f"{LOAD}model_name {LOAD}max_seq_length {ADAPT}r {ADAPT}lora_alpha"
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = KEYS["names"]["unsloth"]
+LINEARS: Sequence[str] = NAMES["linears"]
+MODELS: Sequence[str] = NAMES["models"]
 WHOLE = ("embed_tokens", "lm_head")
-MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
-TRAINERS = {f"{kind.removeprefix('trl-').upper()}Trainer": kind for kind in trl.TRAINERS} | {
+TRAINERS = {f"{kind.removeprefix('trl-').upper()}Trainer": kind for kind in trl.TABLES} | {
     "RewardTrainer": "trl-reward", "UnslothTrainer": "trl-sft"
 }  # fmt: skip
 CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",
 }
-# Functions whose arguments become keys after their name, and their positional arguments
-FUNCTIONS = {
-    "from_pretrained": ("model_name",),
-    "get_peft_model": ("model",),
-    "load_dataset": ("path", "name"),
-    "get_chat_template": ("tokenizer", "chat_template"),
-    "train_on_responses_only": ("trainer",),
-}
-DEFAULTS = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "weight_decay": 0.001,
-    "seed": 3407,
-    "optim": "adamw_8bit",
-    "warmup_steps": 0.1,
-    "max_length": None,
-}
-OBJECTS = {
-    *("model", "tokenizer", "processing_class", "args", "data_collator", "trainer"),
-    *("train_dataset", "eval_dataset"),
-}
+FUNCTIONS: Mapping[str, Sequence[str]] = NAMES["functions"]
 
 
 def is_lora(settings: ToolSettings) -> bool:
@@ -136,7 +115,6 @@ LOADING_KEYS: Table = {
     "full_finetuning": (_method, False),
     "load_in_4bit": (storage, True),
     "max_seq_length": (_length, 2048),
-    "trust_remote_code": trainer.TRUST,
     **static_rows("unsloth_loading"),
 }
 ADAPTER_KEYS: Table = {
@@ -148,7 +126,6 @@ ADAPTER_KEYS: Table = {
         ),
         "unsloth",
     ),
-    "max_seq_length": None,
     **static_rows("unsloth_adapter"),
 }
 LORA_KEYS: Table = {
@@ -156,30 +133,19 @@ LORA_KEYS: Table = {
     "target_parameters": lambda value, settings: trainer.target_parameters(
         settings[f"{ADAPT}target_modules"], names(value)
     ),
-    "bias": to_field("bias"),
-    "use_rslora": (read_with(f"{LOAD}full_finetuning"), False),
-    "init_lora_weights": (read_with(f"{LOAD}full_finetuning"), True),
-    "loftq_config": read_with(f"{LOAD}full_finetuning"),
     **static_rows("unsloth_lora"),
 }
 MAIN_RULES: tuple[Rule, ...] = (
     *table(
         {
             **_prefixed(LOAD, LOADING_KEYS),
-            "max_length max_seq_length": read_with(f"{LOAD}max_seq_length"),
             **_prefixed(ADAPT, ADAPTER_KEYS),
             "learning_rate": (trainer.rate(is_lora), 5e-5),
-            "lora_dropout": None,
             f"{DATASET}path": _loaded_rows,
-            f"{DATASET}name {DATASET}split {DATASET}data_files": read_with(f"{DATASET}path"),
             "train_dataset": lambda value, settings: (
                 mapped("loaded by load_dataset")
                 if settings[f"{DATASET}path"]
                 else unmapped(expected_rows(objective_of(settings)), PLACEHOLDER)
-            ),
-            "eval_dataset": trainer.EVAL_DATA,
-            "get_chat_template.chat_template": lambda value, settings: unmapped(
-                f"to replace the model's own template by {value}, pass --chat-template FILE"
             ),
             **static_rows("unsloth"),
         }
@@ -189,7 +155,7 @@ MAIN_RULES: tuple[Rule, ...] = (
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
-    defaults = DEFAULTS | ({"loss_type": "bnpo", "beta": 0.001} if kind == "trl-grpo" else {})
+    defaults = {**NAMES["defaults"], **NAMES["loss_defaults"].get(kind, {})}
     dropout = table({f"{ADAPT}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora)
     return trl.rules_over(trl.RULES[kind], (*MAIN_RULES, *dropout), defaults)
 
@@ -200,7 +166,8 @@ KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
-    objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in OBJECTS)}
+    own = NAMES["objects"].split()
+    objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in own)}
     return apply_rules(rules, config, objects)
 
 
@@ -253,7 +220,7 @@ def _name_of(function: ast.expr) -> tuple[str, str]:
     return getattr(function, "id", ""), ""
 
 
-def _arguments(call: ast.Call, names: tuple[str, ...]) -> Iterator[tuple[str, ast.expr]]:
+def _arguments(call: ast.Call, names: Sequence[str]) -> Iterator[tuple[str, ast.expr]]:
     for index, node in enumerate(call.args):
         yield names[index] if index < len(names) else f"argument {index + 1}", node
     for keyword in call.keywords:
