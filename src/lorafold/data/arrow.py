@@ -69,12 +69,6 @@ class Lists:
         self.lengths: Array = np.concatenate([np.zeros(0, np.int32), *map(np.diff, self.ends)])
         self._first = np.cumsum([0, *map(len, chunks)])
 
-    @property
-    def flat(self) -> Array:
-        """All items in one array."""
-        pieces = (of[ends[0] : ends[-1]] for ends, of in zip(self.ends, self.values, strict=True))
-        return np.concatenate([np.zeros(0, np.int32), *pieces])
-
     def __iter__(self) -> Iterator[Array]:  # (T,) each
         for ends, values in zip(self.ends, self.values, strict=True):
             for start, end in pairwise(ends.tolist()):

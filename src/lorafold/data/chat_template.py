@@ -106,10 +106,11 @@ class MessageForm:
                     message["tool_calls"] = [_with_text(tool_call) for tool_call in calls]
             thought, content = message.get("reasoning_content"), message.get("content")
             if self.parts and isinstance(content, str):
-                message = message | {"content": [_part("text", content)]}
+                message = message | {"content": [{"type": "text", "text": content}]}
             if thought and self.reasoning == PARTS:
-                text = [_part("text", content)] if content else []
-                message = message | {"content": [_part("thinking", thought), *text]}
+                text = [{"type": "text", "text": content}] if content else []
+                parts = [{"type": "thinking", "thinking": thought}, *text]
+                message = message | {"content": parts}
             elif thought and "{}" not in self.reasoning:
                 message = message | {self.reasoning: thought}
             elif thought and not calls:
@@ -117,10 +118,6 @@ class MessageForm:
                 message = message | {"content": content}
             formatted.append(message)
         return formatted
-
-
-def _part(kind: str, text: str) -> dict[str, str]:
-    return {"type": kind, kind: text}
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,9 @@ class Examples(TableExamples[Example]):
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        start, end = self._spans.flat.reshape(-1, 2).T  # (s,) each
+        spans = zip(self._spans.ends, self._spans.values, strict=True)
+        flat = [np.zeros(0, np.int32), *(of[ends[0] : ends[-1]] for ends, of in spans)]
+        start, end = np.concatenate(flat).reshape(-1, 2).T  # (s,) each
         of = np.repeat(np.arange(len(lengths)), self._spans.lengths // 2)  # (s,), each span's index
         # the first token is never in the loss, because no token precedes it
         counted = np.maximum(0, np.minimum(end, lengths[of]) - np.maximum(start, 1))

@@ -222,7 +222,7 @@ class RowFormat:
     optional: tuple[str, ...] = ("system", "tools")
     find_problems: Callable[[Row], Problems] | None = None
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         return tuple(self.fields)
 
@@ -323,11 +323,6 @@ def _label_problems(name: str, value: Any) -> Problems:
         yield type_problem(name, value, "text or an integer")
 
 
-def _read_pair(row: Row) -> Completions:
-    answer = {"completion": messages_from("assistant", row["completion"])}
-    return messages_from("user", row["prompt"]), answer
-
-
 def _read_query(row: Row) -> Completions:
     answer = {"role": "assistant", "tool_calls": list(map(openai_call, parsed(row["answers"])))}
     return messages_from("user", row["query"]), {"answers": [answer]}
@@ -369,7 +364,10 @@ ROW_FORMATS = (
     ),
     RowFormat(
         PROMPT | {"completion": content_problems},
-        _read_pair,
+        lambda row: (
+            messages_from("user", row["prompt"]),
+            {"completion": messages_from("assistant", row["completion"])},
+        ),
         (*CHAT_KINDS, JUDGED),
         find_problems=_pair_problems,
     ),

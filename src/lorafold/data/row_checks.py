@@ -99,7 +99,8 @@ class TemplateSummary:
         return [line for line, applies in remarks.items() if applies]
 
 
-def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
+def describe_template(tokenizer: PreTrainedTokenizerBase, suggest: bool = True) -> TemplateSummary:
+    """With `suggest`, also finds the --template-kwargs that render reasoning or plain turns."""
     template, block = template_of(tokenizer), template_of(tokenizer).block
     without_prompt = try_apply([USER], tokenizer)
     added = try_apply([USER], tokenizer, for_generation=True)
@@ -120,7 +121,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
         try_apply([USER, ASSISTANT | {"content": content, "tool_calls": calls}], tokenizer)
         for content, calls in ((TEXT_BESIDE_CALL, CALLS[:1]), ("", CALLS))
     )
-    kwargs = "" if block.shown else reasoning_kwargs(template)
+    kwargs = reasoning_kwargs(template) if suggest and not block.shown else ""
     shows = {
         "system messages": PROBE_TEXT in try_apply([SYSTEM, USER], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,
