@@ -195,7 +195,7 @@ class Template:
         forms = [MessageForm(n > 1, n % 2 > 0, shown == [False, True]) for n in range(4)]
         quoted = json.dumps(json.dumps(PROBE_ARGUMENTS))[1:-1]
         working = []
-        for form in forms:
+        for form in forms if "tool_calls" in self.text else ():
             text = try_apply([USER, TOOL_CALL], self.tokenizer, [PROBE_TOOL], form=form)
             after = text.rpartition(PROBE_NAME)[2]
             is_quoted = quoted in after or str(PROBE_ARGUMENTS) in after
@@ -207,12 +207,12 @@ class Template:
         # a prompt may ask for <think>, or open it; if it closes it, the turn has no reasoning
         prompt = try_apply([USER], self.tokenizer, for_generation=True, form=form).rstrip()
         asks = "<think>" in prompt and not prompt.endswith("</think>")
-        for reasoning, turn in product(REASONING_FORMS, (ASSISTANT, TOOL_CALL)):
+        readings = REASONING_FORMS[: None if asks else -2]
+        for reasoning, turn in product(readings, (ASSISTANT, TOOL_CALL)):
             thinking = replace(form, reasoning=reasoning)
             text = try_apply([USER, turn | THINKING], self.tokenizer, form=thinking)
             wanted = f"<think>\n{THOUGHT}" if "{}" in reasoning else THOUGHT
-            # not the parts as JSON
-            if wanted in text and (asks or wanted == THOUGHT) and not PARTS_AS_JSON.search(text):
+            if wanted in text and not PARTS_AS_JSON.search(text):
                 return thinking
         return form
 
@@ -253,9 +253,10 @@ class Template:
         between = following.rpartition(NEXT)[0].rpartition(PROBE_ANSWER)[2]
         # to the EOS token, or to the last of the special tokens that are consecutive or that are
         # also there before the next message
-        at, shared = 0, len(prefix_of(after_answer, between))
+        at = 0
         for special in self.specials.finditer(after_answer):
-            is_apart = special.end() > shared and after_answer[at : special.start()].strip()
+            is_shared = between.startswith(after_answer[: special.end()])
+            is_apart = after_answer[at : special.start()].strip() and not is_shared
             if at and (is_apart or after_answer[:at].endswith(self.eos or "\0")):
                 break
             at = special.end()

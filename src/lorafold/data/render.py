@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -363,12 +364,18 @@ def prompt_of(
     return text
 
 
+THINKS = "think|reason|thought"  # a pattern of names
+
+
 def helpful_kwargs(
-    tokenizer: PreTrainedTokenizerBase, helps: Callable[[PreTrainedTokenizerBase], bool]
+    tokenizer: PreTrainedTokenizerBase,
+    helps: Callable[[PreTrainedTokenizerBase], bool],
+    names: str = "",
 ) -> str:
     """Returns the --template-kwargs that help, or ""."""
     with suppress(LorafoldError):
-        for name, value in product(sorted(variables_of(tokenizer)), (False, True, "high")):
+        variables = [name for name in variables_of(tokenizer) if re.search(names, name)]
+        for name, value in product(sorted(variables), (False, True, "high")):
             with_value = copy.copy(tokenizer)
             set_variables(with_value, {name: value})
             if helps(with_value):
@@ -389,7 +396,7 @@ def reasoning_kwargs(template: Template) -> str:
         return found
 
     least = num_hidden(template.tokenizer)
-    return helpful_kwargs(template.tokenizer, lambda other: num_hidden(other) < least)
+    return helpful_kwargs(template.tokenizer, lambda other: num_hidden(other) < least, THINKS)
 
 
 def rebuild_after_block(

@@ -33,7 +33,7 @@ from lorafold.data.chat_template import (
 )
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.formats import Conversation
-from lorafold.data.render import helpful_kwargs, reasoning_kwargs, render_trained
+from lorafold.data.render import THINKS, helpful_kwargs, reasoning_kwargs, render_trained
 from lorafold.data.row_store import RowPlace, Rows, row_names
 from lorafold.errors import LorafoldError
 
@@ -99,8 +99,7 @@ class TemplateSummary:
         return [line for line, applies in remarks.items() if applies]
 
 
-def describe_template(tokenizer: PreTrainedTokenizerBase, suggest: bool = True) -> TemplateSummary:
-    """With `suggest`, also finds the --template-kwargs that render reasoning or plain turns."""
+def describe_template(tokenizer: PreTrainedTokenizerBase) -> TemplateSummary:
     template, block = template_of(tokenizer), template_of(tokenizer).block
     without_prompt = try_apply([USER], tokenizer)
     added = try_apply([USER], tokenizer, for_generation=True)
@@ -121,7 +120,8 @@ def describe_template(tokenizer: PreTrainedTokenizerBase, suggest: bool = True) 
         try_apply([USER, ASSISTANT | {"content": content, "tool_calls": calls}], tokenizer)
         for content, calls in ((TEXT_BESIDE_CALL, CALLS[:1]), ("", CALLS))
     )
-    kwargs = reasoning_kwargs(template) if suggest and not block.shown else ""
+    may_think = not block.shown and re.search(THINKS, template.text)
+    kwargs = reasoning_kwargs(template) if may_think else ""
     shows = {
         "system messages": PROBE_TEXT in try_apply([SYSTEM, USER], tokenizer),
         "tools": template_of(tokenizer, [PROBE_TOOL]).shows_tools,

@@ -196,7 +196,7 @@ class Objective(ABC):
         """Adds missing parts to the tokenizer, such as a chat template. Returns a notice or None.
         """
         plain = ensure_chat_template(tokenizer)
-        return plain or f"chat template: {'; '.join(describe_template(tokenizer, False).lines)}"
+        return plain or f"chat template: {'; '.join(describe_template(tokenizer).lines)}"
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         """The paths of the modules that must be trained in full with every method.
