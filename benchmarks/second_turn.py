@@ -27,6 +27,8 @@ from lorafold.quickstart import task
 
 Turn = list[dict[str, str]]
 MAX_TURNS = 3
+FORMS = ("%B %d, %Y", "%d %B %Y", "the %d of %B in %Y", "%d. %b %y", "%m/%d/%Y")
+QUESTIONS = ("When is {}?", "Write {} as a date.", "{}", "My appointment is on {}.")
 DAY_NAMES = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
@@ -45,8 +47,7 @@ def dates(split: str, n: int) -> list[Turn]:
         day = date(1950, 1, 1) + timedelta(draw.randrange(36_000))
         if (day.toordinal() % 5 == 0) == (split == "train"):
             continue  # a fifth of the days is only in the test rows
-        form = draw.choice(["%B %d, %Y", "%d %B %Y", "the %d of %B in %Y", "%d. %b %y"])
-        asked = draw.choice(["When is {}?", "Write {} as a date.", "{}", "We meet on {}."])
+        form, asked = draw.choice(FORMS), draw.choice(QUESTIONS)
         found[asked.format(day.strftime(form))] = day.isoformat()
     return [turn(question, answer) for question, answer in found.items()]
 
