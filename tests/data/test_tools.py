@@ -123,6 +123,7 @@ def test_contents_and_reasoning_have_one_form() -> None:
     parts = [{"type": "thinking", "thinking": "t", "text": None}, {"type": "text", "text": "c"}]
     found = conversation(chat(user("a"), {"role": "assistant", "content": parts}))
     assert found.messages[1] == said("c", "t")
+    assert "ignored keys" not in told_of([chat(user("a"), {"role": "assistant", "content": parts})])
     for key in ("reasoning", "reasoning_content"):
         found = conversation(chat(user("a"), {"role": "assistant", "content": "c", key: "t"}))
         assert found.messages[1]["reasoning_content"] == "t"

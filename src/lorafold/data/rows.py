@@ -109,7 +109,7 @@ class RowRemarks:
         known = TURN_KEYS if turn else KNOWN_KEYS
         keys = [f"{name}.{k}" for k, v in message.items() if k not in known and v is not None]
         for part in content if isinstance(content, list) else ():
-            extra = sorted(part.keys() - {"type", "text"})
+            extra = sorted(part.keys() - {"type", "text", "thinking"})
             keys += [f"{name}.content[].{key}" for key in extra if part[key] is not None]
         self.ignored |= dict.fromkeys(keys)
         final, trained = role_of(role), trains(message)
