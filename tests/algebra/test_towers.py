@@ -229,13 +229,13 @@ def test_the_run_says_what_is_in_a_tower_and_what_stays_frozen(tmp_path: Path) -
     rows = [{"prompt": f"{n}", "completion": f"{n + 1}"} for n in range(4)]
     data, model = write_rows(tmp_path / "rows.jsonl", rows), write("gemma3", tmp_path / "model")
     asked = f"train --model {model} --data {data} --out {tmp_path / 'out'} --storage fp32"
-    told = done(f"{asked} --epochs 1 --json --targets q_proj --targets v_proj")
+    told = done(f"{asked} --epochs 1 --json --verbose --targets q_proj --targets v_proj")
     frozen = json.loads(told.stdout.splitlines()[-1])["frozen"]
     shares = frozen["blocks"]
     assert set(shares) == {"linears", "norms"}
     assert 0 < shares["norms"] < 0.05 < shares["linears"] < 1
     assert set(frozen["beside"]) == {"vision tower", "connector"}
-    blocks = f"  frozen in the transformer blocks: linears {shares['linears']:.1%}, norms"
+    blocks = f"frozen in the transformer blocks: linears {shares['linears']:.1%}, norms"
     assert blocks in told.stderr
     assert "targets in the vision encoder: 2 of the 4 modules of q_proj, 2 of" in told.stderr
 
