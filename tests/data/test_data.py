@@ -19,6 +19,7 @@ from lorafold.data.formats import Conversation, format_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.row_sources import Reading
 from lorafold.data.rows import read_rows
+from lorafold.recipe.recipe import Recipe
 
 CHAT = {
     "messages": [
@@ -313,6 +314,31 @@ def test_a_tokenizer_without_template_gets_a_plain_one(plain):
 def test_no_template_and_no_end_of_sequence_is_an_error(plain):
     plain.eos_token = None
     assert "nor an EOS token" in refused(ensure_chat_template, plain)
+
+
+def test_single_questions_are_joined_with_those_of_equal_system_messages() -> None:
+    asked = [{"prompt": f"q{n}", "completion": f"a{n}", "system": "SB"[n % 2]} for n in range(20)]
+    shots = [("user", "x"), ("assistant", "y"), ("user", "z")]
+    several = {
+        "prompt": [{"role": role, "content": text} for role, text in shots],
+        "completion": [{"role": "assistant", "content": "w"}],
+    }
+    for rows, kept in ((asked, []), ([several], [several])):
+        found = as_rows(rows, recipe=Recipe(join="auto"))
+        assert found == as_rows(rows, recipe=Recipe(join="auto"))
+        turns = [row["messages"] for row in found]
+        if kept:  # its first answer is part of the prompt, so it is not trained
+            assert [message.get("weight") for message in turns[0]] == [None, 0, None, None]
+            continue
+        assert {len(messages) for messages in turns} == {3, 5, 7}
+        pairs = [
+            (system["content"], *(message["content"] for message in pair))
+            for system, *rest in turns
+            for pair in zip(rest[::2], rest[1::2], strict=True)
+        ]
+        given = [(row["system"], row["prompt"], row["completion"]) for row in rows]
+        assert sorted(pairs) == sorted(given)
+        assert as_rows(rows, recipe=Recipe(join="auto", seed=1)) != found
 
 
 def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):

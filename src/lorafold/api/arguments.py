@@ -37,12 +37,14 @@ def as_rows(
     data: Data,
     reading: Reading = AS_IS,
     console: Console | None = None,
-    weighted: bool = False,
     objective: str | None = DEFAULT,
+    recipe: Recipe | None = None,
 ) -> Rows:
     """Reads the rows if `data` contains paths or dataset names, checks them, and prints ignored
-    keys. If `objective` is None, preference rows keep both completions.
+    keys. If `objective` is None, preference rows keep both completions. With `recipe`, they are
+    training rows, which may have weights and are joined.
     """
+    objective = recipe.objective if recipe else objective
     entry, label = None if objective is None else OBJECTIVES[objective], source_label(data)
     content = PAIRS if entry is None else entry.takes  # both completions of preferences
     if (sources := source_names(data)) is not None:
@@ -52,7 +54,7 @@ def as_rows(
         if reading.columns:
             numbered = rename_columns(numbered, reading.columns)
         rows = check_rows(numbered, label, content)
-    if not weighted and any(part.weight != 1 for part in rows.parts):
+    if recipe is None and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{label}: only training rows may have a weight (FILE:0.3); remove it")
     dropped = _dropped_columns(reading.columns) if reading.columns else []
     messages = [*dropped, *rows.remarks]
@@ -62,6 +64,11 @@ def as_rows(
         ignored = [] if entry.draws else [key for key in ignored if key not in entry.keys]
     if ignored:
         messages.insert(0, f"{_ignored_keys(ignored)} (rows of {rows.formats[0]})")
+    if recipe is not None and recipe.join == "auto":
+        from lorafold.data.batches import join_questions
+
+        rows, text = join_questions(rows, recipe.seed)
+        messages.append(text)
     print_lines(console, *(f"{label}: {text}" for text in messages))
     return rows
 
@@ -107,7 +114,7 @@ def train_and_test(
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TEST_ROWS, 0), "the quickstart's task"
     objective = recipe.objective
-    rows = as_rows(data, reading, console, weighted=True, objective=objective)
+    rows = as_rows(data, reading, console, recipe=recipe)
     if eval_data is not None:
         return rows, as_rows(eval_data, reading, console, objective=objective), source_label(data)
     return *split(rows, recipe.eval_fraction or 0.1, recipe.seed), source_label(data)

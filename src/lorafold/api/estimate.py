@@ -228,7 +228,7 @@ def setting_on_rows(
 
     check_fields(recipe, MEMORY_FIELDS | ROW_FIELDS | {"batch", "max_length"})
     recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
-    rows = as_rows(data, reading, console, weighted=True, objective=recipe.objective)
+    rows = as_rows(data, reading, console, recipe=recipe)
     from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_memory_setting, set_up
 

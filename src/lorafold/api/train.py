@@ -181,7 +181,7 @@ def build_request(
     rows = (
         as_stream(data, reading, console, run_recipe.objective)
         if run_recipe.streaming
-        else as_rows(data, reading, console, weighted=True, objective=run_recipe.objective)
+        else as_rows(data, reading, console, recipe=run_recipe)
     )
     if held_out is not None:
         held_out = as_rows(held_out, reading, console, objective=run_recipe.objective)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import random
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 
 from lorafold.data.arrow import Array
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.formats import Row
+from lorafold.data.formats import CONVERSATIONS, Message, Row
 from lorafold.data.row_store import Rows, SourcePart
 from lorafold.errors import LorafoldError
+
+SINGLE = ["system", "user", "assistant"]  # the roles of a conversation with one question
+MAX_JOINED = 3
 
 
 class Batches(Sequence[list[int]]):
@@ -87,6 +92,42 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     held = np.zeros(len(rows), bool)
     held[random.Random(f"{seed}/split").sample(range(len(rows)), size)] = True
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def join_questions(rows: Rows, seed: int) -> tuple[Rows, str]:
+    """Joins conversations with one question, of the same source, system message and tools, into
+    conversations of 1 to MAX_JOINED questions, in an order that depends on the seed. Returns them
+    with a summary.
+    """
+    rng, conversations = random.Random(f"{seed}/join"), rows.extract(CONVERSATIONS)
+    ends = np.cumsum([part.size for part in rows.parts])
+    sources = np.searchsorted(ends, np.arange(len(rows)), "right").tolist()
+    groups: dict[int, list[int]] = {}  # by the first row
+    alike = defaultdict[str, list[int]](list)
+    for n, one in enumerate(conversations):
+        *before, question, answer = [message["role"] for message in one.messages] or ("", "")
+        if [*before, question, answer] in (SINGLE, SINGLE[1:]):
+            alike[repr((sources[n], one.messages[:-2], one.tools))].append(n)
+        else:
+            groups[n] = [n]
+    for some in alike.values():
+        rng.shuffle(some)
+        while some:
+            group = [some.pop() for _ in range(min(len(some), rng.randint(1, MAX_JOINED)))]
+            groups[min(group)] = group
+    made = []
+    for first, others in sorted(groups.items()):
+        one, messages = conversations[first], list[Message]()
+        for n, message in enumerate(one.messages):
+            untrained = n < one.trained and message["role"] == "assistant"
+            messages.append(message | {"weight": 0} if untrained else message)
+        for other in others:
+            messages += conversations[other].messages[-2:] if other != first else []
+        tools = {"tools": [*one.tools]} if one.tools else {}
+        made.append({"messages": messages, **tools} if messages else rows[first])
+    kept = rows.select(np.array(sorted(groups), np.int64))
+    text = f"join: {len(rows):,} rows are now {len(made):,} conversations"
+    return replace(kept, rows=made, known=None), text
 
 
 def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:

@@ -112,6 +112,11 @@ class Fields(BaseModel):
     train_on: Literal["all", "last"] = described(
         "all", "The assistant turns to train on: all, or the last one of each row."
     )
+    join: Literal["none", "auto"] = described(
+        "none",
+        "auto joins rows with one question into conversations of 1 to 3 questions, so that the"
+        " model answers a second question as well as a first.",
+    )
     mask_reasoning: bool = described(
         False, "Exclude the reasoning in assistant turns from the loss."
     )

@@ -18,7 +18,7 @@ from pydantic import (
 from lorafold.errors import LorafoldError, listed, renamed_warning, truncate
 from lorafold.files.record import RENAMED, current_names
 from lorafold.foreign_options import advice
-from lorafold.objectives import OBJECTIVES
+from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.fields import METHOD_FIELDS, Fields
 
 EXPECTATIONS = {
@@ -106,6 +106,9 @@ class Recipe(Fields):
             )
         if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
             raise ValueError("warmup_steps: found together with warmup, expected one of the two")
+        joins = self.join == "auto"
+        if joins and (self.streaming or self.train_on == "last" or self.objective != DEFAULT):
+            raise ValueError("join: requires objective sft, train_on all, and no streaming")
         if self.streaming and self.steps is None:
             raise ValueError("streaming: requires steps, because a stream has no known length")
         if self.streaming and self.eval_fraction:
