@@ -497,3 +497,31 @@ def test_how_rows_are_read_is_recorded_and_part_of_their_identity(tiny_model_dir
     assert len({stream.identity for stream in streams}) == len(ways)
     with pytest.raises(LorafoldError, match="encoding: found 'base64', expected an encoding that"):
         lf.preview(data=path, encoding="base64")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": ["human"], "value": "x"}]},
+        {"contents": [{"role": ["user"], "parts": "x"}]},
+        {"mapping": {"a": {"parent": "a", "message": None}}, "current_node": "a"},
+        {"messages": [{"type": "message", "date": "x", "from": 3, "text": [3]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text"}]}], "output": [{}]},
+    ],
+)
+def test_values_of_other_types_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(LorafoldError, match=r"rows\.json"):
+        read_rows(str(path))
+
+
+def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", json.dumps({"text": "word " * 5000}))
+    content = bytearray(path.read_bytes())
+    content[45:60] = bytes(15)
+    path.write_bytes(content)
+    with pytest.raises(LorafoldError, match="can't be read"):
+        read_rows(str(path))

@@ -242,11 +242,11 @@ def turn_problems(name: str, turn: Any) -> Problems:
         return
     speaker, value = turn.get("from"), turn.get("value")
     yield from loss_key_problems(name, turn)
-    if speaker not in CALL_ROLES and role_of(speaker) not in ROLES:
+    if not isinstance(speaker, str) or not {speaker, role_of(speaker)} & {*CALL_ROLES, *ROLES}:
         roles = ", ".join((*ROLES, *CALL_ROLES))
         yield f"field {name}.from: found {speaker!r}, expected one of {roles}"
     yield from text_problems(f"{name}.value", value)
-    if isinstance(value, str) and speaker in CALL_ROLES:
+    if isinstance(speaker, str) and isinstance(value, str) and speaker in CALL_ROLES:
         try:
             calls = parse_json(value)
         except ValueError as error:

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -38,7 +39,7 @@ READ_BYTES = 1 << 16
 WINDOWS = "cp1252"
 READ_ERRORS = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
-    zipfile.BadZipFile,
+    *(zipfile.BadZipFile, zlib.error),
 )
 UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CSV_HINT = "save as .xlsx or as CSV in UTF-8"
