@@ -364,7 +364,7 @@ def test_what_a_stream_cant_do(fields: dict, said: str) -> None:
 def test_other_verbs_need_all_rows(tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match="streaming: only for lorafold train"):
         lf.compare(tmp_path / "out", recipe=lf.Recipe(streaming=True, steps=2))
-    with pytest.raises(LorafoldError, match="streaming: found a list of rows"):
+    with pytest.raises(LorafoldError, match="streaming: found rows"):
         lf.train(lf.Recipe(streaming=True, steps=2), data=[row(1)], out=tmp_path / "out")
 
 

@@ -166,7 +166,7 @@ def finding(
 ) -> tuple[Findings, list[str]]:
     """What a preview finds, and the lines of it that say so."""
     console, recipe = Console(file=io.StringIO(), width=200), Recipe(**fields)
-    given = as_stream if recipe.streaming else partial(as_rows, weighted=True)
+    given = as_stream if recipe.streaming else partial(as_rows, recipe=recipe)
     rows = given(data, AS_IS, None, objective=recipe.objective)
     held_out = eval_data and as_rows(eval_data, objective=recipe.objective)
     request = RunRequest(Base(base), Path("none"), recipe, rows, "rows.jsonl", held_out)

@@ -152,7 +152,7 @@ def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
     contents = [m.get("content") for m in value or () if isinstance(m, dict)]
     parts = [part for one in contents if isinstance(one, list) for part in one]
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    return not kinds.isdisjoint(PARTS.keys() - {"text"})
+    return not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
 
 
 def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
