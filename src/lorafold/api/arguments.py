@@ -111,7 +111,8 @@ def train_and_test(
     if recipe.streaming:
         raise LorafoldError("streaming: only for lorafold train; this command keeps rows in memory")
     if data is None:
-        train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
+        made = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
+        train = as_rows(made, console=console, recipe=recipe)
         return train, quickstart_rows("test", TEST_ROWS, 0), "the quickstart's task"
     objective = recipe.objective
     rows = as_rows(data, reading, console, recipe=recipe)
