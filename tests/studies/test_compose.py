@@ -311,6 +311,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert "--evaluations: used by --how lorahub only" in refused(a, evaluations=3)
     assert "--gates: used by --how mixture only" in refused(a, gates="token")
     assert "--set: used by --how mixture only" in refused(a, recipe=lf.Recipe(steps=7))
+    assert "does not join rows" in refused(a, recipe=lf.Recipe(join="auto"))
     assert "used by --how lorahub and mixture only" in refused(a, examples={"t": [{"text": "x"}]})
     assert "--weight: learned by" in refused(a, b, word="lorahub", weights=(1.0, 1.0))
     assert "--examples" in refused(a, b, word="mixture")

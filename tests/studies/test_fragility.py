@@ -569,6 +569,8 @@ def test_prompts_that_are_asked_are_not_trained_on(model_dir, policy, tmp_path: 
 def test_a_recipe_that_sets_what_a_run_varies_is_refused(model_dir, policy, tmp_path) -> None:
     with pytest.raises(lf.LorafoldError, match="recipe: found rank, expected none of them"):
         sweep(tmp_path / "o", model_dir, policy, recipe=lf.Recipe(rank=3))
+    with pytest.raises(lf.LorafoldError, match="found join, expected the objective sft without"):
+        sweep(tmp_path / "o", model_dir, policy, recipe=lf.Recipe(join="auto"))
 
 
 def test_a_base_without_adapters_is_compared_with_zero(model_dir, tmp_path: Path) -> None:

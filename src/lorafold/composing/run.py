@@ -107,6 +107,7 @@ def check(request: ComposeRequest) -> None:
             f"--density: found {request.density:g}, expected a share above 0 and at most 1"
         )
     recipe = request.recipe
+    problems += ["recipe: found join=auto; compose does not join rows"] * (recipe.join == "auto")
     fields = recipe.model_fields_set - {"max_length"}  # the model may limit it
     options = {
         "--density": (request.density is not None, [n for n, rule in RULES.items() if rule.prune]),

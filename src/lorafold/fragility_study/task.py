@@ -217,9 +217,12 @@ def check(task: FragilityTask) -> None:
             f"recipe: found {', '.join(reserved)}, expected none of them: the tuning uses LoRA"
             " with --rank, --lr and --seeds"
         )
-    if task.recipe.streaming or task.recipe.new_tokens or task.recipe.objective != DEFAULT:
+    names, recipe = ("streaming", "new_tokens", "join"), task.recipe
+    others = [name for name in names if getattr(recipe, name) != getattr(RECIPE, name)]
+    if others or recipe.objective != DEFAULT:
         problems.append(
-            f"recipe: only the objective {DEFAULT} is supported, without streaming and new_tokens"
+            f"recipe: found {', '.join(others) or recipe.objective}, expected the objective"
+            f" {DEFAULT} without streaming, new_tokens and join"
         )
     if problems:
         raise LorafoldError(join_problems(problems))
