@@ -6,10 +6,10 @@
     ```sh title="Not run by the tests: it needs a GPU"     shown with its reason, and not run;
                                         `lorafold` commands in it are parsed all the same
 
-A page runs twice: on a tiny random model that has the place of the embedded one, without the
-commands of LONG and the sections of COOKBOOK, and, among the slow tests, on the embedded model
-itself and with them. The pages
-of the commands run as one, behind the page that has their rows.
+A page runs on a tiny random model in the place of the embedded one, without the commands of LONG
+and the sections of COOKBOOK. Pages that are long or have such sections run whole among the slow
+tests, on the embedded model itself. The pages of the commands run as one, behind the page that has
+their rows.
 """
 
 import html
@@ -63,6 +63,7 @@ COOKBOOK = {
     ("cookbook.md", "Call tools"): 0.9,
     ("cookbook.md", "Distil a prompt"): 0.9,
 }
+REAL_PAGES = sorted(LONG_PAGES | {page for page, _ in COOKBOOK})
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -162,7 +163,7 @@ def tables() -> Iterator[None]:
     ("model", "page"),
     [
         *(("tiny", page) for page in RUNNING if page not in LONG_PAGES),
-        *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in RUNNING),
+        *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in REAL_PAGES),
     ],
 )
 def test_a_page_runs(model, page, tmp_path, monkeypatch, request) -> None:

@@ -96,7 +96,9 @@ def test_three_processes_and_one_head_of_keys(tiny_model_dir, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear-probe"}))
+@pytest.mark.parametrize(
+    "method", sorted(METHODS.keys() - {"linear-probe", "rslora", "pissa", "pfeiffer"})
+)  # the last three are another scale, start or place of one that is here
 def test_every_method_in_two_processes_and_four(method: str, command, tmp_path) -> None:
     """Two without dropout, four with it; prints the largest difference to one process."""
     for dropout, several in (("0", (2,)), ("0.1", (4,))) if method in DROPS else ((None, (2, 4)),):
