@@ -246,8 +246,8 @@ class EncodingReport:
 
     def __str__(self) -> str:
         return with_counts(
-            f"{self.rows} rows, {self.tokens} tokens, {self.labelled} of them trained on; the"
-            f" longest row has {self.longest}",
+            f"{self.rows} row{'s' * (self.rows != 1)}, {self.tokens} tokens, {self.labelled} of"
+            f" them trained on; the longest row has {self.longest}",
             (self.truncated, f"rows were cut at {self.max_length} tokens"),
             (self.unlabelled, "rows have no token to train on and are left out"),
             (

@@ -194,7 +194,7 @@ class Findings:
     @property
     def nothing(self) -> str:
         names = ", ".join(name.replace("_", " ") for name in self.found)
-        return f"no problems found in {self.rows:,} rows (checked: {names})"
+        return f"no problems found (checked: {names})"
 
     def as_json(self) -> dict[str, Any]:
         """Returns the results as JSON, in which null marks a skipped check."""

@@ -72,12 +72,10 @@ def show(
     tokenizer, _ = prepare_tokenizer(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
     first, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    train = examples_of(
-        objective, first, tokenizer, request.recipe.max_length, console, rendering, "the first rows"
-    )
+    limit = request.recipe.max_length
+    train = examples_of(objective, first, tokenizer, limit, rendering=rendering)
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
-    print_lines(console, *(f"  {line}" for line in template))
     for example in examples:
         console.rule()
         print_lines(
