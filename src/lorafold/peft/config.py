@@ -182,7 +182,7 @@ def read_config(
     return spec, PeftSelection(**shared), bias
 
 
-def read_new(config: Any) -> tuple[Spec, PeftSelection, Bias]:
+def read_new(config: Any, model_type: str) -> tuple[Spec, PeftSelection, Bias]:
     """Parses a `peft.LoraConfig` for a new adapter. The error names unsupported settings."""
     if getattr(config, "peft_type", None) != "LORA":
         found = truncate_middle(repr(config), 60)
@@ -191,6 +191,10 @@ def read_new(config: Any) -> tuple[Spec, PeftSelection, Bias]:
     init, values["init_lora_weights"] = values["init_lora_weights"], True
     heads = dict((task, heads) for _, task, heads in TASKS).get(values["task_type"], ())
     values["modules_to_save"] = [*(values["modules_to_save"] or ()), *heads]
+    if values["target_modules"] is None and not values.get("target_parameters"):
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        values["target_modules"] = DEFAULTS.get(model_type)
     spec: Any
     spec, selection, bias = read_config(values, "LoraConfig")
     over = with_init(spec.over if values["use_dora"] else spec, init)
