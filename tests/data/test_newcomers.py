@@ -199,7 +199,7 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         ("Question,Answer,id", "a,b,c", "did you mean --columns prompt=Question,completion=Answer"),
         ("id;Frage;Antwort", "7;a;b", "did you mean --columns prompt=Frage,completion=Antwort"),
         ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
-        ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
+        ("prompt,answer", "a,b", "did you mean to add completion=answer to --columns"),
         ("Mail text,when,Reply text", "a,2024-01-02,b",
          "--columns 'prompt=Mail text,completion=Reply text' (guessed from the order of the"
          " columns; a CSV file needs a header)"),

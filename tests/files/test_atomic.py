@@ -94,7 +94,7 @@ def test_a_failure_leaves_nothing(tmp_path, error):
 def test_what_exists_is_refused_before_any_work(tmp_path):
     out = tmp_path / "out"
     write(out, "old")
-    said = r"out exists; pass --overwrite to replace it$"
+    said = r"out exists; choose another name, or replace it with --overwrite$"
     with pytest.raises(LorafoldError, match=said), atomic_directory(out):
         pytest.fail("the block must not run")
     assert (out / "weights").read_text() == "old"

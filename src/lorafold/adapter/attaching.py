@@ -185,7 +185,8 @@ def build_adapter(
         if targets is not None or bias != "none" or modules_to_save or tokens:
             names = "targets, bias, modules_to_save, tokens"
             raise LorafoldError(f"{names}: found one beside a LoraConfig; set it in the config")
-        spec, selected, bias = read_new(spec, getattr(model.config, "model_type", ""))
+        config = getattr(model, "config", None)
+        spec, selected, bias = read_new(spec, getattr(config, "model_type", ""))
         spec, targets = selected.spec_in(model, spec), selected.targets(model)
         tokens = resolve(model, selected.tokens) if selected.tokens else ()
         modules_to_save = selected.saved(model)

@@ -22,7 +22,7 @@ PROMPT = "> "
 WITHOUT_ARGUMENT = {"/both", "/continue", "/reset", "/new", "/help", "/quit"}
 AFRESH = (
     "the adapter was trained on single questions, so each question starts a new conversation;"
-    " /continue keeps the conversation"
+    " /continue keeps the conversation, /help lists the commands"
 )
 
 

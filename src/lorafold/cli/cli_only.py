@@ -93,7 +93,7 @@ def after_training(
         )
     if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(path)) for path in (*over, result.adapter))
-        yield f"chat with the adapter: {this_command()} chat {adapters}"
+        yield f"chat with the adapter: {this_command()} chat {adapters}; eval measures it"
 
 
 @verb

@@ -314,7 +314,8 @@ def _read_xlsx(file: io.BufferedReader, warn: Warn) -> Numbered:
         message = "reading workbooks requires openpyxl; run pip install 'lorafold[xlsx]'"
         raise Unreadable(message) from error
     except (zipfile.BadZipFile, KeyError) as error:
-        raise Unreadable(f"not a workbook, or protected by a password ({error})") from error
+        message = "not a workbook, or protected by a password, which must be removed first"
+        raise Unreadable(message) from error
     sheet, *others = books[0].sheetnames
     if others:
         warn(f"reads the sheet {sheet!r}; left out: {listed(map(repr, others))}")

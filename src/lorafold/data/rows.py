@@ -143,7 +143,10 @@ def propose_columns(row: Row) -> str:
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
         return ""  # `--columns` can't express it
-    return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
+    columns = shlex.quote(",".join(pairs))
+    if len(pairs) < len(names):  # the other may come from --columns
+        return f"did you mean to add {columns} to --columns{guess}"
+    return f"did you mean --columns {columns}{guess}"
 
 
 def check_each(

@@ -29,6 +29,7 @@ from lorafold.data.preference_examples import encode_preferences
 from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import to_rows
+from lorafold.errors import truncate
 from lorafold.evaluation.batched_losses import measure_rows, pad_id_of, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preference_metrics import PreferenceFigures, preference_figures
@@ -123,6 +124,10 @@ class Evaluation(ShownInNotebooks):
         text = f"{self.n} rows: loss {loss}, perplexity {self.perplexity:.3f}"
         if self.exact_match is not None:
             text += f", exact match {with_interval(self, 'exact_match', '.1%')}"
+        if wrong := next((row for row in self.rows if not row.exact), None):
+            fields = wrong.prompt, wrong.answer, wrong.reference
+            prompt, found, expected = (truncate(repr(text), 60) for text in fields)
+            text += f"\nfirst wrong answer: to {prompt}, found {found}, expected {expected}"
         return text if self.preference is None else f"{text}\n{self.preference}"
 
 

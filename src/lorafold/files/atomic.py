@@ -76,7 +76,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
             " another name, or remove the directory yourself"
         )
     if not overwrite:
-        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
+        raise LorafoldError(f"{path} exists; choose another name, or replace it with --overwrite")
 
 
 def check_folder(path: str | Path) -> None:
