@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
@@ -20,12 +21,14 @@ from lorafold.data.messages import KNOWN_KEYS, Message, role_of
 
 Numbered = Iterator[tuple[int, RowResult]]
 HIDDEN = "messages or parts that are not text for the user (tools, reasoning, files) are left out"
+LOST = "answers to messages without text are left out"
 PAUSE, MAX_CHARS = timedelta(hours=6), 2000
 CUT = "a chat is cut into conversations at pauses of 6 hours, and after about 2,000 characters"
 NO_TEXT = "messages without text (media, deleted, of the system) are left out"
 NO_ANSWER = "messages that begin a conversation as the assistant, or have no answer, are left out"
 PARTS = {  # by type of part: its field in a message, and the keys of its ID and its content
     **dict.fromkeys(("text", "input_text", "output_text"), ("content", "", "text")),
+    "refusal": ("content", "", "refusal"),
     "thinking": ("reasoning_content", "", "thinking"),
     "reasoning": ("reasoning_content", "", "summary"),
     "tool_use": ("tool_calls", "id", "input"),
@@ -35,7 +38,7 @@ PARTS = {  # by type of part: its field in a message, and the keys of its ID and
     "function_call_output": ("tool", "call_id", "output"),
     "functionResponse": ("tool", "id", "response"),
 }
-CITATION = re.compile("\ue200[^\ue201]*\ue201")  # a mark that ChatGPT's search inserts
+CITATION = re.compile("\ue200[^\ue201]*\ue201|【[^【】]*†[^【】]*】")  # of ChatGPT's search
 
 
 def _text(value: Any) -> str:
@@ -46,9 +49,9 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _messages(items: Any, separator: str = "") -> list[Message]:
+def _messages(items: Any, separator: str = "\n\n") -> list[Message]:
     """Returns messages with parts, such as calls, in OpenAI's format. Consecutive ones of a role
-    are joined.
+    are joined with the separator.
     """
     found: list[Message] = []
     for item in items if isinstance(items, list) else [{"role": "user", "content": items}]:
@@ -59,6 +62,7 @@ def _messages(items: Any, separator: str = "") -> list[Message]:
         if found and found[-1]["role"] == turn["role"] != "tool":
             turn = found.pop() | turn
         given: Any = [{"text": parts}] if isinstance(parts, str) else parts
+        between = dict[str, str]()  # the separator, except between the parts of one message
         for part in given or ():
             kind = part.get("type") or next((key for key in part if key in PARTS), f"{[*part]}")
             field, identity, key = PARTS[kind]
@@ -69,11 +73,12 @@ def _messages(items: Any, separator: str = "") -> list[Message]:
                 found.append({"role": field, "tool_call_id": number, "content": text})
                 turn = {"role": turn["role"]}
             elif field == "tool_calls":
-                call = {"id": number, "name": inner["name"], "arguments": inner[key]}
+                call = {"id": number, "name": inner["name"], "arguments": inner.get(key) or {}}
                 turn[field] = [*turn.get(field, ()), call]
             elif text:
                 field = "reasoning_content" if part.get("thought") else field
-                turn[field] = separator.join(filter(None, (turn.get(field), text)))
+                glue, between[field] = between.get(field, separator), ""
+                turn[field] = glue.join(filter(None, (turn.get(field), text)))
         if len(turn) > 1:
             found.append(turn)
     return found
@@ -94,14 +99,30 @@ def _branch(nodes: Mapping[str, Row], end: Any, parent: str) -> list[Row]:
     return found[::-1]
 
 
+def _with_questions(messages: Iterable[Message], left: Counter[str]) -> Iterator[Message]:
+    """Leaves out messages without text, and the answers to questions without text."""
+    asked, before = True, ""
+    for message in messages:
+        role, is_text = role_of(message["role"]), bool(message["content"].strip())
+        if role == "user":
+            asked = is_text or (asked and before == role)
+        before = role
+        if is_text and (asked or role == "system"):
+            yield message
+        else:
+            left[LOST] += is_text
+
+
 def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
     nodes = row["mapping"]
     for node in _branch(nodes, row.get("current_node") or next(reversed(nodes), ""), "parent"):
         message = node.get("message") or {}
         content, role = message.get("content") or {}, message.get("author", {}).get("role")
         parts = content.get("parts") or []
-        texts = [part for part in parts if isinstance(part, str)]
+        spoken = (part if isinstance(part, str) else part.get("text") for part in parts)
+        texts = [text for text in spoken if isinstance(text, str)]
         shown = role != "tool" and message.get("recipient", "all") == "all"
+        shown = shown and message.get("status") != "in_progress"
         hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
         if shown and not hidden and content.get("content_type") in ("text", "multimodal_text"):
             counts[HIDDEN] += len(parts) - len(texts)
@@ -152,7 +173,7 @@ def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
     contents = [m.get("content") for m in value or () if isinstance(m, dict)]
     parts = [part for one in contents if isinstance(one, list) for part in one]
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    return not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
+    return isinstance(row.get("system"), list) or not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
 
 
 def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
@@ -163,7 +184,7 @@ def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
     try:
         for key, read in (("mapping", _chatgpt), ("chat_messages", _claude)):
             if isinstance(row.get(key), list | dict):
-                messages = _messages([*read(row, counts)], "\n\n")
+                messages = _messages([*_with_questions(read(row, counts), counts)])
                 rest = {k: v for k, v in row.items() if k not in (key, "current_node")}
                 return rest | {"messages": messages} if messages else {}
         if "preferred_output" in row and isinstance(row.get("input"), dict):
@@ -185,20 +206,20 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
         chats = _chats(row)
         if chats is None:
             yield number, row
-        for turns in chain.from_iterable(_cut(c["messages"], me, names, left) for c in chats or ()):
-            mine = [name == me for _, name, _ in turns]
-            end = len(mine) - [*mine[::-1], True].index(True)
-            answered = turns[[*mine, False].index(False) : end]
+        for turns in chain.from_iterable(_cut(chat, me, names, left) for chat in chats or ()):
+            roles = [turn["role"] for turn in turns]
+            end = len(roles) - [*roles[::-1], "assistant"].index("assistant")
+            answered = turns[[*roles, "user"].index("user") : end]
             left[NO_ANSWER] += len(turns) - len(answered)
-            group = len({name for _, name, _ in answered}) > 2
+            group = len({turn["from"] for turn in answered}) > 2
             messages = [
-                {"role": "assistant", "content": text}
-                if name == me
-                else {"role": "user", "content": f"{name}: {text}" if group else text}
-                for _, name, text in answered
+                turn | {"content": f"{turn['from']}: {turn['content']}"}
+                if group and turn["role"] == "user"
+                else turn
+                for turn in answered
             ]
             if answered:
-                yield answered[0][0], {"messages": _messages(messages, "\n")}
+                yield answered[0]["line"], {"messages": _messages(messages, "\n")}
     if names and me not in names:
         found = ", ".join(f"{name!r} ({count:,} messages)" for name, count in names.most_common(9))
         what = f"found no message of {me!r} in this chat" if me else "found a chat"
@@ -210,37 +231,46 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
 
 
 def _cut(
-    messages: Iterable[Row], me: str, names: Counter[str], left: Counter[str]
-) -> Iterator[list[tuple[int, str, str]]]:
-    """Yields the turns of each conversation: the number, the person and the text."""
-    turns, last, size = list[tuple[int, str, str]](), datetime.min, 0
-    for index, message in enumerate(messages, 1):
-        text = _text(message.get("text") or "")
-        if message.get("type") != "message" or not text.strip():
-            left[NO_TEXT] += 1
-            continue
-        name, time = str(message.get("from")), datetime.fromisoformat(message["date"])
-        turn = bool(turns) and (turns[-1][1] == me, name == me)  # who wrote before, and now
-        paused = abs(time - last) > PAUSE and turn != (False, True)
-        if paused or (size > MAX_CHARS and turn == (True, False)):
+    chat: Row, me: str, names: Counter[str], left: Counter[str]
+) -> Iterator[list[Message]]:
+    """Yields the messages of each conversation."""
+    turns, last, size = list[Message](), datetime.min, 0
+    for message in _with_questions(_said(chat, me, left), left):
+        time = datetime.fromisoformat(message["date"] or last.isoformat())
+        roles = (turns[-1]["role"] if turns else "", message["role"])
+        paused = abs(time - last) > PAUSE and roles != ("user", "assistant")
+        if paused or (size > MAX_CHARS and roles == ("assistant", "user")):
             yield turns
             turns, size = [], 0
-        turns.append((message.get("line", index), name, text.strip()))
-        names[name], last, size = names[name] + 1, time, size + len(text)
+        turns.append(message)
+        names[message["from"]] += 1
+        last, size = time, size + len(message["content"])
     yield turns
+
+
+def _said(chat: Row, me: str, left: Counter[str]) -> Iterator[Message]:
+    for index, message in enumerate(chat.get("messages") or (), 1):
+        name, text = str(message.get("from")), _text(message.get("text") or "").strip()
+        if message.get("type") == "message":
+            about = {"line": message.get("line", index), "date": message.get("date"), "from": name}
+            yield about | {"role": "assistant" if name == me else "user", "content": text}
+        left[NO_TEXT] += message.get("type") != "message" or not text
 
 
 def _chats(row: Any) -> Sequence[Row] | None:
     """Returns the chats of Telegram's export, or of `read_whatsapp`."""
     if not isinstance(row, dict):
         return None
-    chats = row["chats"].get("list") if isinstance(row.get("chats"), dict) else [row]
-    messages = chats[0].get("messages") if chats else None
-    first = messages[0] if isinstance(messages, list) and messages else None
-    is_telegram = isinstance(first, dict) and {"type", "date"} <= first.keys()
-    return chats if is_telegram or isinstance(messages, Iterator) else None
+    lists = (row[key].get("list") for key in CHATS if isinstance(row.get(key), dict))
+    chats = [*chain.from_iterable(filter(None, lists))] or [row]
+    if isinstance(chats[0].get("messages"), Iterator):
+        return chats
+    found = chain(*(c["messages"] for c in chats if isinstance(c.get("messages"), list)))
+    dated = (isinstance(one, dict) and {"type", "date"} <= one.keys() for one in found)
+    return chats if any(dated) else None
 
 
+CHATS = ("chats", "left_chats")
 LINE = re.compile(  # the beginning of a message in WhatsApp's export
     r"\u200e?\[?(\d{1,4})([./-]) ?(\d{1,2})[./-] ?(\d{1,4}),? (\d{1,2})[:.](\d\d)(?:[:.]\d\d)?"
     r"(?:\s*([ap])\.?\s?m\.?)?(?:\]| -) (?:([^:]+): )?(.*)",
@@ -263,17 +293,19 @@ def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:
     """Yields messages like those of Telegram. The day precedes the month, except with AM and PM."""
     message: Row = {}
     for number, line in enumerate(chain(lines, [""]), 1):
-        found = LINE.match(line)
-        if message and (found or not line):
-            yield message | {"text": WITHOUT_TEXT.sub("", message["text"])}
-        if found:
+        time = None
+        if found := LINE.match(line):
             day, sign, month, year, hour, minute, half, name, text = found.groups()
             if len(day) == 4:
                 day, year = year, day
             elif int(month) > 12 or (half and sign == "/" and int(day) <= 12):
                 day, month = month, day
             hours = int(hour) % 12 + 12 * (half in "pP") if half else int(hour)
-            time = datetime(int(year) % 100 + 2000, int(month), int(day), hours, int(minute))
+            with suppress(ValueError):  # a line that only looks like a date is text
+                time = datetime(int(year) % 100 + 2000, int(month), int(day), hours, int(minute))
+        if message and (time or not line):
+            yield message | {"text": WITHOUT_TEXT.sub("", message["text"])}
+        if time:
             kind = "service" if name is None else "message"
             message = {"line": number, "type": kind, "date": time.isoformat(), "text": text}
             message["from"] = MARKS.sub("", MARKS.sub("", name or ""))

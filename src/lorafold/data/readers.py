@@ -320,16 +320,19 @@ def _read_xlsx(file: io.BufferedReader, warn: Warn) -> Numbered:
     if others:
         warn(f"reads the sheet {sheet!r}; left out: {listed(map(repr, others))}")
 
+    tables: list[Any] = [book.worksheets[0] for book in books]
+    for table in tables:
+        table.reset_dimensions()  # some programs write wrong ones, and openpyxl omits cells outside
+    width = max(map(len, tables[0].rows), default=0)
+
     def records() -> Iterator[list[str]]:
-        width = 0
-        for cells, formulas in zip(*(book.worksheets[0].rows for book in books), strict=True):
+        for cells, formulas in zip(*(table.rows for table in tables), strict=True):
             for cell, formula in zip(cells, formulas, strict=True):
                 if formula.data_type == "f" and cell.value is None:
                     raise Unreadable(
                         f"cell {formula.coordinate}: found a formula without a saved value; open"
                         " the workbook in a spreadsheet program, and save it"
                     )
-            width = max(width, len(cells))
             values = ("" if cell.value is None else str(cell.value) for cell in cells)
             yield [*values, *[""] * (width - len(cells))]
 
