@@ -67,8 +67,8 @@ def as_rows(
     if recipe is not None and recipe.join == "auto":
         from lorafold.data.batches import join_questions
 
-        rows, text = join_questions(rows, recipe.seed)
-        messages.append(text)
+        rows, text = join_questions(rows, recipe.seed, recipe.max_length)
+        messages += [text] * bool(text)
     print_lines(console, *(f"{label}: {text}" for text in messages))
     return rows
 

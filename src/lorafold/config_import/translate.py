@@ -74,6 +74,7 @@ TOKEN = re.compile(
 )
 SUBCOMMANDS = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}  # of ms-swift
 CONFIG_FILE = re.compile(r"\.(?:ya?ml|json)$")
+PASSED = ("$@", "$*", "${@}", "${@:1}")  # the arguments of the script itself
 OVERRIDE = re.compile(r"[a-z_][\w.]*")  # as in key=value
 PART = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|[^'"]+""", re.DOTALL)
 VARIABLE = re.compile(r"\$\{?(\w+)(?::-([^}]*))?\}?")
@@ -372,7 +373,9 @@ def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     others, key = [], ""
     for word in words:
         name, equals, value = word.partition("=")
-        if word == "-c" or name.startswith("--") or (equals and OVERRIDE.fullmatch(name)):
+        if word in PASSED:
+            given["script_arguments"] = str(word)
+        elif word == "-c" or name.startswith("--") or (equals and OVERRIDE.fullmatch(name)):
             key = "config" if word == "-c" else name.removeprefix("--").replace("-", "_")
             given[key] = type(word)(value) if equals else True
         elif key:

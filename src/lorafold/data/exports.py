@@ -55,7 +55,8 @@ def _messages(items: Any, separator: str = "\n\n") -> list[Message]:
     """
     found: list[Message] = []
     for item in items if isinstance(items, list) else [{"role": "user", "content": items}]:
-        parts = item.get("parts", item.get("content")) if "role" in item else [item]
+        parts = item.get("parts", item.get("content") or item.get("refusal"))
+        parts = parts if "role" in item else [item]
         kept = KNOWN_KEYS & item.keys() - {"content"} if "role" in item else ()
         turn: Message = {key: item[key] for key in kept}
         turn["role"] = role_of(item.get("role", "assistant"))
@@ -173,7 +174,9 @@ def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
     contents = [m.get("content") for m in value or () if isinstance(m, dict)]
     parts = [part for one in contents if isinstance(one, list) for part in one]
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    return isinstance(row.get("system"), list) or not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
+    kinds |= {"refusal" for m in value or () if isinstance(m, dict) and m.get("refusal")}
+    is_other = not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
+    return is_other or isinstance(row.get("system"), list)
 
 
 def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
@@ -261,16 +264,15 @@ def _chats(row: Any) -> Sequence[Row] | None:
     """Returns the chats of Telegram's export, or of `read_whatsapp`."""
     if not isinstance(row, dict):
         return None
-    lists = (row[key].get("list") for key in CHATS if isinstance(row.get(key), dict))
-    chats = [*chain.from_iterable(filter(None, lists))] or [row]
-    if isinstance(chats[0].get("messages"), Iterator):
-        return chats
-    found = chain(*(c["messages"] for c in chats if isinstance(c.get("messages"), list)))
-    dated = (isinstance(one, dict) and {"type", "date"} <= one.keys() for one in found)
-    return chats if any(dated) else None
+    lists = [row[key].get("list") or [] for key in CHATS if isinstance(row.get(key), dict)]
+    chats = sum(lists, []) or [row]
+    messages = next(filter(None, (chat.get("messages") for chat in chats)), None)
+    first = messages[0] if isinstance(messages, list) else None
+    is_telegram = isinstance(first, dict) and first.get("type") in KINDS and "role" not in first
+    return chats if is_telegram or isinstance(messages, Iterator) else None
 
 
-CHATS = ("chats", "left_chats")
+CHATS, KINDS = ("chats", "left_chats"), ("message", "service")  # of Telegram
 LINE = re.compile(  # the beginning of a message in WhatsApp's export
     r"\u200e?\[?(\d{1,4})([./-]) ?(\d{1,2})[./-] ?(\d{1,4}),? (\d{1,2})[:.](\d\d)(?:[:.]\d\d)?"
     r"(?:\s*([ap])\.?\s?m\.?)?(?:\]| -) (?:([^:]+): )?(.*)",

@@ -168,7 +168,7 @@ PROMPTS = "prompts"  # a Conversation that the assistant continues
 PAIR_KEYS = ("chosen", "rejected")
 ANSWER_KEYS = {"completion", *PAIR_KEYS, "output", "response", "answers", "label"}
 ANSWER_ROLES = ("assistant", *CALL_ROLES)  # roles of messages that may be answers
-CONTENT = ("content", "value", "refusal", "tool_calls", "function_call", *REASONING)  # fields of an answer
+CONTENT = ("content", "value", "tool_calls", "function_call", *REASONING)  # fields of an answer
 
 
 @dataclass(frozen=True)

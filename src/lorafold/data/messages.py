@@ -21,7 +21,7 @@ Check = Callable[[str, Any], Problems]  # of a field: its name and value
 REASONING = ("reasoning_content", "reasoning", "thinking")
 LOSS_KEYS = ("weight", "train", "training", "loss")  # 0 or false: don't train on the turn
 OPENAI_KEYS = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
-KNOWN_KEYS = OPENAI_KEYS | {"function_call", "refusal", *REASONING, *LOSS_KEYS}
+KNOWN_KEYS = OPENAI_KEYS | {"function_call", *REASONING, *LOSS_KEYS}
 ROLES = {  # normalized roles by the names in data sets
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "ai", "model", "chatgpt", "bing", "bard"), "assistant"),
@@ -63,7 +63,6 @@ def _message_problems(field: str, message: Any) -> Problems:
     if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
         return  # the common case
     yield from text_problems(f"{field}.role", role)
-    content = message.get("refusal") if content is None else content
     called, is_assistant = bool(_calls(message)), role_of(role) == "assistant"
     kinds = ("text", "thinking")[: 1 + is_assistant]
     yield from _content_problems(f"{field}.content", content, called, kinds)
@@ -202,7 +201,7 @@ def drop_nulls(value: Any) -> Any:
 
 def _normalize(message: Message) -> Message:
     result = {key: value for key, value in message.items() if value is not None}
-    calls, trained, refusal = _calls(result), trains(result), result.pop("refusal", None)
+    calls, trained = _calls(result), trains(result)
     for key in ("tool_calls", "function_call", *LOSS_KEYS):
         result.pop(key, None)
     result["role"] = role_of(result["role"])
@@ -216,8 +215,6 @@ def _normalize(message: Message) -> Message:
             texts[kind] += part[kind]
         result["content"] = texts["text"]
         thoughts.append(texts["thinking"])
-    if refusal:
-        result.setdefault("content", refusal)
     if thoughts and thoughts[0]:
         result["reasoning_content"] = thoughts[0]
     if calls:

@@ -191,7 +191,7 @@ def read_new(config: Any, model_type: str) -> tuple[Spec, PeftSelection, Bias]:
     init, values["init_lora_weights"] = values["init_lora_weights"], True
     heads = dict((task, heads) for _, task, heads in TASKS).get(values["task_type"], ())
     values["modules_to_save"] = [*(values["modules_to_save"] or ()), *heads]
-    if values["target_modules"] is None and not values.get("target_parameters"):
+    if values["target_modules"] is None:
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
         values["target_modules"] = DEFAULTS.get(model_type)

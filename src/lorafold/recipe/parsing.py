@@ -95,7 +95,15 @@ def yaml_type(value: Any) -> str:
 
 
 class _Yaml(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign)."""
+    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign), and that a
+    key must not occur twice.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"found {twice[0]} twice", problem_mark=node.end_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver(
