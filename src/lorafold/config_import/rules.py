@@ -300,14 +300,16 @@ def apply_rules(
     unread = {k: v for k, v in config.items() if isinstance(v, Expression) and k not in objects}
     read = _apply(rules, {key: value for key, value in config.items() if key not in unread})
     fields = {entry.key: entry.outcome.fields for entry in read}
-    computed = {*unread}
-    if any("accumulate" in fields.get(key, ()) for key in computed):
-        unread |= {e.key: Expression(e.value) for e in read if "batch" in e.outcome.fields}
+    if any("accumulate" in fields.get(key, ()) for key in unread):
+        unread |= {
+            entry.key: Expression(f"{entry.value} x gradient accumulation")
+            for entry in read
+            if "batch" in entry.outcome.fields
+        }
     result = [entry for entry in read if entry.key not in unread]
     for key, text in unread.items():
         options = [f"--{name.replace('_', '-')} {name.upper()}" for name in fields.get(key, ())]
-        what = "it" if key in computed else "gradient accumulation"
-        flag, remark = " ".join(options), f"not read because {what} is not a literal"
+        flag, remark = " ".join(options), "not read because it is not a literal"
         outcome = unmapped(f"{remark}: pass {flag}" if flag else remark, flag)
         result.append(TranslatedKey(key, text, True, outcome))
     return tuple(result)

@@ -19,18 +19,9 @@ from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
 SFT = "sft"  # for a file without rlhf_type
-KINDS = {name: f"trl-{name}" for name in ("dpo", "kto", "orpo", "cpo", "grpo")} | {
-    "simpo": "trl-cpo", "rm": "trl-reward"
-}  # fmt: skip
+NAMES: Mapping[str, Mapping[str, Any]] = rules.KEYS["names"]["swift"]
+KINDS = NAMES["kinds"]
 AUTO = "auto"  # for a file without a value
-DEFAULTS = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "seed": 42}
-OF_LOSS: Mapping[str, Mapping[str, Any]] = {
-    "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
-    "grpo": {"loss_type": "grpo", "beta": 0.04, "temperature": 0.9},
-}
-RENAMED = {"train_type": "tuner_type", "max_epochs": "num_train_epochs"}
-# TRL's names of ms-swift's keys for GRPO
-OF_GRPO = {"max_length": "max_prompt_length", "overlong_filter": "mask_truncated_completions"}
 DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
 is_lora = rules.setting_in("tuner_type", "lora")
 RATE = trainer.rate(is_lora)
@@ -131,17 +122,17 @@ def _rules(name: str) -> tuple[rules.Rule, ...]:
     dtype = rules.table(rules.static_rows("swift_dtype"), rules.setting_in("quant_bits", None))
     own = (*dtype, *rules.table(rows), *rules.table(lora, is_lora))
     base = trl.COMMON if name == SFT else trl.RULES[kind]
-    return trl.rules_over(base, own, {**DEFAULTS, **OF_LOSS.get(name, {})})
+    return trl.rules_over(base, own, {**NAMES["defaults"], **NAMES["loss_defaults"].get(name, {})})
 
 
 RULES = {name: _rules(name) for name in (SFT, *KINDS)}
-KNOWN = frozenset(rule.key for one in RULES.values() for rule in one) | {*RENAMED, *OF_GRPO}
+KNOWN = {rule.key for one in RULES.values() for rule in one}.union(*NAMES["renamed"].values())
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
     settings = ToolSettings(config, {"rlhf_type": SFT})
     name = settings.read("rlhf_type", lambda value: rules.choice(value, *RULES))
-    renamed = RENAMED | (OF_GRPO if name == "grpo" else {})
+    renamed = NAMES["renamed"]["all"] | NAMES["renamed"].get(name, {})
     others = " ".join(sorted(KNOWN - {rule.key for rule in RULES[name]}))
     own = (*RULES[name], *rules.table({others: rules.REASONS["other_stage"]}))
     return rules.apply_rules(own, {renamed.get(k, k): v for k, v in config.items()})

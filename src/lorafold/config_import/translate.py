@@ -14,7 +14,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +50,7 @@ from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.algorithm_options import policy_options, preference_algorithm
 from lorafold.peft.config import CONFIG
-from lorafold.recipe.parsing import parse_yaml, read_text, yaml_type
+from lorafold.recipe.parsing import parse_fields, parse_yaml, read_text
 from lorafold.recipe.recipe import RAW_ERRORS, Recipe
 from lorafold.recipe.resolve_settings import ignored_fields, spec_of, trainable_storage
 
@@ -74,7 +74,8 @@ TOKEN = re.compile(
 )
 SUBCOMMANDS = {"rlhf": {"rlhf_type": "dpo"}, "pt": {"loss_scale": "all"}}  # of ms-swift
 CONFIG_FILE = re.compile(r"\.(?:ya?ml|json)$")
-PASSED = ("$@", "$*", "${@}", "${@:1}")  # the arguments of the script itself
+SETTINGS = "a training configuration"
+PASSED = ("$@", "$*")  # the arguments of the script itself
 OVERRIDE = re.compile(r"[a-z_][\w.]*")  # as in key=value
 PART = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|[^'"]+""", re.DOTALL)
 VARIABLE = re.compile(r"\$\{?(\w+)(?::-([^}]*))?\}?")
@@ -188,7 +189,7 @@ class Translation:
             "recipe": self.written(),
             "yaml": self.to_yaml(),
             "command": self.command(),
-            **{status: [_as_json(e) for e in getattr(self, status)] for status in SECTIONS},
+            **{status: [*map(_as_json, getattr(self, status))] for status in SECTIONS},
             "note": self.note,
         }
 
@@ -235,8 +236,8 @@ def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
 
 
 def _as_json(entry: TranslatedKey) -> dict[str, Any]:
-    values = vars(entry) | vars(entry.outcome) | {"fields": dict(entry.outcome.fields)}
-    return {name: values[name] for name in ("key", "value", "given", "fields", "remark", "flag")}
+    values = asdict(entry)
+    return values | values.pop("outcome")
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -275,9 +276,9 @@ def check_free(out: str | Path, overwrite: bool) -> None:
 
 def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
     """The settings of a file, and the kind of tool that a shell script starts."""
-    text = read_text(path, "a training configuration")
+    text = read_text(path, SETTINGS)
     if not text.strip():
-        raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
+        raise LorafoldError(f"{path}: found an empty file, expected {SETTINGS}")
     if path.suffix in (".sh", ".bash"):
         return _read_shell(path, text)
     if path.suffix == ".ipynb":
@@ -289,7 +290,8 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
         return unsloth.arguments_of(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", code), str(path)), ""
     if path.suffix == ".py" or kind == "unsloth":
         return unsloth.arguments_of(text, str(path)), ""
-    return (read_object(path) if path.suffix == ".json" else _read_yaml(path, text)), ""
+    is_json = path.suffix == ".json"
+    return (read_object(path) if is_json else parse_fields(text, path, SETTINGS)), ""
 
 
 def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
@@ -316,7 +318,7 @@ def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
         if not file.name:
             copy = "; copy it with tune cp" * (kind == "torchtune")
             raise LorafoldError(f"{path}: reads {name}, which was not found{copy}")
-        config = dict(_read_yaml(file, read_text(file, "a training configuration")))
+        config = parse_fields(read_text(file, SETTINGS), file, SETTINGS)
     config |= {key: _typed(value, str(path)) for key, value in given.items()}
     others = "; ".join(" ".join(rest[first : last + 2]) for rest, (_, first, last) in more)
     about = {"launcher": " ".join(words[:start]), "another_training": others}
@@ -390,16 +392,6 @@ def _arguments(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _typed(value: Any, source: str) -> Any:
     is_yaml = type(value) is str and re.match(r"[\[{]|(?:true|false|null)$", value, re.IGNORECASE)
     return parse_yaml(value, source) if is_yaml else value
-
-
-def _read_yaml(path: Path, text: str) -> Mapping[str, Any]:
-    config = parse_yaml(text, str(path))
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise LorafoldError(
-            f"{path}: found {yaml_type(config)}, expected `name: value` lines of a training"
-            " configuration"
-        )
-    return config
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:

@@ -45,9 +45,7 @@ LINEARS: Sequence[str] = NAMES["linears"]
 MODELS: Sequence[str] = NAMES["models"]
 WHOLE = ("embed_tokens", "lm_head")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
-TRAINERS = {f"{kind.removeprefix('trl-').upper()}Trainer": kind for kind in trl.TABLES} | {
-    "RewardTrainer": "trl-reward", "UnslothTrainer": "trl-sft"
-}  # fmt: skip
+TRAINERS: Mapping[str, str] = NAMES["trainers"]
 CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
     "TrainingArguments",
     "UnslothTrainingArguments",

@@ -97,13 +97,12 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
 def join_questions(rows: Rows, seed: int, max_length: int) -> tuple[Rows, str]:
     """Joins conversations with one question, of the same source, system message and tools, into
     conversations of 1 to MAX_JOINED questions, in an order that depends on the seed. A conversation
-    has at most `max_length` tokens, estimated as a third of its bytes, because rows are joined
-    before they are tokenized. Returns them with a summary, which is empty if none was joined.
+    has at most `max_length` tokens, estimated as one for three characters of ASCII, because rows
+    are joined before they are tokenized. Returns them with a summary, empty if none was joined.
     """
     rng, conversations = random.Random(f"{seed}/join"), rows.extract(CONVERSATIONS)
     ends = np.cumsum([part.size for part in rows.parts])
     sources = np.searchsorted(ends, np.arange(len(rows)), "right").tolist()
-    sizes = [len(repr(one.messages).encode()) for one in conversations]
     groups: dict[int, list[int]] = {}  # by the first row
     alike = defaultdict[str, list[int]](list)
     for n, one in enumerate(conversations):
@@ -116,7 +115,7 @@ def join_questions(rows: Rows, seed: int, max_length: int) -> tuple[Rows, str]:
         rng.shuffle(some)
         while some:
             group = [some.pop() for _ in range(min(len(some), rng.randint(1, MAX_JOINED)))]
-            while len(group) > 1 and sum(sizes[n] for n in group) > 3 * max_length:
+            while group[1:] and len(ascii([conversations[n] for n in group])) > 3 * max_length:
                 some.append(group.pop())
             groups[min(group)] = group
     made = []
@@ -130,9 +129,8 @@ def join_questions(rows: Rows, seed: int, max_length: int) -> tuple[Rows, str]:
         tools = {"tools": [*one.tools]} if one.tools else {}
         made.append({"messages": messages, **tools} if messages else rows[first])
     kept = rows.select(np.array(sorted(groups), np.int64))
-    many = f"{len(made):,} conversation{'s' * (len(made) > 1)}"
-    text = f"join: {len(rows):,} rows are now {many}" if len(made) < len(rows) else ""
-    return replace(kept, rows=made, known=None), text
+    text = f"join: {len(rows):,} rows, number of conversations: {len(made):,}"
+    return replace(kept, rows=made, known=None), text * (len(made) < len(rows))
 
 
 def collate(examples: Sequence[Any], packed: bool, pad_id: int) -> dict[str, Tensor]:

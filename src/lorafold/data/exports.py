@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 from lorafold.data.json_input import Row, RowResult, Unreadable
@@ -21,11 +21,11 @@ from lorafold.data.messages import KNOWN_KEYS, Message, role_of
 
 Numbered = Iterator[tuple[int, RowResult]]
 HIDDEN = "messages or parts that are not text for the user (tools, reasoning, files) are left out"
-LOST = "answers to messages without text are left out"
+LOST = "answers to no message, or to messages without text, are left out"
 PAUSE, MAX_CHARS = timedelta(hours=6), 2000
 CUT = "a chat is cut into conversations at pauses of 6 hours, and after about 2,000 characters"
 NO_TEXT = "messages without text (media, deleted, of the system) are left out"
-NO_ANSWER = "messages that begin a conversation as the assistant, or have no answer, are left out"
+NO_ANSWER = "messages that have no answer are left out"
 PARTS = {  # by type of part: its field in a message, and the keys of its ID and its content
     **dict.fromkeys(("text", "input_text", "output_text"), ("content", "", "text")),
     "refusal": ("content", "", "refusal"),
@@ -55,11 +55,10 @@ def _messages(items: Any, separator: str = "\n\n") -> list[Message]:
     """
     found: list[Message] = []
     for item in items if isinstance(items, list) else [{"role": "user", "content": items}]:
+        item = item if "role" in item else {"role": "assistant", "content": [item]}
         parts = item.get("parts", item.get("content") or item.get("refusal"))
-        parts = parts if "role" in item else [item]
-        kept = KNOWN_KEYS & item.keys() - {"content"} if "role" in item else ()
-        turn: Message = {key: item[key] for key in kept}
-        turn["role"] = role_of(item.get("role", "assistant"))
+        turn: Message = {key: item[key] for key in KNOWN_KEYS & item.keys() - {"content"}}
+        turn["role"] = role_of(item["role"])
         if found and found[-1]["role"] == turn["role"] != "tool":
             turn = found.pop() | turn
         given: Any = [{"text": parts}] if isinstance(parts, str) else parts
@@ -100,18 +99,17 @@ def _branch(nodes: Mapping[str, Row], end: Any, parent: str) -> list[Row]:
     return found[::-1]
 
 
-def _with_questions(messages: Iterable[Message], left: Counter[str]) -> Iterator[Message]:
+def _with_questions(
+    messages: Iterable[Message], left: Counter[str], asked: bool = True
+) -> Iterator[Message]:
     """Leaves out messages without text, and the answers to questions without text."""
-    asked, before = True, ""
-    for message in messages:
-        role, is_text = role_of(message["role"]), bool(message["content"].strip())
-        if role == "user":
-            asked = is_text or (asked and before == role)
-        before = role
-        if is_text and (asked or role == "system"):
-            yield message
+    for role, group in groupby(messages, lambda message: role_of(message["role"])):
+        told = [message for message in group if message["content"].strip()]
+        asked = bool(told) if role == "user" else asked
+        if asked or role == "system":
+            yield from told
         else:
-            left[LOST] += is_text
+            left[LOST] += len(told)
 
 
 def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
@@ -122,8 +120,8 @@ def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
         parts = content.get("parts") or []
         spoken = (part if isinstance(part, str) else part.get("text") for part in parts)
         texts = [text for text in spoken if isinstance(text, str)]
-        shown = role != "tool" and message.get("recipient", "all") == "all"
-        shown = shown and message.get("status") != "in_progress"
+        about = (role, message.get("recipient", "all"), message.get("status"))
+        shown = about[1] == "all" and {"tool", "in_progress"}.isdisjoint(about)
         hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
         if shown and not hidden and content.get("content_type") in ("text", "multimodal_text"):
             counts[HIDDEN] += len(parts) - len(texts)
@@ -171,12 +169,11 @@ def _is_layout(row: Row, layout: Mapping[str, str]) -> bool:
         return False
     if first != "messages":
         return isinstance(value, str if first == "system_prompt" else list)
-    contents = [m.get("content") for m in value or () if isinstance(m, dict)]
-    parts = [part for one in contents if isinstance(one, list) for part in one]
+    messages = [m for m in value or () if isinstance(m, dict)]
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    kinds |= {"refusal" for m in value or () if isinstance(m, dict) and m.get("refusal")}
-    is_other = not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
-    return is_other or isinstance(row.get("system"), list)
+    refused = [m for m in messages if m.get("refusal")] or isinstance(row.get("system"), list)
+    return bool(refused) or not kinds.isdisjoint(PARTS.keys() - {"text", "thinking"})
 
 
 def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
@@ -207,13 +204,13 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
     names, left = Counter[str](), Counter[str]()
     for number, row in numbered:
         chats = _chats(row)
-        if chats is None:
+        if not chats:
             yield number, row
-        for turns in chain.from_iterable(_cut(chat, me, names, left) for chat in chats or ()):
-            roles = [turn["role"] for turn in turns]
-            end = len(roles) - [*roles[::-1], "assistant"].index("assistant")
-            answered = turns[[*roles, "user"].index("user") : end]
-            left[NO_ANSWER] += len(turns) - len(answered)
+        for turns in chain.from_iterable(_cut(chat, me, names, left) for chat in chats):
+            answered = [*_with_questions(turns, left, asked=False)]
+            while answered and answered[-1]["role"] == "user":
+                answered.pop()
+                left[NO_ANSWER] += 1
             group = len({turn["from"] for turn in answered}) > 2
             messages = [
                 turn | {"content": f"{turn['from']}: {turn['content']}"}
@@ -238,38 +235,33 @@ def _cut(
 ) -> Iterator[list[Message]]:
     """Yields the messages of each conversation."""
     turns, last, size = list[Message](), datetime.min, 0
-    for message in _with_questions(_said(chat, me, left), left):
-        time = datetime.fromisoformat(message["date"] or last.isoformat())
-        roles = (turns[-1]["role"] if turns else "", message["role"])
-        paused = abs(time - last) > PAUSE and roles != ("user", "assistant")
-        if paused or (size > MAX_CHARS and roles == ("assistant", "user")):
-            yield turns
-            turns, size = [], 0
-        turns.append(message)
-        names[message["from"]] += 1
-        last, size = time, size + len(message["content"])
+    for index, message in enumerate(chat.get("messages") or (), 1):
+        name, text = str(message.get("from")), _text(message.get("text") or "").strip()
+        is_message, role = message.get("type") == "message", "assistant" if name == me else "user"
+        left[NO_TEXT] += not (is_message and text)
+        if is_message:
+            time = datetime.fromisoformat(message.get("date") or last.isoformat())
+            roles = (turns[-1]["role"] if turns else "", role)
+            paused = abs(time - last) > PAUSE and roles != ("user", "assistant")
+            if paused or (size > MAX_CHARS and roles == ("assistant", "user")):
+                yield turns
+                turns, size = [], 0
+            number = message.get("line", index)
+            turns.append({"role": role, "content": text, "from": name, "line": number})
+            names[name], last, size = names[name] + 1, time, size + len(text)
     yield turns
 
 
-def _said(chat: Row, me: str, left: Counter[str]) -> Iterator[Message]:
-    for index, message in enumerate(chat.get("messages") or (), 1):
-        name, text = str(message.get("from")), _text(message.get("text") or "").strip()
-        if message.get("type") == "message":
-            about = {"line": message.get("line", index), "date": message.get("date"), "from": name}
-            yield about | {"role": "assistant" if name == me else "user", "content": text}
-        left[NO_TEXT] += message.get("type") != "message" or not text
-
-
-def _chats(row: Any) -> Sequence[Row] | None:
+def _chats(row: Any) -> list[Row]:
     """Returns the chats of Telegram's export, or of `read_whatsapp`."""
     if not isinstance(row, dict):
-        return None
+        return []
     lists = [row[key].get("list") or [] for key in CHATS if isinstance(row.get(key), dict)]
     chats = sum(lists, []) or [row]
     messages = next(filter(None, (chat.get("messages") for chat in chats)), None)
     first = messages[0] if isinstance(messages, list) else None
     is_telegram = isinstance(first, dict) and first.get("type") in KINDS and "role" not in first
-    return chats if is_telegram or isinstance(messages, Iterator) else None
+    return chats if is_telegram or isinstance(messages, Iterator) else []
 
 
 CHATS, KINDS = ("chats", "left_chats"), ("message", "service")  # of Telegram
@@ -288,7 +280,7 @@ WITHOUT_TEXT = re.compile(  # media, deleted messages, and the mark of an edited
 
 def read_whatsapp(file: io.BufferedReader, warn: Any) -> Numbered:
     with io.TextIOWrapper(file, "utf-8-sig") as lines:
-        yield 1, {"chats": {"list": [{"messages": _whatsapp(lines)}]}}
+        yield 1, {"messages": _whatsapp(lines)}
 
 
 def _whatsapp(lines: Iterable[str]) -> Iterator[Row]:

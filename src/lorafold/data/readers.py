@@ -320,13 +320,12 @@ def _read_xlsx(file: io.BufferedReader, warn: Warn) -> Numbered:
     if others:
         warn(f"reads the sheet {sheet!r}; left out: {listed(map(repr, others))}")
 
-    tables: list[Any] = [book.worksheets[0] for book in books]
-    for table in tables:
-        table.reset_dimensions()  # some programs write wrong ones, and openpyxl omits cells outside
-    width = max(map(len, tables[0].rows), default=0)
+    for book in books:  # openpyxl omits cells outside of dimensions, which may be wrong
+        book.worksheets[0].reset_dimensions()
+    width = max(map(len, books[0].worksheets[0].rows), default=0)
 
     def records() -> Iterator[list[str]]:
-        for cells, formulas in zip(*(table.rows for table in tables), strict=True):
+        for cells, formulas in zip(*(book.worksheets[0].rows for book in books), strict=True):
             for cell, formula in zip(cells, formulas, strict=True):
                 if formula.data_type == "f" and cell.value is None:
                     raise Unreadable(

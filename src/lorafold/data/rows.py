@@ -131,12 +131,12 @@ class RowRemarks:
 
 
 def propose_columns(row: Row) -> str:
-    """Proposes `--columns` by known names, or by order if the row has two text columns."""
+    """Proposes `--columns` by known names, or by order if a row of a table has two text columns."""
     texts = [key for key, value in row.items() if isinstance(value, str) and LETTER.search(value)]
     prompts, answers = ([k for k in texts if k.strip().lower() in n] for n in (QUESTIONS, ANSWERS))
     guess = ""
     if not len(prompts) == len(answers) == 1:
-        if len(texts) != 2:
+        if len(texts) != 2 or {*map(type, row.values())} != {str}:  # not a table
             return ""
         prompts, answers, guess = texts[:1], texts[1:], BY_ORDER
     names = {"prompt": prompts[0], "completion": answers[0]}
@@ -196,7 +196,7 @@ def check_each(
             break
     if bad:
         lines = (f"{_name_rows(numbers)}: {problem}" for problem, numbers in bad.items())
-        raise LorafoldError(f"{source}: {listed(lines, '; ')}")
+        raise LorafoldError(f"{source}: {listed(lines, '; ', 400)}")
     if not used and not none:
         out = "".join(f"; {text}" for text in remarks.lines) if remarks else ""
         raise LorafoldError(f"{source}: no rows found, expected at least one{out}")

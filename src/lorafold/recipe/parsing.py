@@ -89,21 +89,8 @@ def read_text(path: Path, what: str) -> str:
         raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 
-def yaml_type(value: Any) -> str:
-    names = {dict: "keys that are not text", list: "a list", str: "text", type(None): "nothing"}
-    return names.get(type(value), repr(value))
-
-
 class _Yaml(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign), and that a
-    key must not occur twice.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.MarkedYAMLError(problem=f"found {twice[0]} twice", problem_mark=node.end_mark)
-        return super().construct_mapping(node, deep)
+    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign)."""
 
 
 _Yaml.add_implicit_resolver(
@@ -123,21 +110,27 @@ def parse_yaml(text: str, source: str) -> Any:
         raise LorafoldError(f"{source}: not YAML{place}: {reason}") from error
 
 
-def _read(config: Path) -> Mapping[str, Any]:
-    fields = parse_yaml(read_text(config, "a recipe"), str(config))
-    if fields is None:
-        log.warning("%s: the file is empty, so the defaults apply", config)
-        return {}
+def parse_fields(text: str, source: Path, what: str) -> dict[str, Any]:
+    """Parses `name: value` lines; `what` describes them in the error message."""
+    fields = parse_yaml(text, str(source)) or {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        names = {dict: "keys that are not text", list: "a list", str: "text"}
         raise LorafoldError(
-            f"{config}: found {yaml_type(fields)}, expected recipe fields as `name: value` lines;"
-            f" {CONVERT_HINT.format(config)}"
+            f"{source}: found {names.get(type(fields), repr(fields))}, expected `name: value`"
+            f" lines of {what}"
         )
+    return fields
+
+
+def _read(config: Path) -> Mapping[str, Any]:
+    hint = CONVERT_HINT.format(config)
+    fields = parse_fields(read_text(config, "a recipe"), config, f"a recipe; {hint}")
+    if not fields:
+        log.warning("%s: the file is empty, so the defaults apply", config)
     unknown = [name for name in fields if name not in {*Recipe.model_fields, *RENAMED}]
     if 2 * len(unknown) > len(fields) and len(unknown) > 1:
         raise LorafoldError(
-            f"{config}: found {listed(unknown, max_chars=100)}, which are not recipe fields;"
-            f" {CONVERT_HINT.format(config)}"
+            f"{config}: found {listed(unknown, max_chars=100)}, which are not recipe fields; {hint}"
         )
     try:
         return current_names(fields)
