@@ -6,7 +6,7 @@ reported before these slow imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -77,9 +77,11 @@ def as_reading(options: Any) -> Reading:
     """Removes `DataOptions` from the options of a function, and returns them."""
     given = {name: options.pop(name, None) for name in Reading._fields}
     reading = Reading(**{name: value for name, value in given.items() if value})
+    if not isinstance(reading.columns, Mapping):
+        raise LorafoldError(f"columns: found {reading.columns!r:.80}, expected a mapping of names")
     try:
         b"x".decode(reading.encoding or "utf-8", "replace")
-    except LookupError as error:
+    except (LookupError, TypeError) as error:
         raise LorafoldError(
             f"encoding: found {reading.encoding!r}, expected an encoding that Python knows, for"
             " example cp1252, mac_roman or cp932"

@@ -45,11 +45,7 @@ from lorafold.files.atomic import read_object
 from lorafold.foreign_options import NO_FP16, boolean, integer, names, number
 from lorafold.models.quantizations import DEFAULT, ON_LOAD, STORAGES, bnb_storage
 
-LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
-PREF_LOSS = by_value(
-    {theirs: ("taken", "", {"objective": ours}) for theirs, ours in LOSSES.items()}
-    | {"kto_pair": ("refused", "lorafold's kto trains on single completions; use stage: kto")}
-)
+NAMES = KEYS["names"]["llamafactory"]
 FULL = by_value(
     {
         "freeze oft": ("refused", "lorafold does not support this method"),
@@ -60,7 +56,6 @@ FULL = by_value(
 NEGLIGIBLE = 1e-6  # LLaMA-Factory ignores terms up to this weight
 DATASET_INFO = "dataset_info.json"
 ONLINE = "ONLINE"  # a dataset_dir for Hub datasets
-NAMES = KEYS["names"]["llamafactory"]
 
 
 is_lora = setting_in("finetuning_type", "lora")
@@ -75,7 +70,7 @@ def is_quantized(settings: ToolSettings) -> bool:
 
 def objective_of(settings: ToolSettings) -> str | None:
     if is_dpo(settings):
-        return LOSSES.get(str(settings["pref_loss"]))
+        return NAMES["losses"].get(str(settings["pref_loss"]))
     return {"kto": "kto", "rm": "reward"}.get(str(settings["stage"]))
 
 
@@ -347,7 +342,6 @@ LORA_KEYS: Table = {
     **static_rows("llamafactory_lora"),
 }
 DPO_KEYS: Table = {
-    "pref_loss": (PREF_LOSS, "sigmoid"),
     "dpo_label_smoothing": (_label_smoothing, 0.0),
     **static_rows("llamafactory_dpo"),
 }

@@ -46,10 +46,7 @@ MODELS: Sequence[str] = NAMES["models"]
 WHOLE = ("embed_tokens", "lm_head")
 # the translation's kind, by trainer; the configuration of XTrainer is called XConfig
 TRAINERS: Mapping[str, str] = NAMES["trainers"]
-CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
-    "TrainingArguments",
-    "UnslothTrainingArguments",
-}
+CONFIGS = NAMES["configs"]
 FUNCTIONS: Mapping[str, Sequence[str]] = NAMES["functions"]
 
 

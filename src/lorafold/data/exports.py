@@ -120,8 +120,8 @@ def _chatgpt(row: Row, counts: Counter[str]) -> Iterator[Message]:
         parts = content.get("parts") or []
         spoken = (part if isinstance(part, str) else part.get("text") for part in parts)
         texts = [text for text in spoken if isinstance(text, str)]
-        about = (role, message.get("recipient", "all"), message.get("status"))
-        shown = about[1] == "all" and {"tool", "in_progress"}.isdisjoint(about)
+        ended = message.get("status") != "in_progress"
+        shown = ended and role != "tool" and message.get("recipient", "all") == "all"
         hidden = (message.get("metadata") or {}).get("is_visually_hidden_from_conversation")
         if shown and not hidden and content.get("content_type") in ("text", "multimodal_text"):
             counts[HIDDEN] += len(parts) - len(texts)
@@ -189,9 +189,9 @@ def convert_layout(row: Row, counts: Counter[str]) -> RowResult:
                 return rest | {"messages": messages} if messages else {}
         if "preferred_output" in row and isinstance(row.get("input"), dict):
             row = row | row["input"] | {"input": None}
-        layout = next((one for one in LAYOUTS if _is_layout(row, one)), None)
+        layout = next((one for one in LAYOUTS if _is_layout(row, one)), {})
         for key, value in row.items() if layout else ():
-            field = (layout or {}).get(key, key)
+            field = layout.get(key, key)
             convert = isinstance(value, list | dict) or (field, key) == ("prompt", "input")
             result[field] = READ[field](value) if value and convert and field in READ else value
     except (AttributeError, KeyError, TypeError, ValueError) as error:
