@@ -14,7 +14,7 @@ OLD_NAMES_REMOVED_IN = "0.3"
 TRANSIENT_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 EXITS = (SystemExit, KeyboardInterrupt)  # these end a thread; a Rust panic does not
 MAX_ITEMS = 5  # shown per list in a message
-MAX_SINGLE_ITEM = 240  # characters
+MAX_SINGLE_ITEM = 320  # characters
 
 
 class LorafoldError(Exception):

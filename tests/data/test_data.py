@@ -339,6 +339,17 @@ def test_single_questions_are_joined_with_those_of_equal_system_messages() -> No
         given = [(row["system"], row["prompt"], row["completion"]) for row in rows]
         assert sorted(pairs) == sorted(given)
         assert as_rows(rows, recipe=Recipe(join="auto", seed=1)) != found
+        # an estimated length: system message and question and answer have about 50 tokens
+        short = as_rows(rows, recipe=Recipe(join="auto", max_length=120))
+        assert {len(row["messages"]) for row in short} == {3, 5}
+        assert len(as_rows(rows, recipe=Recipe(join="auto", max_length=60))) == len(rows)
+
+
+def test_rows_that_are_not_joined_are_not_announced(capsys) -> None:
+    texts = [{"text": f"text {n}"} for n in range(4)]
+    for rows, told in ((texts, False), ([{"prompt": "a", "completion": "b"}] * 9, True)):
+        as_rows(rows, console=Console(), recipe=Recipe(join="auto"))
+        assert ("join: 9 rows, number of conversations: " in capsys.readouterr().out) == told
 
 
 def test_turns_that_the_template_rewrites_have_examples_of_their_own(plain):

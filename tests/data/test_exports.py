@@ -149,6 +149,63 @@ ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
         "",
     ),
     "preferences": (PREFERENCE, [user("Open?"), said("No.")], ""),
+    "ChatGPT, a question that is an image": (
+        tree(
+            node("u", None, "user", "Hi"), node("a", "u", "assistant", "Hello."),
+            node("image", "a", "user", {"content_type": "image_asset_pointer"}),
+            node("b", "image", "assistant", "A dog."), node("v", "b", "user", "Bye"),
+            node("w", "v", "user", {"content_type": "image_asset_pointer"}),
+            node("c", "w", "assistant", "Bye【4:0†a.pdf】."),
+            node("d", "c", "assistant", "And", status="in_progress"),
+            current_node="d",
+        ),
+        [user("Hi"), said("Hello."), user("Bye"), said("Bye.")],
+        "3 messages or parts that are not text for the user (tools, reasoning, files) are left out;"
+        " 1 answers to no message, or to messages without text, are left out",
+    ),
+    "ChatGPT, spoken": (
+        tree(*(
+            node(name, parent, role, {"content_type": "audio_transcription", "text": text},
+                 {"content_type": "audio_asset_pointer"}, kind="multimodal_text")
+            for name, parent, role, text in [("u", None, "user", "a"), ("x", "u", "assistant", "b")]
+        )),
+        [user("a"), said("b")], f"2 messages or parts {LEFT_OUT}",
+    ),
+    "Claude, a question that is a file": (
+        {"chat_messages": [
+            {"sender": "human", "text": "", "files": [{"file_name": "a.png"}]},
+            {"sender": "assistant", "text": "A dog."},
+            {"sender": "human", "text": "Hi"}, {"sender": "assistant", "text": "Hello."},
+        ]},
+        [user("Hi"), said("Hello.")],
+        f"1 messages or parts {LEFT_OUT} (tools, reasoning, files) are left out; 1 answers to",
+    ),
+    "Gemini, several messages of a role": (
+        {"contents": [
+            {"role": "user", "parts": [{"text": "Hello"}]},
+            {"role": "user", "parts": [{"text": "Open"}, {"text": "?"}]},
+            {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Yes."}]},
+            {"role": "model", "parts": [{"text": "Now."}, {"functionCall": {"name": "hours"}}]},
+        ]},
+        [user("Hello\n\nOpen?"),
+         said("Yes.\n\nNow.") | {"reasoning_content": "Hm.", "tool_calls": [
+             {"type": "function", "function": {"name": "hours", "arguments": {}}}]}],
+        "",
+    ),
+    "Responses, several messages": (
+        {"input": [user("Context."), user("Open?")],
+         "output": [{"type": "message", "role": "assistant",
+                     "content": [{"type": "output_text", "text": text}]} for text in ("a", "b")]},
+        [user("Context.\n\nOpen?"), said("a\n\nb")], "",
+    ),
+    "OpenAI, refused": (
+        {"messages": [user("a"), {"role": "assistant", "content": None, "refusal": "No."}]},
+        [user("a"), said("No.")], "",
+    ),
+    "Anthropic, plain messages": (
+        {"system": [{"type": "text", "text": "Be brief."}], "messages": [user("a"), said("b")]},
+        [SYSTEM, user("a"), said("b")], "",
+    ),
     "LMSYS": ({"conversation": [user("a"), said("b")], "model": "m"}, [user("a"), said("b")], ""),
     "ShareGPT": (
         {"items": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
@@ -176,7 +233,8 @@ def test_rows_for_other_tools_are_conversations(case: str) -> None:
     [found] = rows.extract(CONVERSATIONS)
     assert found.messages == wanted
     assert json.dumps(row) == before
-    assert [left in line for line in rows.remarks] == [True] * bool(left)
+    assert left in "; ".join(rows.remarks)
+    assert bool(left) == bool(rows.remarks)
     if "tools" in before:
         assert [one["function"] for one in found.tools] == [TOOL]
 
@@ -266,8 +324,26 @@ CHATS: dict[str, tuple[str, str, list[Any], str]] = {
     "Telegram": ("result.json", json.dumps(TELEGRAM, indent=1), ENGLISH, "2 messages without text"),
     "all of Telegram": (
         "result.json",
-        json.dumps({"about": "x", "chats": {"list": [TELEGRAM, TELEGRAM | {"messages": []}]}}),
+        json.dumps({
+            "about": "x", "chats": {"list": [{"type": "saved_messages", "messages": []}, {}]},
+            "left_chats": {"list": [TELEGRAM, TELEGRAM | {"messages": []}]},
+        }),
         ENGLISH, "2 messages without text",
+    ),
+    "Telegram without dates, and with an image": (
+        "result.json",
+        json.dumps({"messages": [
+            {"type": "message", "from": name, "text": text}
+            for name, text in [("K", "Open?"), ("Laden", "Yes."), ("K", ""), ("Laden", "A dog."),
+                               ("Laden", "Brown."), ("K", "Now?"), ("Laden", "No.")]
+        ]}),
+        [[*ENGLISH[0], *ENGLISH[1]]],
+        "1 messages without text (media, deleted, of the system) are left out; 2 answers to no",
+    ),
+    "WhatsApp, a line that looks like a message": (
+        "a.txt",
+        "01.05.26, 10:00 - K: Is it\n99.99.2026, 10:00 - x: y\n01.05.26, 10:01 - Laden: No.\n",
+        [[user("Is it\n99.99.2026, 10:00 - x: y"), said("No.")]], "of 6 hours",
     ),
 }  # fmt: skip
 
@@ -388,6 +464,19 @@ def test_containers_that_cant_be_read(name: str, content, told: str, tmp_path: P
     assert told in refusal(read_rows, str(tmp_path / name))
 
 
+@pytest.mark.parametrize("wrong", ["A1", "A1:B2", "A1:C9"])
+def test_the_dimension_of_a_sheet_may_be_wrong(wrong: str, tmp_path: Path) -> None:
+    with (
+        zipfile.ZipFile(io.BytesIO(book([HEAD, ["a", "b"], ["c", "d"]]))) as made,
+        zipfile.ZipFile(tmp_path / "a.xlsx", "w") as written,
+    ):
+        for name in made.namelist():
+            content = made.read(name).replace(b'ref="A1:B3"', f'ref="{wrong}"'.encode())
+            written.writestr(name, content)
+    rows = read_rows(str(tmp_path / "a.xlsx"))
+    assert [row["completion"] for row in rows] == ["b", "d"]
+
+
 def test_openpyxl_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
@@ -473,6 +562,17 @@ def test_other_encodings_are_named_and_not_guessed(case, tmp_path: Path) -> None
     assert read_rows(path, Reading(encoding=case[1]))[0]["prompt"] == text
 
 
+def test_columns_are_guessed_by_order_only_in_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("frage 1,antwort 1\nWo?,Hier\n")
+    guess = "did you mean --columns 'prompt=frage 1,completion=antwort 1' (guessed from the order"
+    assert guess in refusal(read_rows, str(tmp_path / "a.csv"))
+    row = {"custom_id": 1, "method": "POST", "url": "/v1/chat", "body": {"messages": [user("q")]}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    told = refusal(read_rows, str(tmp_path / "a.jsonl"))
+    assert "did you mean" not in told
+    assert told.endswith("(rename with --columns)")
+
+
 def test_an_encoding_is_for_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\n'.encode("mac_roman"))
     rows = read_rows(str(tmp_path / "a.jsonl"), Reading(me="Ada", encoding="mac_roman"))
@@ -495,8 +595,12 @@ def test_how_rows_are_read_is_recorded_and_part_of_their_identity(tiny_model_dir
     ways = [Reading(), Reading(me="Ada"), Reading({"a": "b"}), Reading(encoding="cp1252")]
     streams = [RowStream((parse_source(str(path), way),)) for way in ways]
     assert len({stream.identity for stream in streams}) == len(ways)
-    with pytest.raises(LorafoldError, match="encoding: found 'base64', expected an encoding that"):
-        lf.preview(data=path, encoding="base64")
+    for wrong in ("base64", 3):
+        told = f"encoding: found {wrong!r}, expected an encoding that"
+        with pytest.raises(LorafoldError, match=told):
+            lf.preview(data=path, encoding=wrong)
+    with pytest.raises(LorafoldError, match="columns: found 'a=b', expected a mapping of names"):
+        lf.preview(data=path, columns="a=b")
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,18 @@ def test_a_command_line_of_a_shell_script(tmp_path, env, command, tool, fields, 
         assert not [e.key for e in found.left if e.outcome.remark.startswith(UNKNOWN_KEY)]
 
 
+def test_a_batch_with_a_computed_accumulation_is_not_read(tmp_path):
+    command = "swift sft --model m --per_device_train_batch_size 2 --lora_rank 4"
+    text = f'{command} --gradient_accumulation_steps $(expr 16 / 2) "$@"'
+    found = translated(tmp_path, text, name="a.sh")
+    assert "batch" not in found.written()
+    assert found.command().endswith("--accumulate ACCUMULATE --batch BATCH")
+    unread = [line for line in found.to_yaml().splitlines() if line.startswith("# NOT READ: ")]
+    assert any("per_device_train_batch_size: 2 x gradient accumulation" in line for line in unread)
+    assert "called with them" in remark(found, "script_arguments")
+    assert (found.recipe.rank, translated(tmp_path, command, name="b.sh").recipe.batch) == (4, 16)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

@@ -250,6 +250,8 @@ def test_saved_again_is_the_same(case: str, tiny_model: Model, tmp_path: Path) -
         ("llama", {"target_modules": Q, "init_lora_weights": "pissa_niter_4"}),
         ("llama", {"target_modules": Q, "init_lora_weights": "olora", "use_dora": True}),
         ("llama", {"target_modules": None}),
+        ("llama", {"target_modules": None, "target_parameters": ["o_proj.weight"]}),
+        ("llama", {"target_modules": [], "target_parameters": ["o_proj.weight"]}),
         ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}),
     ],
 )  # fmt: skip

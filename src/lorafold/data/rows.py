@@ -196,7 +196,7 @@ def check_each(
             break
     if bad:
         lines = (f"{_name_rows(numbers)}: {problem}" for problem, numbers in bad.items())
-        raise LorafoldError(f"{source}: {listed(lines, '; ', 400)}")
+        raise LorafoldError(f"{source}: {listed(lines, '; ')}")
     if not used and not none:
         out = "".join(f"; {text}" for text in remarks.lines) if remarks else ""
         raise LorafoldError(f"{source}: no rows found, expected at least one{out}")
