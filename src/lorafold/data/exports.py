@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import chain, groupby
@@ -257,7 +257,7 @@ def _chats(row: Any) -> list[Row]:
     if not isinstance(row, dict):
         return []
     lists = [row[key].get("list") or [] for key in CHATS if isinstance(row.get(key), dict)]
-    chats = sum(lists, []) or [row]
+    chats = [*chain(*lists)] or [row]
     messages = next(filter(None, (chat.get("messages") for chat in chats)), None)
     first = messages[0] if isinstance(messages, list) else None
     is_telegram = isinstance(first, dict) and first.get("type") in KINDS and "role" not in first
