@@ -126,7 +126,9 @@ def _rules(name: str) -> tuple[rules.Rule, ...]:
 
 
 RULES = {name: _rules(name) for name in (SFT, *KINDS)}
-KNOWN = {rule.key for one in RULES.values() for rule in one}.union(*NAMES["renamed"].values())
+KNOWN = frozenset(rule.key for one in RULES.values() for rule in one).union(
+    *NAMES["renamed"].values()
+)
 
 
 def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:

@@ -114,7 +114,7 @@ def parse_fields(text: str, source: Path, what: str) -> dict[str, Any]:
     """Parses `name: value` lines; `what` describes them in the error message."""
     fields = parse_yaml(text, str(source)) or {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        names = {dict: "keys that are not text", list: "a list", str: "text"}
+        names: Any = {dict: "keys that are not text", list: "a list", str: "text"}
         raise LorafoldError(
             f"{source}: found {names.get(type(fields), repr(fields))}, expected `name: value`"
             f" lines of {what}"
