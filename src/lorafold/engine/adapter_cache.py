@@ -164,6 +164,11 @@ class AdapterCache:
                     statuses[name] = status, e.loaded.nbytes if e.loaded else 0
         return statuses
 
+    def generations(self) -> set[int]:
+        """The generations of adapters that have a name or requests."""
+        with self._lock:
+            return {entry.generation for entry in self._entries}
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
 

@@ -29,8 +29,8 @@ from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delta_parts, deltas_of
-from lorafold.engine.fast_path import fast_path
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.fast_path import fast_path, packed_bytes
+from lorafold.engine.kv_cache import BLOCK, BlockCache
 from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
 from lorafold.engine.operations import Operations, operations_on
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
@@ -42,6 +42,7 @@ from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import select_rows
+from lorafold.runtime.memory import free_bytes
 from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
@@ -85,20 +86,23 @@ class Engine:
                 operations = operations_on(device, self._as_trained) if fast else Operations()
                 stack.enter_context(slotted(model, operations))
                 separate_rows(model, stack)
-                slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
-                cache = SlotCache(slots, self.length, chunk, operations, whole)
+                self.kv_tokens = self._kv_tokens(settings)
+                self.length = min(self.length, self.kv_tokens)
+                settings = replace(settings, length=self.length)
+                cache = BlockCache(self.kv_tokens // BLOCK, model.device, operations)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:
-                    fast_path(model, self.structure, self._runner.deltas, operations, slots, stack)
+                    deltas = self._runner.deltas
+                    fast_path(model, self.structure, deltas, operations, settings.slots, stack)
             else:
                 from transformers import GenerationConfig
 
                 stack.callback(setattr, model, "generation_config", model.generation_config)
                 greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
                 model.generation_config = greedy
-                self._runner = SoloRunner(model, self.structure)
+                self._runner, self.kv_tokens = SoloRunner(model, self.structure), self.length
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
         below = vocabulary(model, delta_parts(deltas_of(model, self._runner.deltas.base)))
@@ -111,6 +115,20 @@ class Engine:
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
         self._closing = False
+
+    def _kv_tokens(self, settings: EngineSettings) -> int:
+        """The number of tokens in whole blocks for which there is memory."""
+        free, token_bytes = free_bytes(self.model.device), self.structure.token_bytes
+        if settings.fast and not settings.as_trained:
+            free -= packed_bytes(self.model)
+        # half of what adapters leave
+        free = max(0, free - min(settings.adapter_bytes or 0, free // 2)) // 2
+        given = settings.kv_bytes
+        tokens = (free if given is None else given) // (BLOCK * token_bytes) * BLOCK
+        if not tokens and given is not None:
+            least = f"{BLOCK * token_bytes:,} bytes, a block of {BLOCK} tokens"
+            raise LorafoldError(f"engine: kv_bytes: found {given:,}, expected at least {least}")
+        return max(tokens, BLOCK)
 
     def load(
         self,
@@ -218,11 +236,10 @@ class Engine:
             cancelled = [row for row in self._rows.values() if row.cancelled]
         for row in cancelled:
             self._end(row, "cancelled")
-        for row in self._scheduler.admit(self._ready):
-            row.stream.began = time.monotonic()
-            self._scheduler.share_prefill(row)
-            self._guarded(row, self._runner.admit, row)
-        self._runner.compact()
+        self._runner.expire(self.adapters.generations())
+        for row in self._scheduler.admit(self._runner.fits, self._ready):
+            row.stream.began = row.stream.began or time.monotonic()
+            self._guarded(row, self._admit, row)
         decode_batches = self._scheduler.decode_batches()
         for batch in decode_batches:
             self._pass(batch)
@@ -324,6 +341,8 @@ class Engine:
 
     def _pass(self, batch: Batch) -> None:
         rows, counts = batch
+        if rows[0].slot < 0:  # it waits again, since `rebuild`
+            return
         try:
             logits_BV = self._runner.forward(rows, counts)
         except Exception as error:
@@ -334,19 +353,30 @@ class Engine:
             self._pass(Batch(rows[:n], counts[:n]))
             self._pass(Batch(rows[n:], counts[n:]))
             if all(row.stream.ended for row in rows):  # the cause may be the cache
+                for row in self._scheduler.running[::-1]:
+                    self._scheduler.remove(row)
+                    self._runner.release(row, ended_normally=False)
+                    self._scheduler.waiting.add(row)
                 self._runner.rebuild()
-                for row in self._scheduler.running:
-                    row.computed = row.cached = 0
-                    row.state = None
             return
         for row, n in zip(rows, counts, strict=True):
             row.computed += n
         done = [(b, row) for b, row in enumerate(rows) if not row.num_pending]
-        for b, row in tuple(done):
-            if others := self._scheduler.waiting_for(row):
-                self._guarded(row, self._runner.share, row, others)
-                done += [(b, other) for other in others if not other.num_pending]
+        for b, row in enumerate(rows):
+            for other in self._scheduler.waiting_for(row):
+                if other.awaited <= row.computed:
+                    self._guarded(other, self._share, row, other)
+                    done += [(b, other)] * (not other.num_pending)
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
+
+    def _admit(self, row: Row) -> None:
+        self._runner.admit(row)
+        self._scheduler.share_prefill(row)
+
+    def _share(self, row: Row, other: Row) -> None:
+        self._runner.share(other, row.blocks, other.awaited)
+        other.scores = row.scores
+        self._scheduler.share_prefill(other)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         for _, row in rows:
