@@ -25,6 +25,7 @@ from lorafold.core.delta import Delta, Gained
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.shared_tensors import twin
 from lorafold.engine.model_structure import MatrixShapes, Structure
+from lorafold.engine.plan import PackedAdapter, Plan
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
@@ -99,6 +100,7 @@ class LoadedAdapter:
     separate: bool  # needs forward passes without other adapters
     vocabulary: int | None  # size, if the adapter adds tokens
     nbytes: int
+    packed: PackedAdapter | None = None  # for planned steps, in place of factors and gains
     seconds: float = 0.0  # duration of loading
 
     @property
@@ -111,6 +113,7 @@ class LoadedAdapter:
         for factors in self.factors.values():
             yield from (factors.down, factors.up)
         yield from (t for gain in self.gains.values() for t in gain if t is not None)
+        yield from () if self.packed is None else (self.packed.table, *self.packed.tensors)
         for delta in self.deltas.values():
             yield from (*delta.parameters(), *delta.buffers())
 
@@ -152,8 +155,9 @@ class Reader:
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype,
-        allow_other_base: bool = False, room: int | None = None,
+        allow_other_base: bool = False, room: int | None = None, plan: Plan | None = None,
     ) -> None:  # fmt: skip
+        self.plan = plan
         self.structure, self.dtype, self.allow_other_base = structure, dtype, allow_other_base
         self.max_parameters = None if room is None else room // dtype.itemsize  # per adapter
         self.shadow = twin(model)
@@ -252,9 +256,13 @@ class Reader:
             for path, delta in deltas.items()
             if path not in pairs and path not in gains
         }
+        packed = None
+        if self.plan is not None and not separate and not others:
+            packed = self.plan.pack(pairs, gains)
         loaded = LoadedAdapter(
-            key, factors, frozenset(pairs), gains, others, separate, vocabulary, nbytes=0
-        )
+            key, {} if packed else factors, frozenset(pairs), {} if packed else gains, others,
+            separate, vocabulary, 0, packed=packed,
+        )  # fmt: skip
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 
 

@@ -29,10 +29,10 @@ from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delta_parts, deltas_of
-from lorafold.engine.fast_path import fast_path, packed_bytes
 from lorafold.engine.kv_cache import BLOCK, BlockCache
 from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
 from lorafold.engine.operations import Operations, operations_on
+from lorafold.engine.plan import packed_bytes, plan_of
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import GrammarError, Grammars, NotFinite, SampledToken, sample_tokens
@@ -79,7 +79,10 @@ class Engine:
             self.is_batched = not self.structure.unbatched_reason
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
-            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
+            planned = self.is_batched and settings.fast and not settings.as_trained
+            plan = plan_of(model) if planned else None
+            others = settings.allow_other_base
+            self._reader = Reader(model, self.structure, dtype, others, budget, plan)
             if self.is_batched:
                 device = model.device.type
                 fast = settings.fast
@@ -90,12 +93,12 @@ class Engine:
                 self.length = min(self.length, self.kv_tokens)
                 settings = replace(settings, length=self.length)
                 cache = BlockCache(self.kv_tokens // BLOCK, model.device, operations)
-                self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
+                self._runner: Runner = SlotRunner(model, self.structure, cache, settings, plan)
                 if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:
-                    deltas = self._runner.deltas
-                    fast_path(model, self.structure, deltas, operations, settings.slots, stack)
+                    norm, rotary, gate = operations.rms_norm, operations.rotary, operations.gated
+                    stack.enter_context(fused(model, False, norm, rotary, gate))
             else:
                 from transformers import GenerationConfig
 
@@ -107,7 +110,8 @@ class Engine:
             self._stack = stack.pop_all()
         below = vocabulary(model, delta_parts(deltas_of(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
-        self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
+        single = settings.invariant and self.structure.routed
+        self._scheduler = Scheduler(settings, single, plan is not None)
         self._wake, self._lock = threading.Event(), threading.RLock()
         self.adapters = AdapterCache(self._reader, budget, self._wake.set, settings.strikes)
         self._rows: dict[str, Row] = {}

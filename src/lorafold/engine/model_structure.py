@@ -47,7 +47,6 @@ class Structure:
     unbatched_reason: str  # why requests can't be batched, or ""
     rowwise: frozenset[str] = frozenset()  # paths of modules whose inputs have one row per request
     shapes: tuple[MatrixShapes, ...] = ()  # matrices among `rowwise`, by shape
-    groups: tuple[tuple[str, ...], ...] = ()  # matrices with the same input, such as q, k, v
     routed: bool = False  # mixture of experts, which computes tokens of all rows together
     token_bytes: int = 0  # bytes of a token's keys and values in all layers
 
@@ -124,10 +123,8 @@ def probe(model: Any) -> Structure:
         if path in rowwise and is_linear(module):
             sizes[layer_of(module).shape].append(path)
     shapes = tuple(MatrixShapes(*size, tuple(paths)) for size, paths in sizes.items())
-    matrices = {path for paths in sizes.values() for path in paths}
     routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
-    groups, token_bytes = inputs.groups(matrices), cache.block_bytes // BLOCK
-    return Structure("", rowwise, shapes, groups, routed, token_bytes)
+    return Structure("", rowwise, shapes, routed, cache.block_bytes // BLOCK)
 
 
 def _batched_logits(model: Any, prompts: list[Tensor], cache: BlockCache) -> Tensor:  # (B, V)
@@ -158,7 +155,6 @@ class _InputRecorder:
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         self.rows: dict[str, bool] = {}
-        self.calls: list[tuple[str, Any, int]] = []  # (path, input, its version)
         for path, module in Anatomy.of(model).modules:
             layer = layer_of(module)
             if layer.linear or layer.takes_ids:
@@ -169,18 +165,6 @@ class _InputRecorder:
         x = args[0] if len(args) == 1 and not kwargs else None
         fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(PROBE_LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
-        self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
-
-    def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
-        groups: list[list[str]] = []
-        before: Any = (None, 0)
-        for path, *read in self.calls:
-            if path in paths:
-                same = groups and read[0] is before[0] and read[1] == before[1]
-                groups[-1].append(path) if same else groups.append([path])
-                paths = paths - {path}
-            before = read
-        return tuple(map(tuple, groups))
 
 
 def reserve(model: Any, stack: ExitStack) -> None:

@@ -188,7 +188,7 @@ class EngineSettings:
     chunk: int = 256  # prefill tokens per prompt and pass
     budget: int = 512  # prefill tokens per step
     adapter_bytes: int | None = None  # maximum bytes of adapters in memory
-    fast: bool = True  # use `engine.fast_path`, which copies the matrices
+    fast: bool = True  # use `engine.plan`, which copies the matrices
     # allow lengths beyond max_position_embeddings, unless position embeddings are learned
     beyond: bool = False
     # batch invariance from equal shapes in all passes instead of the fast path; mixture-of-experts

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lorafold.engine.kv_cache import (
 from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, SlotAdapters
 from lorafold.engine.model_structure import Structure, forward_pass
 from lorafold.engine.operations import BlockMatmuls, Operations
+from lorafold.engine.plan import Plan
 from lorafold.engine.request import EngineSettings
 from lorafold.engine.sequence import Row
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, override_widening, widens
@@ -71,6 +73,11 @@ class Runner(ABC):
         return None
 
 
+def is_planned(row: Row) -> bool:
+    """Whether a planned step can compute the request's adapter."""
+    return row.adapter is None or row.adapter.packed is not None
+
+
 def separate_adapter(row: Row) -> LoadedAdapter | None:
     """Returns the request's adapter if it can't be mixed with others, else None. Requests with the
     same result can share a forward pass.
@@ -80,8 +87,16 @@ def separate_adapter(row: Row) -> LoadedAdapter | None:
 
 class SlotRunner(Runner):
     def __init__(
-        self, model: Any, structure: Structure, cache: BlockCache, settings: EngineSettings
+        self,
+        model: Any,
+        structure: Structure,
+        cache: BlockCache,
+        settings: EngineSettings,
+        plan: Plan | None = None,
     ) -> None:
+        self.plan = plan
+        if plan is not None:
+            plan.bind(cache)
         self.model, self.structure, self.cache, slots = model, structure, cache, settings.slots
         self.slots, self.invariant, self.chunk = slots, settings.invariant, settings.chunk
         self.width = (settings.length or 0) + self.chunk if self.invariant else 0
@@ -107,7 +122,7 @@ class SlotRunner(Runner):
         row.slot = next(slot for slot in range(self.slots) if slot not in taken)
         self.rows.append(row)
         self.share(row, *self._cached(row))
-        if row.adapter is not None:
+        if row.adapter is not None and row.adapter.packed is None:
             self.deltas.attach(row.adapter)
             if not row.adapter.separate:
                 self.slot_adapters.place(row.slot, row.adapter)
@@ -166,6 +181,8 @@ class SlotRunner(Runner):
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        if self.plan is not None and is_planned(rows[0]):
+            return self._planned_pass(self.plan, rows, counts)
         separate = separate_adapter(rows[0])
         decoding = max(counts) == 1
         taken: list[Row | None]
@@ -176,11 +193,34 @@ class SlotRunner(Runner):
             ordered = sorted(zip(rows, counts, strict=True), key=lambda pair: pair[0].slot)
             taken, num_tokens = [row for row, _ in ordered], [n for _, n in ordered]
         width = self.chunk if self.invariant and not decoding else max(num_tokens)
-        width = max(width, min(self.chunk, -(-self._min_rows(separate) // len(taken))))
+        width = max(width, min(self.chunk, -(-self._min_rows() // len(taken))))
         with self._batch_invariant():
             logits = self._pass(separate, taken, num_tokens, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return select_rows(logits, [index[id(row)] for row in rows])
+
+    def _planned_pass(self, plan: Plan, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        # rows with the same adapter are computed together
+        order = sorted(range(len(rows)), key=lambda b: id(rows[b].adapter))
+        rows, counts = [rows[b] for b in order], [counts[b] for b in order]
+        to_score = [row.to_score(n) for row, n in zip(rows, counts, strict=True)]
+        ends, wanted = [*accumulate(counts)], list[int]()
+        for end, n, scored in zip(ends, counts, to_score, strict=True):
+            wanted += [*range(end - n, end - n + scored), end - 1]
+        pairs = zip(rows, counts, strict=True)
+        logits = plan.step(
+            [row.tokens[row.computed : row.computed + n] for row, n in pairs],
+            [row.computed for row in rows],
+            [row.blocks for row in rows],
+            [None if row.adapter is None else row.adapter.packed for row in rows],
+            wanted,
+        )
+        last = [n - 1 for n in accumulate(scored + 1 for scored in to_score)]
+        for row, n, scored in zip(rows, last, to_score, strict=True):
+            if scored:
+                row.score(logits[n - scored : n])
+        places = {b: n for b, n in zip(order, last, strict=True)}
+        return select_rows(logits, [places[b] for b in range(len(rows))])
 
     @contextmanager
     def _batch_invariant(self) -> Iterator[None]:
@@ -188,17 +228,15 @@ class SlotRunner(Runner):
             yield
             return
         widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
-        # `fast_path` pads matmuls itself
-        packed = self.as_trained or self.structure.index_of.keys() <= self.deltas.aware
-        blocks = BlockMatmuls(FEW) if self.slot_adapters.in_blocks and not packed else nullcontext()
+        in_blocks = self.slot_adapters.in_blocks and not self.as_trained
+        blocks = BlockMatmuls(FEW) if in_blocks else nullcontext()
         with override_widening(widened=widened, rows=1), blocks:
             yield
 
-    def _min_rows(self, separate: LoadedAdapter | None) -> int:
+    def _min_rows(self) -> int:
         if self.as_trained:
             return FEW
-        all_packed = self.structure.index_of.keys() <= self.deltas.aware
-        if not self.fast or (separate is None and all_packed):
+        if not self.fast:
             return 1
         return self.slot_adapters.min_rows(self.model.dtype, self.model.device)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from lorafold.engine.kv_cache import BLOCK
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.runner import separate_adapter
+from lorafold.engine.runner import is_planned, separate_adapter
 from lorafold.engine.sequence import Row
 
 PRESENCE_SECONDS = 30.0  # a tenant counts as present for this time after its last request
@@ -84,7 +84,8 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, settings: EngineSettings, single: bool) -> None:
+    def __init__(self, settings: EngineSettings, single: bool, planned: bool = False) -> None:
+        self.planned = planned
         self.slots, self.chunk, self.invariant = settings.slots, settings.chunk, settings.invariant
         self.budget, self.single = max(settings.budget, settings.chunk), single
         self.prefix_reuse = settings.prefix_reuse
@@ -180,6 +181,7 @@ class Scheduler:
             is_only_tenant = separate_adapter(row)
             # rows that need logits of all their tokens run in separate passes
             key: tuple[object, ...] = (is_only_tenant, row.to_score(row.num_pending) > 0)
+            key = (*key, self.planned and is_planned(row))
             if self.single or (self.invariant and is_only_tenant):
                 key = (*key, row.request.id)
             groups.setdefault(key, []).append(row)

@@ -23,8 +23,8 @@ from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
 from lorafold.engine.adapters import deltas_of
-from lorafold.engine.fast_path import packed_bytes
 from lorafold.engine.kv_cache import round_up
+from lorafold.engine.plan import packed_bytes
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
