@@ -199,8 +199,8 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
             engine.run()
             check(engine)
             runner, bad = engine._runner, engine.adapters.entry(method).generation
-            assert all(is_finite(runner.cache, slot) for slot in range(6))  # type: ignore[attr-defined]
-            kept = [slot.prefix[0] for slot in runner.prefixes.slots.values()]  # type: ignore[attr-defined]
+            assert is_finite(runner.cache, range(runner.cache._end))  # type: ignore[attr-defined]
+            kept = [prefix.key[0] for prefix in runner.prefixes.prefixes]  # type: ignore[attr-defined]
             alone = poison or held.separate
             assert (len(kept), bad in kept) == ((4, False) if alone else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))

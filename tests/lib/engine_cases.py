@@ -26,7 +26,8 @@ from transformers import (
 import lorafold as lf
 from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
-from lorafold.engine.kv_cache import BlockCache, num_blocks
+from lorafold.engine.kv_cache import BLOCK, BlockCache, num_blocks
+from lorafold.engine.model_structure import structure_of
 from lorafold.engine.sampler import SampledToken, Sampler, sample_tokens
 
 E = TypeVar("E", bound=Engine)
@@ -86,13 +87,18 @@ def check_blocks(runner: Any, rows: Sequence[Any]) -> None:
     assert cache.num_free == cache.capacity - len(used)
     for row in rows:
         assert len(row.blocks) == num_blocks(row.most_tokens)
-        assert all(cache.references[block] == 1 for block in row.blocks[num_blocks(row.computed) :])
+        assert all(cache.references[block] == 1 for block in row.blocks[row.computed // BLOCK :])
     for prefix in prefixes:
         assert len(prefix.blocks) == num_blocks(len(prefix.tokens))
         assert is_finite(cache, prefix.blocks), f"{prefix} is not finite"
     free = [block for block in range(cache._end) if block not in used]
     for pool in (*cache.keys.values(), *cache.values.values()):
         assert not pool[free].any(), "a free block is not zero"
+
+
+def room(model: Any, blocks: int) -> int:
+    """The bytes of so many blocks."""
+    return blocks * BLOCK * structure_of(model).token_bytes
 
 
 def is_finite(cache: BlockCache, blocks: Sequence[int]) -> bool:

@@ -335,7 +335,7 @@ class Engine:
         row.end(reason, message, fault, setting)
 
     def _ready(self, row: Row) -> bool:
-        if row.entry is None:
+        if row.entry is None or row.adapter is not None:  # a rebuild put the row back
             return True
         try:
             row.adapter = self.adapters.lease(row.entry)

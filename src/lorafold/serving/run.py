@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafold.core.anatomy import Anatomy
 from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.terminal import format_bytes
 from lorafold.identity import joined, of_code
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
@@ -224,8 +225,13 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]
     if unknown := sorted(server.settings.weights.keys() - set(keys.tenants)):
         lines.append(f"weights: these tenants have no key: {', '.join(unknown)}")
-    if why := backend.states().alone:
-        lines.append(f"requests run one at a time: {why}")
+    now, length = backend.states(), server.settings.length
+    if now.alone:
+        lines.append(f"requests run one at a time: {now.alone}")
+    limited, limit = backend.length == now.kv_tokens, "the model's" if length is None else "as set"
+    context = f"context: {backend.length:,} tokens, {'limited by memory' if limited else limit}"
+    if not now.alone:
+        context += f"; {format_bytes(now.kv_bytes)} for {now.kv_tokens:,} tokens of keys and values"
     who = f"tenants with keys: {len(keys.tenants)}" if keys.file else "no API keys (local only)"
     model = names[0] if names else registry.base
     key, bearer = "none", ""
@@ -233,7 +239,8 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
         key, bearer = "$KEY", ' -H "Authorization: Bearer $KEY"'
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines += [
-        f"{server.settings.slots} slots of {backend.length:,} tokens, {who}",
+        context,
+        f"{server.settings.slots} slots, {who}",
         f"listening at http://{address}; press Ctrl-C to stop",
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
         f" -d '{body}'",
