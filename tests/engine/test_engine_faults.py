@@ -18,6 +18,7 @@ from engine_cases import (
     failing,
     generated,
     loaded,
+    poison,
     prompt,
     save_adapters,
     status,
@@ -241,8 +242,7 @@ def held_of(engine: Engine, name: str) -> LoadedAdapter:
 
 
 def tensors_of(held: LoadedAdapter) -> list[torch.Tensor]:
-    found = [t for f in held.factors.values() for t in (f.down, f.up)]
-    return found + [t for d in held.deltas.values() for t in (*d.parameters(), *d.buffers())]
+    return list(held.tensors)
 
 
 def flip(tensor: torch.Tensor, bit: int) -> None:
@@ -314,8 +314,7 @@ def test_an_adapter_whose_requests_fail_is_refused_after_the_third(model, paths,
     shutil.copytree(paths["lora"], where)
     named = {"it": where, "dora": paths["dora"]}
     with loaded(Engine(model, slots=1, length=32), named) as engine:
-        for factors in held_of(engine, "it").factors.values():
-            factors.up.fill_(float("nan"))
+        poison(held_of(engine, "it"))
         for i in range(2):
             assert "NaN" in ended(engine, Request(str(i), prompt(5, i), 4, "it")).message
             assert status(engine.adapters, "it") == "resident"

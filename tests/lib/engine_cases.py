@@ -26,8 +26,10 @@ from transformers import (
 import lorafold as lf
 from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
+from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.kv_cache import BLOCK, BlockCache, num_blocks
 from lorafold.engine.model_structure import structure_of
+from lorafold.engine.runner import is_planned
 from lorafold.engine.sampler import SampledToken, Sampler, sample_tokens
 
 E = TypeVar("E", bound=Engine)
@@ -72,7 +74,8 @@ def check_adapters(adapters: AdapterCache) -> None:
 def check_slots(runner: Any, rows: Sequence[Any]) -> None:
     """Each slot has its request's adapter, and the blocks are those of requests and prefixes."""
     assert runner.rows == list(rows)
-    placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.separate}
+    plain = [row for row in rows if not is_planned(row) and not row.adapter.separate]
+    placed = {row.slot: row.adapter for row in plain}
     assert runner.slot_adapters.placed == placed, "each slot has its request's adapter"
     check_blocks(runner, rows)
 
@@ -94,6 +97,13 @@ def check_blocks(runner: Any, rows: Sequence[Any]) -> None:
     free = [block for block in range(cache._end) if block not in used]
     for pool in (*cache.keys.values(), *cache.values.values()):
         assert not pool[free].any(), "a free block is not zero"
+
+
+def poison(held: LoadedAdapter) -> None:
+    """Makes an adapter's weights NaN."""
+    with torch.no_grad():
+        for t in held.tensors:
+            t.fill_(float("nan"))
 
 
 def room(model: Any, blocks: int) -> int:

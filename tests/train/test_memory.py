@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers as tf
+from lorafold.engine.fast_path import PackedMatrices
 from torch import nn
 
 import lorafold as lf
@@ -22,7 +23,6 @@ from lorafold.core.spec import Spec
 from lorafold.data.batches import StoredFeed
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.data.row_store import SourcePart
-from lorafold.engine.fast_path import PackedMatrices
 from lorafold.engine.runner import SlotRunner
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts, RolloutSize

@@ -113,7 +113,7 @@ class LoadedAdapter:
         for factors in self.factors.values():
             yield from (factors.down, factors.up)
         yield from (t for gain in self.gains.values() for t in gain if t is not None)
-        yield from () if self.packed is None else (self.packed.table, *self.packed.tensors)
+        yield from () if self.packed is None else self.packed.tensors
         for delta in self.deltas.values():
             yield from (*delta.parameters(), *delta.buffers())
 

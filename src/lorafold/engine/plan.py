@@ -125,15 +125,9 @@ class Plan:
         self.stop = torch.zeros(1, dtype=torch.int32)  # 1: the running step raises
         self._check()
 
-    def bind(self, cache: BlockCache) -> None:
-        """Sets the cache that steps read and write."""
-        d = self._layers[0].self_attn.head_dim
-        for i, row in enumerate(self._table):
-            cache.create(i, self._kv, d, d, self.dtype)
-            row[KEYS], row[KEYS + 1] = cache.keys[i].data_ptr(), cache.values[i].data_ptr()
-
     def step(
         self,
+        cache: BlockCache,
         tokens: Sequence[Sequence[int]],
         starts: Sequence[int],
         blocks: Sequence[Sequence[int]],
@@ -141,8 +135,14 @@ class Plan:
         wanted: Sequence[int],
     ) -> Tensor:
         """Returns the logits (n, V) in fp32 at n of the rows' tokens, numbered over all rows. A
-        row's tokens are at the positions from its start on, and `blocks` are its blocks.
+        row's tokens are at the positions from its start on, and `blocks` are its blocks in the
+        cache.
         """
+        d = self._layers[0].self_attn.head_dim
+        for i in range(len(self._layers) if not cache.keys else 0):
+            cache.create(i, self._kv, d, d, self.dtype)
+        pools = [(cache.keys[i].data_ptr(), cache.values[i].data_ptr()) for i in cache.keys]
+        self._table[:, KEYS : KEYS + 2] = torch.tensor(pools)
         counts = torch.tensor([len(row) for row in tokens])
         rows = torch.arange(len(tokens)).repeat_interleave(counts)
         first = torch.tensor(starts) - counts.cumsum(0) + counts
@@ -222,9 +222,8 @@ class Plan:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self._vocabulary, (CHECKED,), generator=generator)
         cache = BlockCache(num_blocks(CHECKED), self.model.device, Operations())
-        self.bind(cache)
         blocks = cache.allocate(num_blocks(CHECKED))
-        found = self.step([ids.tolist()], [0], [blocks], [None], range(CHECKED))
+        found = self.step(cache, [ids.tolist()], [0], [blocks], [None], range(CHECKED))
         with evaluating(self.model):
             expected = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
         allowed = max(1e-5, 8 * torch.finfo(self.dtype).eps) * expected.norm()

@@ -94,16 +94,14 @@ class SlotRunner(Runner):
         settings: EngineSettings,
         plan: Plan | None = None,
     ) -> None:
-        self.plan = plan
-        if plan is not None:
-            plan.bind(cache)
-        self.model, self.structure, self.cache, slots = model, structure, cache, settings.slots
-        self.slots, self.invariant, self.chunk = slots, settings.invariant, settings.chunk
+        self.model, self.structure, self.cache, self.plan = model, structure, cache, plan
+        self.slots, self.chunk = settings.slots, settings.chunk
+        self.invariant = settings.invariant
         self.width = (settings.length or 0) + self.chunk if self.invariant else 0
         self.prefix_reuse, self.prefixes = settings.prefix_reuse, CachedPrefixes(cache)
         self.fast, self.as_trained = settings.fast, settings.as_trained
         self.single = self.invariant and structure.routed
-        self.slot_adapters = SlotAdapters(structure, slots, cache.operations)
+        self.slot_adapters = SlotAdapters(structure, self.slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row] = []
         self._views: dict[LoadedAdapter | None, BlockView] = {None: BlockView(self.cache)}
@@ -206,19 +204,21 @@ class SlotRunner(Runner):
         to_score = [row.to_score(n) for row, n in zip(rows, counts, strict=True)]
         ends, wanted = [*accumulate(counts)], list[int]()
         for end, n, scored in zip(ends, counts, to_score, strict=True):
-            wanted += [*range(end - n, end - n + scored), end - 1]
+            wanted += [*range(end - n, end - n + scored), *[end - 1] * (scored < n)]
         pairs = zip(rows, counts, strict=True)
         logits = plan.step(
+            self.cache,
             [row.tokens[row.computed : row.computed + n] for row, n in pairs],
             [row.computed for row in rows],
             [row.blocks for row in rows],
             [None if row.adapter is None else row.adapter.packed for row in rows],
             wanted,
         )
-        last = [n - 1 for n in accumulate(scored + 1 for scored in to_score)]
-        for row, n, scored in zip(rows, last, to_score, strict=True):
+        scores = [(scored, min(scored + 1, n)) for scored, n in zip(to_score, counts, strict=True)]
+        last = [n - 1 for n in accumulate(n for _, n in scores)]
+        for row, end, (scored, n) in zip(rows, last, scores, strict=True):
             if scored:
-                row.score(logits[n - scored : n])
+                row.score(logits[end + 1 - n :][:scored])
         places = {b: n for b, n in zip(order, last, strict=True)}
         return select_rows(logits, [places[b] for b in range(len(rows))])
 
