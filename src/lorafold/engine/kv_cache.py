@@ -119,6 +119,8 @@ class BlockCache:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         nbytes = heads * BLOCK * d * dtype.itemsize
         memory = mmap.mmap(-1, self._size * nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # children would need as much memory, by the kernel's count
+        memory.madvise(mmap.MADV_DONTFORK)
         with suppress(OSError):  # a huge page would keep the memory of many blocks
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._mapped.append((memory, nbytes))
