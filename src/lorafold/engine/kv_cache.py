@@ -32,7 +32,6 @@ from lorafold.ops.host_tensors import send
 # (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
 BLOCK = 32  # tokens; passes read whole blocks, so that few shapes occur
-NORESERVE = 0x4000  # Linux's MAP_NORESERVE, so that processes can fork
 CACHED_SHARE = 16  # prefixes of ended requests use at most this part of the blocks: 1/16
 CACHED_SECONDS = 30.0  # time after which an unused prefix is dropped
 
@@ -119,7 +118,9 @@ class BlockCache:
         if self._mapped is None:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         nbytes = heads * BLOCK * d * dtype.itemsize
-        memory = mmap.mmap(-1, self._size * nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+        memory = mmap.mmap(-1, self._size * nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # children would need as much memory, by the kernel's count
+        memory.madvise(mmap.MADV_DONTFORK)
         with suppress(OSError):  # a huge page would keep the memory of many blocks
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._mapped.append((memory, nbytes))

@@ -402,6 +402,7 @@ def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> t
     chunk, prompts = min(size.prompt, ENGINE_SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, ENGINE_SETTINGS.budget // chunk))
     passes = max(_pass_bytes(model, rows, chunk, ledger), _pass_bytes(model, slots, 1, ledger))
+    passes += kv_cache // config.num_hidden_layers  # a copy of what one layer reads
     pairs = [delta.factors() for delta in deltas_of(model, selection_of(model).names).values()]
     factors = sum(t.numel() for pair in pairs for t in pair or ())
     engine = packed_bytes(model) + FACTOR_COPIES * factors * model.dtype.itemsize
