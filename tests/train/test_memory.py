@@ -3,14 +3,13 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers as tf
-from lorafold.engine.fast_path import PackedMatrices
 from torch import nn
 
 import lorafold as lf
@@ -295,14 +294,6 @@ def cached(rollouts: Rollouts) -> int:
     return len(runner.cache.references) * runner.cache.block_bytes
 
 
-def opaque(rollouts: Rollouts) -> int:
-    """The bytes of matrices in oneDNN's order, which have no storage."""
-    forwards = [vars(module).get("forward") for module in rollouts.shell.modules()]
-    called = {f.func for f in forwards if isinstance(f, partial)}
-    packed = {f for f in called if isinstance(f, PackedMatrices)}
-    return sum(one._w.numel() * one._w.element_size() for one in packed)
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
@@ -320,13 +311,12 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
     held = []
     rollouts.sample(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
     mapped = sum(pool.nbytes for pool in rollouts.engine._runner.cache._pools())  # type: ignore[attr-defined]
-    engine = allocated(CPU) - mapped - before + opaque(rollouts)
+    engine = allocated(CPU) - mapped - before
     assert max(held) == expected.slots
-    assert engine == pytest.approx(expected.engine, rel=0.05)
-    if dtype == torch.float32:  # no ledger sees matrices without a storage
-        peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - mapped - before - engine
-        peak += max(held)
-        assert peak == pytest.approx(expected.sampling_peak, rel=0.1)
+    assert 0.9 < engine / expected.engine < 1.05
+    peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - mapped - before - engine
+    peak += max(held)
+    assert 0.5 < peak / expected.sampling_peak < 1.05  # without the step's own activations
     rollouts.close()
 
 

@@ -246,22 +246,21 @@ class Reader:
             if pair is not None and len(pair[1]) <= MAX_STACKED_RANK:
                 pairs[path] = pair
         gains = {p: g[1:] for p, g in gained.items() if p in pairs or g.under is None}
-        factors = {}
-        for i, shape in enumerate(self.structure.shapes):
-            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
-            if of_shape:
-                factors[i] = factors_of(shape, of_shape, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
             if path not in pairs and path not in gains
         }
-        packed = None
+        packed, factors = None, dict[int, Factors]()
         if self.plan is not None and not separate and not others:
             packed = self.plan.pack(pairs, gains)
+        for i, shape in enumerate(self.structure.shapes if packed is None else ()):
+            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
+            if of_shape:
+                factors[i] = factors_of(shape, of_shape, self.dtype)
         loaded = LoadedAdapter(
-            key, {} if packed else factors, frozenset(pairs), {} if packed else gains, others,
-            separate, vocabulary, 0, packed=packed,
+            key, factors, frozenset(pairs), {} if packed else gains, others, separate, vocabulary,
+            0, packed=packed,
         )  # fmt: skip
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 

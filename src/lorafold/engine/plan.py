@@ -307,10 +307,13 @@ def plan_of(model: Any) -> Plan | None:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the packed copies of a model's matrices, if it has a plan."""
+    """Returns the bytes of the packed copies of a model's matrices and of its rotary tables, if it
+    has a plan.
+    """
     modules = [module for _, module in Anatomy.of(model).modules if is_linear(module)]
     weights = [module._parameters.get("weight") for module in modules]
-    return sum(w.nbytes for w in weights if w is not None and w.dtype in DTYPES)
+    rotary = 2 * POSITIONS * 4 * getattr(model.config.get_text_config(), "head_dim", 0)
+    return sum((w.nbytes for w in weights if w is not None and w.dtype in DTYPES), rotary)
 
 
 def packed(w: Tensor, width: int) -> Tensor:
