@@ -22,7 +22,6 @@ from engine_cases import (
 )
 from lorafold.engine import Engine, Request, kv_cache
 from lorafold.engine.kv_cache import BlockCache
-from lorafold.engine.operations import Operations
 from lorafold.engine.plan import packed_bytes
 from lorafold.errors import LorafoldError
 
@@ -52,7 +51,7 @@ def test_free_blocks_are_zero_and_others_untouched(size, mapped, monkeypatch) ->
     """Blocks of less and of more than a page, whole pages or not."""
     if not mapped:
         elsewhere(monkeypatch)
-    cache, rng = BlockCache(60, torch.device("cpu"), Operations()), random.Random(size)
+    cache, rng = BlockCache(60, torch.device("cpu")), random.Random(size)
     cache.create(0, 3, size, 2 * size, torch.bfloat16)
     held: list[int] = []
     for _ in range(40):
@@ -83,7 +82,7 @@ def anonymous() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_is_that_of_written_blocks_and_is_given_back() -> None:
-    cache = BlockCache(1 << 16, torch.device("cpu"), Operations())
+    cache = BlockCache(1 << 16, torch.device("cpu"))
     cache.create(0, 4, 64, 64, torch.float32)  # 32 KiB a block and pool, 4 GiB in all
     before = anonymous()
     blocks = cache.allocate(1000)

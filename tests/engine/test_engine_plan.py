@@ -12,7 +12,6 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters
 from lorafold.engine import Engine, Request, Sampling, Token
 from lorafold.engine.kv_cache import BlockCache
-from lorafold.engine.operations import Operations
 from lorafold.engine.plan import Plan, Unplanned, plan_of
 from lorafold.errors import LorafoldError
 
@@ -74,7 +73,7 @@ def model_of(config: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def planned(model: Any, blocks: int = 64) -> Any:
     """The step with a cache, all of whose blocks are allocated."""
-    cache = BlockCache(blocks, torch.device("cpu"), Operations())
+    cache = BlockCache(blocks, torch.device("cpu"))
     cache.allocate(blocks)
     return partial(Plan(model).step, cache)
 

@@ -28,7 +28,6 @@ from engine_cases import (
 )
 from lorafold.engine import Engine, Request, kv_cache
 from lorafold.engine.kv_cache import CACHED_SHARE, BlockCache, CachedPrefixes, common_length
-from lorafold.engine.operations import Operations
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -173,7 +172,7 @@ def test_a_request_takes_the_lowest_slot_and_leaves_prefixes_unharmed(model) -> 
 
 
 def test_the_longest_beginning_is_found() -> None:
-    cache = BlockCache(100, torch.device("cpu"), Operations())
+    cache = BlockCache(100, torch.device("cpu"))
     kept, key = CachedPrefixes(cache), (1, "tenant")
     blocks = [cache.allocate(1) for _ in range(3)]
     kept.add(key, [1, 2, 3], blocks[0])

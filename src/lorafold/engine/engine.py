@@ -92,8 +92,10 @@ class Engine:
                 self.kv_tokens = self._kv_tokens(settings)
                 self.length = min(self.length, self.kv_tokens)
                 settings = replace(settings, length=self.length)
-                cache = BlockCache(self.kv_tokens // BLOCK, model.device, operations)
-                self._runner: Runner = SlotRunner(model, self.structure, cache, settings, plan)
+                cache = BlockCache(self.kv_tokens // BLOCK, model.device)
+                self._runner: Runner = SlotRunner(
+                    model, self.structure, cache, settings, operations, plan
+                )
                 if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lorafold.engine.operations import Operations
 from lorafold.ops.host_tensors import send
 
 # (`KnownAdapter.generation` or 0 for the base, tenant)
@@ -44,8 +43,8 @@ class BlockCache:
     their first write until the block is free. On other devices, pools grow by doubling.
     """
 
-    def __init__(self, capacity: int, device: torch.device, operations: Operations) -> None:
-        self.capacity, self.device, self.operations = capacity, device, operations
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity, self.device = capacity, device
         self.keys: dict[int, Tensor] = {}  # by layer
         self.values: dict[int, Tensor] = {}
         self.references: dict[int, int] = {}  # by block, of the blocks in use
@@ -200,10 +199,9 @@ class BlockView(Cache):
         )
 
     def _write_and_read(self, pool: Tensor, x: Tensor) -> Tensor:
-        new, heads = x.transpose(1, 2).flatten(0, 1)[:, :, None], x.shape[1]  # (B * T, Hk, 1, D)
+        new, heads = x.transpose(1, 2).flatten(0, 1), x.shape[1]  # (B * T, Hk, D)
         new = new if self._real is None else new[self._real]
-        if len(new):
-            self.cache.operations.write(pool, new, self._block_n, self._offset_n)
+        pool[self._block_n, :, self._offset_n] = new
         if heads not in self._index:  # of (block, head) pairs, so that one copy has the right order
             head = torch.arange(heads, device=x.device)[:, None]
             self._index[heads] = (self._table_BW[:, None] * heads + head).flatten()

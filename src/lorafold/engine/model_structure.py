@@ -111,7 +111,7 @@ def probe(model: Any) -> Structure:
         try:
             with ExitStack() as stack, slotted(model, Operations()):
                 inputs = _InputRecorder(model, stack)
-                cache = BlockCache(len(prompts), model.device, Operations())
+                cache = BlockCache(len(prompts), model.device)
                 batched = _batched_logits(model, prompts, cache).float()
         except Exception as error:
             return Structure(f"the model can't be batched ({type(error).__name__}: {error})")

@@ -17,6 +17,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +28,12 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on, selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.engine.kv_cache import BlockCache, num_blocks
-from lorafold.engine.operations import Operations
 from lorafold.errors import EXITS, LorafoldError
 from lorafold.kernels.compiling import DTYPES
 from lorafold.kernels.step import step_function
 from lorafold.layers import is_linear, layer_of
 from lorafold.ops.elementwise import rms_norm, rotary
+from lorafold.runtime.memory import free_bytes
 from lorafold.training_step.fused_modules import activation_of, fused_rotary, rms_gain, rotary_of
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ MATRICES = {name for _, names in GROUPS for name in names}
 OTHERS = {"q_norm", "k_norm", "rotary_emb", "act_fn", "activation_fn"}
 ACTIVATIONS = ("silu", "gelu_tanh")
 TILE, WIDTHS = 16, (64, 32, 16)  # outputs of a vector's sums, and of a strip (`kernels/tiles.h`)
-KEYS, COS = 34, 36  # columns of `Plan._table`
+# columns of `Plan._table`: each matrix's outputs and inputs, caches, and rotary tables
+SHAPES, KEYS, COS = [8, 9, 15, 16, 22, 23, 29, 30], 34, 36
 POSITIONS = 1024  # rotary tables grow by this
 CHECKED = 40  # tokens
 
@@ -101,7 +103,7 @@ class Plan:
         self._unchanged(embedding)
         weight, norm, out = embedding.weight, self._gain(self._decoder.norm), self._matrix([head])
         _require(len(self._eps) == 1, "its norms differ in epsilon")
-        self._outputs, self._vocabulary = out[2], len(head.weight)
+        self._outputs, self._vocabulary = out[2], layer_of(head).shape[0]
         self._positions = self._rotated = 0
         self.grow(POSITIONS)
         config, attention, mlp = model.config.get_text_config(), *_parts(self._layers[0])
@@ -110,9 +112,14 @@ class Plan:
         activation = activation_of(getattr(mlp, "act_fn", None) or mlp.activation_fn)
         _require(activation in ACTIVATIONS, "its MLP is not gated by SiLU or GELU with tanh")
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        hidden, d, width = weight.shape[1], attention.head_dim, layer_of(mlp.down_proj).shape[1]
+        shapes = self._table[:, SHAPES].tolist()
+        expected = [(heads + 2 * self._kv) * d, hidden, hidden, heads * d]
+        expected += [2 * width, hidden, hidden, width]
+        _require(all(shape == expected for shape in shapes), "its layers differ in their shapes")
         sizes = [
-            len(self._layers), weight.shape[1], heads, self._kv, attention.head_dim, self._rotated,
-            mlp.down_proj.weight.shape[1], ACTIVATIONS.index(str(activation)),
+            len(self._layers), hidden, heads, self._kv, d, self._rotated,
+            width, ACTIVATIONS.index(str(activation)),
             *(1 if one is None else len(one.weight) for one in norms),
         ]  # fmt: skip
         some = weight[: WIDTHS[0]].float()
@@ -221,7 +228,7 @@ class Plan:
         """Compares the logits of a prompt with the model's own."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self._vocabulary, (CHECKED,), generator=generator)
-        cache = BlockCache(num_blocks(CHECKED), self.model.device, Operations())
+        cache = BlockCache(num_blocks(CHECKED), self.model.device)
         blocks = cache.allocate(num_blocks(CHECKED))
         found = self.step(cache, [ids.tolist()], [0], [blocks], [None], range(CHECKED))
         with evaluating(self.model):
@@ -267,10 +274,8 @@ class Plan:
         weights, biases, first = list[Tensor](), list[Tensor](), len(self.parts)
         for module in modules:
             self._unchanged(module)
-            weight = module._parameters.get("weight")
-            fits = is_linear(module) and weight is not None and weight.dtype == self.dtype
-            _require(fits, f"{self._paths[module]} is not a matrix in {self.dtype}")
-            w, b = layer_of(module).dense()
+            w, b = layer_of(module).dense() if is_linear(module) else (torch.empty(0), None)
+            _require(w.dtype == self.dtype, f"{self._paths[module]} is not in {self.dtype}")
             more = -len(w) % WIDTHS[0] if is_head else 0  # a vocabulary can have any size
             b = w.new_zeros(len(w)) if b is None else b
             weights.append(pad(w.detach(), (0, 0, 0, more)))
@@ -295,8 +300,12 @@ class Plan:
 
 
 def plan_of(model: Any) -> Plan | None:
-    """Returns a model's plan, or logs why it has none and returns None."""
+    """Returns a model's plan, or logs why it has none and returns None. Quantized matrices are
+    packed without quantization.
+    """
     try:
+        needed, free = packed_bytes(model), free_bytes(model.device)
+        _require(2 * needed <= free, f"packed matrices take {needed:,} bytes, of {free:,} free")
         return Plan(model)
     except EXITS:
         raise
@@ -306,14 +315,13 @@ def plan_of(model: Any) -> Plan | None:
     return None
 
 
-def packed_bytes(model: nn.Module) -> int:
+def packed_bytes(model: Any) -> int:
     """Returns the bytes of the packed copies of a model's matrices and of its rotary tables, if it
     has a plan.
     """
-    modules = [module for _, module in Anatomy.of(model).modules if is_linear(module)]
-    weights = [module._parameters.get("weight") for module in modules]
-    rotary = 2 * POSITIONS * 4 * getattr(model.config.get_text_config(), "head_dim", 0)
-    return sum((w.nbytes for w in weights if w is not None and w.dtype in DTYPES), rotary)
+    shapes = [layer_of(m).shape for _, m in Anatomy.of(model).modules if is_linear(m)]
+    head_dim = getattr(model.config.get_text_config(), "head_dim", None) or 0
+    return sum(map(prod, shapes)) * model.dtype.itemsize + 2 * POSITIONS * 4 * head_dim
 
 
 def packed(w: Tensor, width: int) -> Tensor:

@@ -92,6 +92,7 @@ class SlotRunner(Runner):
         structure: Structure,
         cache: BlockCache,
         settings: EngineSettings,
+        operations: Operations,
         plan: Plan | None = None,
     ) -> None:
         self.model, self.structure, self.cache, self.plan = model, structure, cache, plan
@@ -101,7 +102,7 @@ class SlotRunner(Runner):
         self.prefix_reuse, self.prefixes = settings.prefix_reuse, CachedPrefixes(cache)
         self.fast, self.as_trained = settings.fast, settings.as_trained
         self.single = self.invariant and structure.routed
-        self.slot_adapters = SlotAdapters(structure, self.slots, cache.operations)
+        self.slot_adapters = SlotAdapters(structure, self.slots, operations)
         self.deltas = ActiveDeltas(model, self.slot_adapters)
         self.rows: list[Row] = []
         self._views: dict[LoadedAdapter | None, BlockView] = {None: BlockView(self.cache)}

@@ -2,16 +2,15 @@
 // activations in fp32 and keys and values in blocks. A token's results depend only on its sequence.
 
 #include <algorithm>
-#include <limits>
 #include <new>
 #include <vector>
 
+#include "decoding.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr long KEYS = 32;  // of a block
-constexpr int GROUP = 4;   // query heads that are computed together
 constexpr long RANK = 64;  // the largest rank
 
 // one of the concatenated matrices of a product
@@ -117,67 +116,23 @@ void product(const inputs<T>* x, const update<T>* const* adapters, long rows, co
   }
 }
 
-// out (heads, d) = softmax(scaling q k^T) v over the keys first .. last of one sequence; `at` is
-// the number of its blocks' elements for one head
+// out (G, d) = softmax(scaling q k^T) v over a sequence's keys from `first` to `last`
 template <int G, class T>
 void attend(const float* q, const layer<T>& l, const int64_t* table, long head, long kv, long first,
             long last, long d, float scaling, T* out) {
   thread_local std::vector<float> scores;
   long keys = last - first;
   scores.resize(G * keys);
-  float* p = scores.data();
-  auto rows = [&](T* of, long at) {
+  float *p = scores.data(), over[G];
+  auto row = [&](const T* of, long at) {
     return of + ((table[at / KEYS] * kv + head) * KEYS + at % KEYS) * d;
   };
-  for (long at = first; at < last;) {
-    long n = KEYS - at % KEYS < last - at ? KEYS - at % KEYS : last - at;
-    const T* k = rows(l.keys, at);
-    for (long j = 0; j < n; j++, at++) {
-      pair sums[G] = {};
-      long i = 0;
-      for (; i + BLOCK <= d; i += BLOCK) {
-        pair y = load_block(k + j * d + i);
-        for (int g = 0; g < G; g++) {
-          pair x = read<pair>(q + g * d + i);
-          sums[g].a += x.a * y.a;
-          sums[g].b += x.b * y.b;
-        }
-      }
-      for (int g = 0; g < G; g++) {
-        float rest = sum(sums[g].a + sums[g].b);
-        for (long c = i; c < d; c++) rest = std::fma(q[g * d + c], load(k + j * d + c), rest);
-        p[g * keys + at - first] = scaling * rest;
-      }
-    }
+  for (long at = first, n; at < last; at += n) {
+    n = std::min(KEYS - at % KEYS, last - at);
+    dots<G, 2>(q, row(l.keys, at), p + at - first, n, d, keys);
   }
-  float over[G];
-  for (int g = 0; g < G; g++) {
-    float *own = p + g * keys, top = -std::numeric_limits<float>::infinity(), total = 0;
-#pragma omp simd reduction(max : top)
-    for (long j = 0; j < keys; j++) top = own[j] > top ? own[j] : top;
-#pragma omp simd reduction(+ : total)
-    for (long j = 0; j < keys; j++) total += (own[j] = exponential(own[j] - top));
-    over[g] = 1 / total;
-  }
-  long i = 0;
-  for (; i + BLOCK <= d; i += BLOCK) {
-    pair y[G] = {};
-    for (long at = first; at < last; at++) {
-      pair x = load_block(rows(l.values, at) + i);
-      for (int g = 0; g < G; g++) {
-        y[g].a += p[g * keys + at - first] * x.a;
-        y[g].b += p[g * keys + at - first] * x.b;
-      }
-    }
-    for (int g = 0; g < G; g++) store_block(out + g * d + i, {over[g] * y[g].a, over[g] * y[g].b});
-  }
-  for (; i < d; i++)
-    for (int g = 0; g < G; g++) {
-      float y = 0;
-      for (long at = first; at < last; at++)
-        y = std::fma(p[g * keys + at - first], load(rows(l.values, at) + i), y);
-      store(out + g * d + i, over[g] * y);
-    }
+  exponentials<G>(p, over, keys, scaling, [](long) { return 0.0f; });
+  averages<G>(p, over, [&](long j) { return row(l.values, first + j); }, out, keys, d, d);
 }
 
 // queries and keys in place: norms, rotation; keys and values go to their blocks
@@ -203,16 +158,6 @@ void place(const decoder<T>& m, const layer<T>& l, const batch<T>& b, long t, fl
   }
 }
 
-// q (d) in the order in which `load_block` reads keys
-template <class T>
-void as_keys(const float* q, float* to, long d) {
-  std::vector<T> rounded(d);
-  convert(q, rounded.data(), d);
-  long i = 0;
-  for (; i + BLOCK <= d; i += BLOCK) store_block(to + i, load_block(rounded.data() + i));
-  for (; i < d; i++) to[i] = load(rounded.data() + i);
-}
-
 template <class T>
 void attention(const decoder<T>& m, const layer<T>& l, const batch<T>& b, const float* y, long wide,
                T* out, int threads) {
@@ -224,9 +169,10 @@ void attention(const decoder<T>& m, const layer<T>& l, const batch<T>& b, const 
     const int64_t* table = b.tables + b.sequence[t] * b.to_table;
     for (long g = 0; g < group; g += GROUP) {
       long many = group - g < GROUP ? group - g : GROUP, head = h * group + g;
+      std::vector<T> rounded(many * d);
       std::vector<float> q(GROUP * d);
-      for (long j = 0; j < many; j++)
-        as_keys<T>(y + t * wide + (head + j) * d, q.data() + j * d, d);
+      convert(y + t * wide + head * d, rounded.data(), many * d);
+      for (long j = 0; j < many; j++) widen(rounded.data() + j * d, q.data() + j * d, d);
       auto compute = many == 1   ? attend<1, T>
                      : many == 2 ? attend<2, T>
                      : many == 3 ? attend<3, T>
