@@ -22,7 +22,6 @@ from engine_cases import (
 )
 from lorafold.engine import Engine, Request, kv_cache
 from lorafold.engine.kv_cache import BlockCache
-from lorafold.engine.plan import packed_bytes
 from lorafold.errors import LorafoldError
 
 OPTIONS: dict[str, Any] = {"length": 160, "chunk": 12, "budget": 24}
@@ -139,8 +138,7 @@ def test_what_never_fits_is_refused_with_the_length_that_fits(model) -> None:
 def test_by_default_the_context_is_the_models(model, monkeypatch) -> None:
     with Engine(model) as engine:
         assert engine.length == model.config.max_position_embeddings == 512
-    free = packed_bytes(model) + 2 * room(model, 3)
-    monkeypatch.setattr("lorafold.engine.engine.free_bytes", lambda _: free)
+    monkeypatch.setattr("lorafold.engine.engine.free_bytes", lambda _: 2 * room(model, 3))
     with Engine(model) as engine:
         assert engine.length == engine.kv_tokens == 96
 

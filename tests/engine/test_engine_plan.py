@@ -1,6 +1,7 @@
 """A planned step has the logits of transformers' model, whatever else is in its batch."""
 
 import logging
+import threading
 from functools import partial
 from typing import Any
 
@@ -166,3 +167,22 @@ def test_positions_beyond_the_tables_extend_them() -> None:
     with torch.no_grad():
         expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1:]
     assert (found - expected).norm() < 3e-6 * expected.norm()
+
+
+def test_closing_ends_a_long_prompt_soon() -> None:
+    """Not after all of its layers."""
+    large = SIZES | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 24}
+    model = model_of(tf.LlamaConfig(**large))
+    engine = Engine(model, slots=1, chunk=2000, budget=2000)
+    stream = engine.submit(Request("1", prompt(2000, 1), 4))
+    began, step = threading.Event(), engine._runner.plan._step  # type: ignore[attr-defined]
+
+    def watched(*given: Any) -> int:
+        began.set()
+        return step(*given)
+
+    engine._runner.plan._step = watched  # type: ignore[attr-defined]
+    engine.start()
+    assert began.wait(60)
+    engine.close()
+    assert stream.result().reason == "cancelled"

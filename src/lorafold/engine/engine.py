@@ -32,7 +32,7 @@ from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delt
 from lorafold.engine.kv_cache import BLOCK, BlockCache
 from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
 from lorafold.engine.operations import Operations, operations_on
-from lorafold.engine.plan import packed_bytes, plan_of
+from lorafold.engine.plan import plan_of
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import GrammarError, Grammars, NotFinite, SampledToken, sample_tokens
@@ -125,8 +125,6 @@ class Engine:
     def _kv_tokens(self, settings: EngineSettings) -> int:
         """The number of tokens in whole blocks for which there is memory."""
         free, token_bytes = free_bytes(self.model.device), self.structure.token_bytes
-        if settings.fast and not settings.as_trained:
-            free -= packed_bytes(self.model)
         # half of what adapters leave
         free = max(0, free - min(settings.adapter_bytes or 0, free // 2)) // 2
         given = settings.kv_bytes
@@ -287,6 +285,7 @@ class Engine:
             self._closing = True
             for row in self._rows.values():
                 row.cancelled = True
+        self._runner.stop()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -352,6 +351,8 @@ class Engine:
         try:
             logits_BV = self._runner.forward(rows, counts)
         except Exception as error:
+            if self._closing:
+                return
             if len(rows) == 1:
                 self._fail(rows[0], error)
                 return

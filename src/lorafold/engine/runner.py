@@ -72,6 +72,10 @@ class Runner(ABC):
         """Empties the KV cache. No request may be admitted."""
         return None
 
+    def stop(self) -> None:
+        """Makes a running pass raise soon, if it can."""
+        return None
+
 
 def is_planned(row: Row) -> bool:
     """Whether a planned step can compute the request's adapter."""
@@ -172,6 +176,10 @@ class SlotRunner(Runner):
 
     def expire(self, generations: Collection[int]) -> None:
         self.prefixes.expire(generations)
+
+    def stop(self) -> None:
+        if self.plan is not None:
+            self.plan.stop[0] = 1
 
     def rebuild(self) -> None:
         assert not self.rows
