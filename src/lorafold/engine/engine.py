@@ -234,7 +234,7 @@ class Engine:
             cancelled = [row for row in self._rows.values() if row.cancelled]
         for row in cancelled:
             self._end(row, "cancelled")
-        self._runner.expire(self.adapters.generations())
+        self._runner.expire(self.adapters.generations)
         for row in self._scheduler.admit(self._runner.fits, self._ready):
             row.stream.began = row.stream.began or time.monotonic()
             self._guarded(row, self._runner.admit, row)

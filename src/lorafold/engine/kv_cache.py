@@ -270,8 +270,7 @@ class CachedPrefixes:
     def expire(self, generations: Collection[int]) -> None:
         """Drops prefixes that were not used lately, or whose adapter is not one of these."""
         least = time.monotonic() - CACHED_SECONDS
-        current = {0, *generations}
-        self.drop([p for p in self.prefixes if p.used < least or p.key[0] not in current])
+        self.drop([p for p in self.prefixes if p.used < least or p.key[0] not in generations])
 
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:
