@@ -42,7 +42,7 @@ from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import select_rows
-from lorafold.runtime.memory import free_bytes
+from lorafold.runtime.memory import free_bytes, trim_heap
 from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
@@ -125,14 +125,12 @@ class Engine:
     def _kv_tokens(self, settings: EngineSettings) -> int:
         """The number of tokens in whole blocks for which there is memory."""
         free, token_bytes = free_bytes(self.model.device), self.structure.token_bytes
-        # half of what adapters leave
-        free = max(0, free - min(settings.adapter_bytes or 0, free // 2)) // 2
-        given = settings.kv_bytes
-        tokens = (free if given is None else given) // (BLOCK * token_bytes) * BLOCK
-        if not tokens and given is not None:
-            least = f"{BLOCK * token_bytes:,} bytes, a block of {BLOCK} tokens"
-            raise LorafoldError(f"engine: kv_bytes: found {given:,}, expected at least {least}")
-        return max(tokens, BLOCK)
+        half = (free - min(settings.adapter_bytes or 0, free // 2)) // 2  # of what adapters leave
+        given, least = settings.kv_bytes, BLOCK * token_bytes
+        if given is not None and given < least:
+            message = f"{least:,} or more, for a block of {BLOCK} tokens"
+            raise LorafoldError(f"engine: kv_bytes: found {given:,}, expected {message}")
+        return (max(half, least) if given is None else given) // least * BLOCK
 
     def load(
         self,
@@ -240,10 +238,11 @@ class Engine:
             cancelled = [row for row in self._rows.values() if row.cancelled]
         for row in cancelled:
             self._end(row, "cancelled")
-        self._runner.expire(self.adapters.generations())
+        self._runner.expire(self.adapters.generations)
         for row in self._scheduler.admit(self._runner.fits, self._ready):
             row.stream.began = row.stream.began or time.monotonic()
-            self._guarded(row, self._admit, row)
+            self._guarded(row, self._runner.admit, row)
+            self._scheduler.share_prefill(row)
         decode_batches = self._scheduler.decode_batches()
         for batch in decode_batches:
             self._pass(batch)
@@ -308,6 +307,7 @@ class Engine:
             after()
             if not worked and not self._wake.wait(1.0) and not self._rows:
                 self.adapters.check_memory()
+                trim_heap()
 
     def _fail(self, row: Row, error: BaseException) -> None:
         message, fault, setting = f"{type(error).__name__}: {error}", error_location(error), ""
@@ -372,18 +372,11 @@ class Engine:
         for b, row in enumerate(rows):
             for other in self._scheduler.waiting_for(row):
                 if other.awaited <= row.computed:
-                    self._guarded(other, self._share, row, other)
+                    self._guarded(other, self._runner.share, other, row.blocks, other.awaited)
+                    other.scores = row.scores
+                    self._scheduler.share_prefill(other)
                     done += [(b, other)] * (not other.num_pending)
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
-
-    def _admit(self, row: Row) -> None:
-        self._runner.admit(row)
-        self._scheduler.share_prefill(row)
-
-    def _share(self, row: Row, other: Row) -> None:
-        self._runner.share(other, row.blocks, other.awaited)
-        other.scores = row.scores
-        self._scheduler.share_prefill(other)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         for _, row in rows:

@@ -24,12 +24,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from lorafold.ops.host_tensors import send
 
 # (`KnownAdapter.generation` or 0 for the base, tenant)
 PrefixKey = tuple[int, str]
+Reusable = tuple[PrefixKey, Sequence[int], Sequence[int]]  # of a request, with tokens and blocks
 BLOCK = 32  # tokens; passes read whole blocks, so that few shapes occur
 CACHED_SHARE = 16  # prefixes of ended requests use at most this part of the blocks: 1/16
 CACHED_SECONDS = 30.0  # time after which an unused prefix is dropped
@@ -48,12 +50,11 @@ class BlockCache:
         self.keys: dict[int, Tensor] = {}  # by layer
         self.values: dict[int, Tensor] = {}
         self.references: dict[int, int] = {}  # by block, of the blocks in use
-        self._mapped: list[tuple[mmap.mmap, int]] | None = None  # with the bytes of a block
-        if device.type == "cpu" and sys.platform == "linux":
-            self._mapped = []
+        mapped = device.type == "cpu" and sys.platform == "linux"
+        self._mapped = list[tuple[mmap.mmap, int]]() if mapped else None  # with bytes of a block
         self._freed: list[int] = []  # a heap
         self._end = 1  # blocks from here on were never used
-        self._size = 1 + capacity if self._mapped is not None else 1  # blocks in each pool
+        self._size = 1 + capacity if mapped else 1  # blocks in each pool
 
     @property
     def num_free(self) -> int:
@@ -68,15 +69,14 @@ class BlockCache:
         """Returns n blocks of zeros with one reference each."""
         assert n <= self.num_free
         blocks = [heappop(self._freed) for _ in range(min(n, len(self._freed)))]
-        new = range(self._end, self._end + n - len(blocks))
-        blocks, self._end = [*blocks, *new], new.stop
+        end, self._end = self._end, self._end + n - len(blocks)
+        blocks += range(end, self._end)
         self.references |= dict.fromkeys(blocks, 1)
         if self._end > self._size:
             self._size = min(1 + self.capacity, max(self._end, 2 * self._size))
             for pools in (self.keys, self.values):
                 for layer, old in pools.items():
-                    more = old.new_zeros(self._size - len(old), *old.shape[1:])
-                    pools[layer] = torch.cat([old, more])
+                    pools[layer] = pad(old, (*[0] * 7, self._size - len(old)))
         return blocks
 
     def retain(self, blocks: Sequence[int]) -> None:
@@ -107,10 +107,10 @@ class BlockCache:
         for pool in self._pools():
             pool[target, :, :tokens] = pool[source, :, :tokens]
 
+    @torch.inference_mode(False)
     def create(self, layer: int, heads: int, d: int, dv: int, dtype: torch.dtype) -> None:
         """Creates a layer's pools, for keys (Hk, D) and values (Hk, Dv) of a token."""
-        with torch.inference_mode(False):
-            self.keys[layer], self.values[layer] = (self._pool(heads, n, dtype) for n in (d, dv))
+        self.keys[layer], self.values[layer] = (self._pool(heads, n, dtype) for n in (d, dv))
 
     def _pool(self, heads: int, d: int, dtype: torch.dtype) -> Tensor:
         shape = self._size, heads, BLOCK, d
@@ -157,17 +157,13 @@ class BlockView(Cache):
         self.cache = cache
 
     def select(
-        self,
-        tables: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        tokens: int,
-        width: int = 0,
+        self, rows: Sequence[tuple[Sequence[int], int, int]], tokens: int, width: int = 0
     ) -> BlockView:
-        """Selects the block tables of the rows of a pass over `tokens` tokens per row, from
-        position `starts` on, of which the first `counts` are real. The pass reads `width` columns,
-        or as many as the longest row needs.
+        """Selects the rows of a pass over `tokens` tokens per row, each with its block table, the
+        position of its first token, and its number of real tokens; the others are padding. The pass
+        reads `width` columns, or as many as the longest row needs.
         """
+        tables, starts, counts = zip(*rows, strict=True)
         self.width = round_up(max(width, max(starts) + tokens))
         n, device = self.width // BLOCK, self.cache.device
         table_BW = torch.tensor([[*t[:n], *[0] * (n - len(t))] for t in tables])
@@ -175,9 +171,8 @@ class BlockView(Cache):
         real_BT = torch.arange(tokens) < torch.tensor(counts)[:, None]
         self._real = None if real_BT.all() else send(real_BT.flatten().nonzero()[:, 0], device)
         block_BT = table_BW.gather(1, position_BT // BLOCK)
-        self._block_n, self._offset_n = (
-            send(x[real_BT], device) for x in (block_BT, position_BT % BLOCK)
-        )
+        self._block_n = send(block_BT[real_BT], device)
+        self._offset_n = send((position_BT % BLOCK)[real_BT], device)
         self._table_BW, self._index = send(table_BW, device), dict[int, Tensor]()
         self.position_BT = send(position_BT, device)
         self.start_B = self.position_BT[:, 0].contiguous()
@@ -189,16 +184,13 @@ class BlockView(Cache):
         """Writes keys and values (B, Hk, T, D), and returns all keys and values of these rows (B,
         Hk, width, D).
         """
-        cache = self.cache
-        if layer_idx not in cache.keys:
+        if layer_idx not in self.cache.keys:
             (_, heads, _, d), dv = key_states.shape, value_states.shape[-1]
-            cache.create(layer_idx, heads, d, dv, key_states.dtype)
-        return (
-            self._write_and_read(cache.keys[layer_idx], key_states),
-            self._write_and_read(cache.values[layer_idx], value_states),
-        )
+            self.cache.create(layer_idx, heads, d, dv, key_states.dtype)
+        keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
+        return self._updated(keys, key_states), self._updated(values, value_states)
 
-    def _write_and_read(self, pool: Tensor, x: Tensor) -> Tensor:
+    def _updated(self, pool: Tensor, x: Tensor) -> Tensor:
         new, heads = x.transpose(1, 2).flatten(0, 1), x.shape[1]  # (B * T, Hk, D)
         new = new if self._real is None else new[self._real]
         pool[self._block_n, :, self._offset_n] = new
@@ -225,12 +217,12 @@ class BlockView(Cache):
 
 
 class CachedPrefix(NamedTuple):
-    """The reusable KV cache of an ended request, and the time of its last use."""
+    """The reusable KV cache of a request, and the time of its last use."""
 
     key: PrefixKey
     tokens: Sequence[int]
     blocks: Sequence[int]
-    used: float
+    used: float = 0.0  # 0 for a running request
 
 
 class CachedPrefixes:
@@ -253,14 +245,20 @@ class CachedPrefixes:
         while sum(len(p.blocks) for p in self.prefixes) > self.limit:
             self.drop(self.prefixes[:1])
 
-    def find(self, key: PrefixKey, tokens: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Returns the blocks with the longest common prefix, and its number of tokens."""
-        same = [(common_length(p.tokens, tokens), p) for p in self.prefixes if p.key == key]
+    def find(
+        self, key: PrefixKey, tokens: Sequence[int], running: Sequence[Reusable] = ()
+    ) -> tuple[Sequence[int], int]:
+        """Returns the blocks with the longest common prefix of an ended or running request (its
+        key, tokens and blocks), and the number of tokens.
+        """
+        every = [*self.prefixes, *(CachedPrefix(*request) for request in running)]
+        same = [(common_length(p.tokens, tokens), p) for p in every if p.key == key]
         most, found = max(same, key=lambda pair: pair[0], default=(0, None))
         if found is None or not most:
             return (), 0
-        self.prefixes.remove(found)
-        self.prefixes.append(found._replace(used=time.monotonic()))
+        if found.used:
+            self.prefixes.remove(found)
+            self.prefixes.append(found._replace(used=time.monotonic()))
         return found.blocks, most
 
     def drop(self, prefixes: Collection[CachedPrefix]) -> None:
@@ -271,8 +269,7 @@ class CachedPrefixes:
     def expire(self, generations: Collection[int]) -> None:
         """Drops prefixes that were not used lately, or whose adapter is not one of these."""
         least = time.monotonic() - CACHED_SECONDS
-        current = {0, *generations}
-        self.drop([p for p in self.prefixes if p.used < least or p.key[0] not in current])
+        self.drop([p for p in self.prefixes if p.used < least or p.key[0] not in generations])
 
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:

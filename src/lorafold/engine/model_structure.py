@@ -140,7 +140,7 @@ def _batched_logits(model: Any, prompts: list[Tensor], cache: BlockCache) -> Ten
         counts = left.clamp(max=width)
         padded = (pad(p, (0, PROBE_CHUNK)) for p in prompts)
         parts = [p[n : n + width] for p, n in zip(padded, done, strict=True)]
-        view.select(tables, done.tolist(), counts.tolist(), width)
+        view.select([*zip(tables, done.tolist(), counts.tolist(), strict=True)], width)
         inputs = (x.to(device) for x in (torch.stack(parts), counts.clamp(1), torch.arange(width)))
         logits_BTV = forward_pass(model, view, *inputs)
         logits_B |= {b: logits_BTV[b, n - 1] for b, n in enumerate(counts.tolist()) if n}

@@ -18,14 +18,7 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.kv_cache import (
-    BLOCK,
-    BlockCache,
-    BlockView,
-    CachedPrefixes,
-    common_length,
-    num_blocks,
-)
+from lorafold.engine.kv_cache import BLOCK, BlockCache, BlockView, CachedPrefixes, num_blocks
 from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, SlotAdapters
 from lorafold.engine.model_structure import Structure, forward_pass
 from lorafold.engine.operations import BlockMatmuls, Operations
@@ -139,13 +132,9 @@ class SlotRunner(Runner):
         """
         if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return (), 0
-        tokens = row.tokens[:-1]
-        blocks, most = self.prefixes.find(row.prefix, tokens)
-        for other in self.rows:
-            if other is not row and other.prefix == row.prefix and self._reusable(other):
-                n = min(common_length(other.tokens, tokens), other.computed)
-                blocks, most = (other.blocks, n) if n > most else (blocks, most)
-        return blocks, most
+        others = [r for r in self.rows if r is not row and self._reusable(r)]
+        running = [(r.prefix, r.tokens[: r.computed], r.blocks) for r in others]
+        return self.prefixes.find(row.prefix, row.tokens[:-1], running)
 
     def share(self, row: Row, blocks: Sequence[int], tokens: int) -> None:
         whole = tokens // BLOCK
@@ -182,7 +171,6 @@ class SlotRunner(Runner):
             self.plan.stop[0] = 1
 
     def rebuild(self) -> None:
-        assert not self.rows
         self.prefixes.prefixes.clear()
         self.cache.clear()
 
@@ -262,13 +250,8 @@ class SlotRunner(Runner):
             tokens = [0] if row is None else row.tokens[row.computed : row.computed + n]
             ids.append(tokens + tokens[-1:] * (width - len(tokens)))
         with_counts = [*zip(taken, num_tokens, strict=True)]
-        view = self._views[separate].select(
-            [[] if row is None else row.blocks for row in taken],
-            [0 if row is None else row.computed for row in taken],
-            [0 if row is None else n for row, n in with_counts],
-            width,
-            self.width,
-        )
+        selected = [([], 0, 0) if r is None else (r.blocks, r.computed, n) for r, n in with_counts]
+        view = self._views[separate].select(selected, width, self.width)
         to_score = [0 if row is None else row.to_score(n) for row, n in with_counts]
         positions = sorted({n - 1 for n in num_tokens})
         positions = [*range(max(num_tokens))] if any(to_score) else positions

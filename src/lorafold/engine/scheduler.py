@@ -92,9 +92,7 @@ class Scheduler:
         self.max_per_tenant, self.waiting = settings.tenant_slots, WaitingQueue(settings.weights)
         self.running: list[Row] = []
 
-    def admit(
-        self, fits: Callable[[Row], bool], ready: Callable[[Row], bool]
-    ) -> Iterator[Row]:
+    def admit(self, fits: Callable[[Row], bool], ready: Callable[[Row], bool]) -> Iterator[Row]:
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.next_row(unready, self._full())

@@ -49,6 +49,7 @@ class Row:
         known = tokenizer if request.tokenizer is None else request.tokenizer
         self.text = None if known is None else Detokenizer(known, request.sampling.stop)
         self.tokens = list(request.prompt)
+        self.most_tokens = len(request.prompt) + request.max_new_tokens
         self.computed = 0  # tokens in the KV cache
         self.scores: list[Score] = []  # of the prompt's tokens, without the first
         self.blocks: list[int] = []  # of the KV cache, in the order of their positions
@@ -68,10 +69,6 @@ class Row:
     def prefix(self) -> PrefixKey:
         """The key under which other requests may reuse this request's KV cache."""
         return self.entry.generation if self.entry else 0, self.request.tenant
-
-    @property
-    def most_tokens(self) -> int:
-        return len(self.request.prompt) + self.request.max_new_tokens
 
     def common_prefix(self, other: Row, partial: bool) -> int:
         """The length of the prefix that this request prefills and the other can use: the whole

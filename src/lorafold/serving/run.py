@@ -225,13 +225,11 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]
     if unknown := sorted(server.settings.weights.keys() - set(keys.tenants)):
         lines.append(f"weights: these tenants have no key: {', '.join(unknown)}")
-    now, length = backend.states(), server.settings.length
+    now, limit = backend.states(), "as set" if server.settings.length else "the model's"
     if now.alone:
         lines.append(f"requests run one at a time: {now.alone}")
-    limited, limit = backend.length == now.kv_tokens, "the model's" if length is None else "as set"
-    context = f"context: {backend.length:,} tokens, {'limited by memory' if limited else limit}"
-    if not now.alone:
-        context += f"; {format_bytes(now.kv_bytes)} for {now.kv_tokens:,} tokens of keys and values"
+    limit = "all that fit into memory" if backend.length == now.kv_tokens else limit
+    room = f"{format_bytes(now.kv_bytes)} for {now.kv_tokens:,} tokens of keys and values"
     who = f"tenants with keys: {len(keys.tenants)}" if keys.file else "no API keys (local only)"
     model = names[0] if names else registry.base
     key, bearer = "none", ""
@@ -239,7 +237,7 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
         key, bearer = "$KEY", ' -H "Authorization: Bearer $KEY"'
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines += [
-        context,
+        f"context: {backend.length:,} tokens, {limit}" + f"; {room}" * (not now.alone),
         f"{server.settings.slots} slots, {who}",
         f"listening at http://{address}; press Ctrl-C to stop",
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
