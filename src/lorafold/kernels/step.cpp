@@ -64,8 +64,6 @@ struct batch {
 
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
-inline long padded(long n) { return (n + TILE - 1) / TILE * TILE; }
-
 inline void narrow(float* to, vector x) { std::memcpy(to, &x, sizeof x); }
 inline void narrow(bf16* to, vector x) {
   halves h = __builtin_convertvector(rounded(x) >> 16, halves);
@@ -224,6 +222,7 @@ int step(const decoder<T>& m, const batch<T>& b, float* logits, const volatile i
     if (*stop) return 1;
     norm(h.data(), l->before_attention, x.data(), n, m.hidden, m.eps, threads);
     product(x.data(), b.adapters, n, l->qkv, y.data(), threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (n * wide > FEW)
     for (long t = 0; t < n; t++) place(m, *l, b, t, y.data() + t * wide);
     attention(m, *l, b, y.data(), wide, mixed.data(), threads);
     convert(mixed.data(), x.data(), n * m.heads * m.d);
