@@ -107,10 +107,10 @@ class BlockCache:
         for pool in self._pools():
             pool[target, :, :tokens] = pool[source, :, :tokens]
 
-    @torch.inference_mode(False)
     def create(self, layer: int, heads: int, d: int, dv: int, dtype: torch.dtype) -> None:
         """Creates a layer's pools, for keys (Hk, D) and values (Hk, Dv) of a token."""
-        self.keys[layer], self.values[layer] = (self._pool(heads, n, dtype) for n in (d, dv))
+        with torch.inference_mode(False):
+            self.keys[layer], self.values[layer] = (self._pool(heads, n, dtype) for n in (d, dv))
 
     def _pool(self, heads: int, d: int, dtype: torch.dtype) -> Tensor:
         shape = self._size, heads, BLOCK, d
