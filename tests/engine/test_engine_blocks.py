@@ -125,6 +125,23 @@ def test_requests_wait_for_blocks_and_large_ones_are_not_overtaken(model) -> Non
         assert (order.index("3"), running) == (3, 3)
 
 
+@pytest.mark.parametrize("name", [None, "lora", "prompt"])
+def test_requests_without_room_for_their_next_token_run_again(name, model, paths) -> None:
+    """Eight that may become long run at once in ten blocks; the youngest make room."""
+    asked = [Request(str(i), prompt(20, i), 100, name) for i in range(8)]
+    expected = [alone(model, request, paths, **OPTIONS) for request in asked]
+    with loaded(Engine(model, slots=8, kv_bytes=room(model, 10), **OPTIONS), paths) as engine:
+        streams, running, order = [engine.submit(request) for request in asked], 0, []
+        while engine._rows:
+            engine.step()
+            check(engine)
+            running = max(running, len(engine._scheduler.running))
+            order += [s.request.id for s in streams if s.ended and s.request.id not in order]
+        assert [stream.result().tokens for stream in streams] == expected
+        assert running >= 6
+        assert order == sorted(order)
+
+
 def test_what_never_fits_is_refused_with_the_length_that_fits(model) -> None:
     with Engine(model, slots=2, kv_bytes=room(model, 3) + 7, length=160) as engine:
         with pytest.raises(LorafoldError, match=r"found 90 \+ 7 tokens, expected at most 96 in"):

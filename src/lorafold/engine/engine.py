@@ -243,6 +243,9 @@ class Engine:
             row.stream.began = row.stream.began or time.monotonic()
             self._guarded(row, self._runner.admit, row)
             self._scheduler.share_prefill(row)
+        for row in [*self._scheduler.running]:
+            while row.slot >= 0 and not self._runner.extend(row):
+                self._requeue(self._scheduler.running[-1])  # it computes its tokens again
         decode_batches = self._scheduler.decode_batches()
         for batch in decode_batches:
             self._pass(batch)
@@ -344,6 +347,14 @@ class Engine:
             self._fail(row, error)
         return row.adapter is not None
 
+    def _requeue(self, row: Row) -> None:
+        self._scheduler.remove(row)
+        self._runner.release(row, ended_normally=False)
+        if row.entry is not None and row.adapter is not None:
+            self.adapters.release(row.entry)
+            row.adapter = None
+        self._scheduler.waiting.add(row)
+
     def _pass(self, batch: Batch) -> None:
         rows, counts = batch
         if rows[0].slot < 0:  # it waits again, since `rebuild`
@@ -361,9 +372,7 @@ class Engine:
             self._pass(Batch(rows[n:], counts[n:]))
             if all(row.stream.ended for row in rows):  # the cause may be the cache
                 for row in self._scheduler.running[::-1]:
-                    self._scheduler.remove(row)
-                    self._runner.release(row, ended_normally=False)
-                    self._scheduler.waiting.add(row)
+                    self._requeue(row)
                 self._runner.rebuild()
             return
         for row, n in zip(rows, counts, strict=True):

@@ -37,6 +37,10 @@ class Runner(ABC):
         """Whether the KV cache has room for a request. Drops cached prefixes if necessary."""
         return True
 
+    def extend(self, row: Row) -> bool:
+        """Reserves the KV cache of a running request's tokens. Returns False if there is none."""
+        return True
+
     @abstractmethod
     def admit(self, row: Row) -> None:
         """Assigns a free slot and KV cache to a request."""
@@ -107,7 +111,19 @@ class SlotRunner(Runner):
         self._plan = AdapterRows([], {})
 
     def fits(self, row: Row) -> bool:
-        while self.cache.num_free < num_blocks(row.most_tokens) - self._cached(row)[1] // BLOCK:
+        needed = num_blocks(len(row.tokens) + 1) - self._cached(row)[1] // BLOCK
+        # and some blocks for the running requests, which would soon push it out again
+        return self._make_room(needed + len(self.rows) // 4)
+
+    def extend(self, row: Row) -> bool:
+        more = max(0, num_blocks(len(row.tokens)) - len(row.blocks))
+        if not self._make_room(more):
+            return False
+        row.blocks += self.cache.allocate(more)
+        return True
+
+    def _make_room(self, blocks: int) -> bool:
+        while self.cache.num_free < blocks:
             if not self.prefixes.prefixes:
                 return False
             self.prefixes.drop(self.prefixes.prefixes[:1])
@@ -141,7 +157,7 @@ class SlotRunner(Runner):
         self.cache.retain(blocks[:whole])
         before, row.blocks = row.blocks, [*blocks[:whole], *row.blocks[whole:]]
         self.cache.release(before[:whole])
-        row.blocks += self.cache.allocate(num_blocks(row.most_tokens) - len(row.blocks))
+        row.blocks += self.cache.allocate(num_blocks(len(row.tokens) + 1) - len(row.blocks))
         if tokens % BLOCK:
             self.cache.copy(blocks[whole], row.blocks[whole], tokens % BLOCK)
         row.computed = row.cached = tokens

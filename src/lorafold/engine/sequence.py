@@ -49,7 +49,6 @@ class Row:
         known = tokenizer if request.tokenizer is None else request.tokenizer
         self.text = None if known is None else Detokenizer(known, request.sampling.stop)
         self.tokens = list(request.prompt)
-        self.most_tokens = len(request.prompt) + request.max_new_tokens
         self.computed = 0  # tokens in the KV cache
         self.scores: list[Score] = []  # of the prompt's tokens, without the first
         self.blocks: list[int] = []  # of the KV cache, in the order of their positions
