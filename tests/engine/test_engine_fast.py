@@ -1,20 +1,14 @@
-"""The fast path computes what the plain one does, and is gone when the engine is closed."""
+"""Planned steps and fused modules compute what the model does, and nothing of them stays."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import lorafold as lf
 from engine_cases import METHODS, loaded, prompt, save_adapters, together, watch
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.fast_path import PackedMatrices, is_packable
-from lorafold.engine.mixed_adapters import ActiveDeltas, SlotAdapters
-from lorafold.engine.model_structure import Structure, probe
-from lorafold.engine.operations import Operations
-from lorafold.layers import layer_of
 from lorafold.models.loading import load_model
 from lorafold.models.quantizations import Storage
 
@@ -50,47 +44,6 @@ def test_in_bf16_it_errs_no_more_than_the_plain_path(kind, tiny_model, tmp_path)
         assert (q - e).norm() <= 1.5 * (p - e).norm() + unit
 
 
-@pytest.mark.parametrize("biases", [(False,), (True,), (True, False), (False, False, False)])
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -> None:
-    torch.manual_seed(0)
-    modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
-    model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
-    assert all(is_packable(module) for module in model.values())
-    deltas = ActiveDeltas(model, SlotAdapters(Structure(""), 1, Operations()))
-    packed = PackedMatrices(dict(model.items()), deltas, 16, {})
-    width = sum(m.out_features for m in modules.values())
-    x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()
-    exact = torch.cat([module.double()(x.double()) for module in model.values()], -1)
-    for found, wanted in (
-        (packed.product(x, None), exact),
-        (packed.product(x, onto), exact + onto.double()),
-    ):
-        assert found.dtype == torch.bfloat16
-        # half a unit in the last place, and the sum in fp32
-        assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
-
-
-def test_other_storages_are_left_alone() -> None:
-    assert not is_packable(nn.Linear(8, 8).requires_grad_(False))
-    bitsandbytes = pytest.importorskip("lorafold.layers.bitsandbytes")
-    quantized = bitsandbytes.nf4(torch.randn(64, 64).bfloat16())
-    assert layer_of(quantized).linear
-    assert not is_packable(quantized)
-
-
-def test_matrices_that_read_the_same_tensor_are_found(tiny_model) -> None:
-    groups = probe(tiny_model("llama")).groups
-    layer = "model.layers.0."
-    assert groups[:4] == (
-        tuple(f"{layer}self_attn.{name}_proj" for name in "qkv"),
-        (f"{layer}self_attn.o_proj",),
-        (f"{layer}mlp.gate_proj", f"{layer}mlp.up_proj"),
-        (f"{layer}mlp.down_proj",),
-    )
-    assert groups[-1] == ("lm_head",)
-
-
 def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:
     model = tiny_model("llama").bfloat16()
     names = ("lora", "houlsby", "prompt")
@@ -99,7 +52,6 @@ def test_the_model_has_its_own_forwards_again(tiny_model, tmp_path) -> None:
     with Engine(model, slots=4, length=64) as engine:
         inside = {path for path, m in model.named_modules() if "forward" in vars(m)}
         assert {"model.layers.0.mlp", "model.layers.1.self_attn"} <= inside
-        assert "lm_head" in inside
         for name, path in paths.items():
             engine.load(name, path)
         together(engine, asked)

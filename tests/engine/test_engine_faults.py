@@ -18,6 +18,7 @@ from engine_cases import (
     failing,
     generated,
     loaded,
+    poison,
     prompt,
     save_adapters,
     status,
@@ -156,20 +157,23 @@ def test_a_pass_that_raises_fails_its_suspects_only(model, paths, bad) -> None:
         assert all_tokens() == sound
 
 
-def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model) -> None:
-    """The cache is made anew, and the row that was reading its prompt reads it again."""
+def test_a_fault_of_the_machine_does_not_lose_those_that_wait_or_read(model, monkeypatch) -> None:
+    """The cache is emptied, and the row that was reading its prompt reads it again."""
     asked = [Request("0", prompt(3, 0), 8), Request("1", prompt(4, 1), 8)]
     long = Request("long", prompt(40, 2), 8)
     expected = generated(model, long)
     with Engine(model, slots=3, length=64, chunk=8, budget=8) as engine:
         cache: Any = engine._runner.cache  # type: ignore[attr-defined]
+        emptied: list[int] = []
+        monkeypatch.setattr(cache, "clear", lambda: emptied.append(1) or type(cache).clear(cache))
         error = RuntimeError("the device is gone")
         with failing(engine, lambda row, n: row.request.id != "long" and n == 2, error):
             streams = [engine.submit(request) for request in [*asked, long]]
             engine.run()
         assert [s.result().reason for s in streams] == ["failed", "failed", "length"]
         assert streams[2].result().tokens == expected
-        assert engine._runner.cache is not cache  # type: ignore[attr-defined]
+        assert emptied
+        check(engine)
 
 
 def test_what_a_sampler_raises_fails_its_request_alone(model, monkeypatch) -> None:
@@ -238,8 +242,7 @@ def held_of(engine: Engine, name: str) -> LoadedAdapter:
 
 
 def tensors_of(held: LoadedAdapter) -> list[torch.Tensor]:
-    found = [t for f in held.factors.values() for t in (f.down, f.up)]
-    return found + [t for d in held.deltas.values() for t in (*d.parameters(), *d.buffers())]
+    return list(held.tensors)
 
 
 def flip(tensor: torch.Tensor, bit: int) -> None:
@@ -311,8 +314,7 @@ def test_an_adapter_whose_requests_fail_is_refused_after_the_third(model, paths,
     shutil.copytree(paths["lora"], where)
     named = {"it": where, "dora": paths["dora"]}
     with loaded(Engine(model, slots=1, length=32), named) as engine:
-        for factors in held_of(engine, "it").factors.values():
-            factors.up.fill_(float("nan"))
+        poison(held_of(engine, "it"))
         for i in range(2):
             assert "NaN" in ended(engine, Request(str(i), prompt(5, i), 4, "it")).message
             assert status(engine.adapters, "it") == "resident"

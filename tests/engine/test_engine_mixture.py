@@ -16,6 +16,7 @@ from engine_cases import (
     generated,
     is_finite,
     loaded,
+    poison,
     prompt,
     same_bits,
     sampling,
@@ -183,25 +184,21 @@ def test_nan_in_one_adapter_leaves_the_others_bits(model, paths, method) -> None
         for i, name in enumerate([None, method, "loha", "lokr", None, method])
     ]
 
-    def tokens(poison: bool) -> dict[str, Any]:
+    def tokens(poisoned: bool) -> dict[str, Any]:
         with Engine(model, slots=6, length=64, chunk=16) as engine:
             for name in ("loha", "lokr", method):
                 engine.load(name, paths[name])
             held = engine.adapters.entry(method).loaded
             assert held is not None
-            if poison:
-                for factors in held.factors.values():
-                    factors.up[0].fill_(float("nan"))
-                for delta in list(held.deltas.values())[:1]:
-                    for p in delta.parameters():
-                        p.data.fill_(float("nan"))
+            if poisoned:
+                poison(held)
             streams = [engine.submit(request) for request in asked]
             engine.run()
             check(engine)
             runner, bad = engine._runner, engine.adapters.entry(method).generation
-            assert all(is_finite(runner.cache, slot) for slot in range(6))  # type: ignore[attr-defined]
-            kept = [slot.prefix[0] for slot in runner.prefixes.slots.values()]  # type: ignore[attr-defined]
-            alone = poison or held.separate
+            assert is_finite(runner.cache, range(runner.cache._end))  # type: ignore[attr-defined]
+            kept = [prefix.key[0] for prefix in runner.prefixes.prefixes]  # type: ignore[attr-defined]
+            alone = poisoned or held.separate
             assert (len(kept), bad in kept) == ((4, False) if alone else (6, True))
             again = engine.submit(Request("after", prompt(9, 9), 6))
             engine.run()

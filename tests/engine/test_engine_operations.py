@@ -98,20 +98,6 @@ def attend(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute
     )
 
 
-def write(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
-    x = random_of(B, TOKENS, 2, size[0], dtype=dtype).transpose(1, 2)
-    slots, starts = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([0, 7, 2, 30, 11])
-
-    def run(rows: slice, tokens: slice) -> T:
-        buffer, first = torch.zeros(B, 2, 40, size[0], dtype=dtype), tokens.start or 0
-        of.write(buffer, x[rows, :, tokens], slots[rows], starts[rows] + first)
-        places = zip(slots[rows].tolist(), starts[rows].tolist(), strict=True)
-        found = [buffer[slot, :, start : start + TOKENS] for slot, start in places]
-        return torch.stack(found).transpose(1, 2)[:, tokens]
-
-    return run
-
-
 def rms_norm(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
     x, gain = random_of(B, TOKENS, size[0], dtype=dtype), random_of(size[0], dtype=dtype, seed=1)
     return lambda rows, tokens: of.rms_norm(x[rows, tokens], gain, 1e-5)
@@ -145,11 +131,11 @@ def scale(of: Operations, dtype: torch.dtype, size: tuple[int, ...]) -> Compute:
 
 
 CHECKS: dict[str, Any] = {
-    f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated, scale)
+    f.__name__: f for f in (low_rank, attend, rms_norm, rotary, gated, scale)
 }
 
 
-INDEPENDENT = ("write", "rotary", "scale")  # also in plain torch
+INDEPENDENT = ("rotary", "scale")  # also in plain torch
 
 
 def test_every_operation_is_checked() -> None:

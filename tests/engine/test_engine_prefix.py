@@ -1,9 +1,11 @@
 """Prefix reuse changes no token, and nobody starts from what others computed."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +18,16 @@ from engine_cases import (
     failing,
     generated,
     loaded,
+    poison,
     prompt,
+    room,
     sampling,
     save_adapters,
     together,
     watch,
 )
-from lorafold.engine import Engine, Request
-from lorafold.engine.kv_cache import CachedPrefixes, common_length
+from lorafold.engine import Engine, Request, kv_cache
+from lorafold.engine.kv_cache import CACHED_SHARE, BlockCache, CachedPrefixes, common_length
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -120,8 +124,7 @@ def test_without_reuse_nothing_is_kept(model, options) -> None:
     with Engine(model, slots=2, **OPTIONS, **options) as engine:
         for i in range(3):
             assert ended(engine, Request(str(i), prompt(20, 0), 4)).cached == 0
-        cache: Any = engine._runner.cache  # type: ignore[attr-defined]
-        assert not any(buffer.any() for buffer in (*cache.keys.values(), *cache.values.values()))
+        assert not engine._runner.cache.references  # type: ignore[attr-defined]
 
 
 def test_what_was_cancelled_or_failed_is_not_kept(model, paths, monkeypatch) -> None:
@@ -137,15 +140,15 @@ def test_what_was_cancelled_or_failed_is_not_kept(model, paths, monkeypatch) -> 
         assert ended(engine, request).cached == 0
         held = engine.adapters.entry("lora").loaded
         assert held is not None
-        next(iter(held.factors.values())).up.fill_(float("nan"))
+        poison(held)
         other = Request("2", prompt(9, 3), 20, "lora")
         assert ended(engine, other).reason == "failed"
-        assert len(engine._runner.prefixes.slots) == 1  # type: ignore[attr-defined]
+        assert len(engine._runner.prefixes.prefixes) == 1  # type: ignore[attr-defined]
         assert ended(engine, Request("3", prompt(9, 3), 3)).reason == "length"
 
 
-def test_a_slot_is_taken_by_age_where_no_prompt_begins_the_same(model) -> None:
-    with Engine(model, slots=3, **OPTIONS) as engine:
+def test_beyond_their_share_the_least_recently_used_prefix_is_dropped(model) -> None:
+    with Engine(model, slots=3, kv_bytes=room(model, 3 * CACHED_SHARE), **OPTIONS) as engine:
         for i in range(3):
             ended(engine, Request("x", prompt(20, i), 3))
         assert ended(engine, Request("x", prompt(20, 0), 3)).cached == 19  # the latest now
@@ -154,8 +157,7 @@ def test_a_slot_is_taken_by_age_where_no_prompt_begins_the_same(model) -> None:
         assert cached == [19, 19, 19, 0]
 
 
-def test_running_rows_and_kept_slots_change_places(model) -> None:
-    """A row that starts in a high slot moves down, and what was kept there moves up unharmed."""
+def test_a_request_takes_the_lowest_slot_and_leaves_prefixes_unharmed(model) -> None:
     prompts = [prompt(30, i) for i in range(4)]
     with Engine(model, slots=4, **OPTIONS) as engine:
         streams = [engine.submit(Request(str(i), p, 3)) for i, p in enumerate(prompts)]
@@ -169,16 +171,20 @@ def test_running_rows_and_kept_slots_change_places(model) -> None:
             assert (stream.result().cached, stream.result().tokens) == (29, first[i])
 
 
-def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None:
-    kept, key = CachedPrefixes(), (1, "tenant")
-    kept.add(2, key, (1, 2, 3))
-    kept.add(0, key, (1, 2, 3, 4, 5))
-    kept.add(1, (2, "tenant"), (1, 2, 3, 4, 5, 6, 7))
-    assert kept.find(key, (1, 2, 3, 4, 9)) == (0, 4)
-    assert kept.find(key, (1, 2, 3)) == (2, 2)
-    assert kept.find(key, (9, 1)) == (-1, 0)
-    assert kept.find(key, (1,)) == (-1, 0)
-    assert kept.find((1, "other"), (1, 2, 3, 4)) == (-1, 0)
+def test_the_longest_beginning_is_found() -> None:
+    cache = BlockCache(100, torch.device("cpu"))
+    kept, key = CachedPrefixes(cache), (1, "tenant")
+    blocks = [cache.allocate(1) for _ in range(3)]
+    kept.add(key, [1, 2, 3], blocks[0])
+    kept.add(key, [1, 2, 4, 5], blocks[1])
+    kept.add((2, "tenant"), [1, 2, 3, 4, 5, 6, 7], blocks[2])
+    assert kept.find(key, (1, 2, 4, 9)) == (blocks[1], 3)
+    assert kept.find(key, (1, 2, 3)) == (blocks[0], 3)
+    for other, ids in ((key, (9, 1)), (key, ()), ((1, "other"), (1, 2))):
+        assert kept.find(other, ids) == ((), 0)
+    more = cache.allocate(2)
+    kept.add(key, [1, 2, 3, *range(40)], more)  # instead of its beginning
+    assert cache.references == dict(zip(range(1, 6), (1, 2, 2, 2, 2), strict=True))
 
 
 def counting(model: Any, paths: Mapping[str, Path], slots: int, **options: Any) -> Any:
@@ -214,6 +220,82 @@ def test_the_prompt_is_computed_once(model, paths, length: int, options: Any) ->
         assert engine.computed == 3 * length + len(asked) * (6 - 1)
     assert found == each_alone(model, paths, asked)
     assert found[0] == generated(model, asked[0])
+
+
+@pytest.mark.parametrize("first", [33, 70])
+def test_a_common_beginning_of_simultaneous_requests_is_computed_once(model, paths, first) -> None:
+    """One question each under a system prompt; one of them reads it, and the others go on."""
+    system = prompt(first, 5)
+    ids = [system + prompt(2 + i, 50 + i) for i in range(8)]
+    asked = [Request(str(i), p, 6, "lora") for i, p in enumerate(ids)]
+    expected = each_alone(model, paths, asked)
+    with counting(model, paths, 8) as engine:
+        assert together(engine, asked) == expected
+        assert engine.computed == first + sum(2 + i for i in range(8)) + 8 * 5
+
+
+def test_a_system_prompt_of_500_tokens_is_computed_at_most_1_1_times(model) -> None:
+    system = prompt(500, 5)
+    streams, computed = [], Counter[int]()
+    with Engine(model, slots=8, length=512, kv_bytes=room(model, 8 * 16)) as engine:
+
+        def count(rows: Any, counts: Sequence[int], logits: Any) -> None:
+            for row, n in zip(rows, counts, strict=True):
+                computed.update(range(row.computed, row.computed + n))
+
+        watch(engine, count)
+        for i in range(8):
+            streams.append(engine.submit(Request(str(i), (*system, i, i + 1, i), 5)))
+        while engine.step():
+            check(engine)
+        assert sum(computed[at] for at in range(500)) <= 1.1 * 500
+        assert sorted(stream.result().cached for stream in streams) == [0, *[500] * 7]
+        again = ended(engine, Request("again", (*system, 3, 4, 3), 5))
+        assert again.tokens == streams[3].result().tokens
+
+
+def test_turns_of_a_conversation_that_come_together_wait_for_each_other(model, paths) -> None:
+    ids = prompt(80, 4)
+    asked = [Request(str(n), ids[:n], 6) for n in (35, 75, 80)]
+    expected = each_alone(model, paths, asked)
+    for order in permutations(range(3)):
+        with counting(model, paths, 3) as engine:
+            assert together(engine, [asked[i] for i in order]) == [expected[i] for i in order]
+            assert engine.computed <= 80 + 3 * 5 + 5 + 40
+
+
+def test_unused_prefixes_are_dropped_after_some_seconds(model, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(kv_cache, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Engine(model, slots=2, **OPTIONS) as engine:
+        cache: Any = engine._runner.cache  # type: ignore[attr-defined]
+        for at, i in ((100.0, 0), (120.0, 1), (125.0, 0)):
+            now[0] = at
+            ended(engine, Request("x", prompt(20, i), 3))
+        now[0] = 151.0
+        engine.step()
+        assert len(cache.references) == 1
+        now[0] = 156.0
+        engine.step()
+        assert not cache.references
+        check(engine)
+
+
+def test_prefixes_of_a_replaced_adapter_are_dropped(model, paths) -> None:
+    with loaded(Engine(model, slots=2, **OPTIONS), {"it": paths["lora"]}) as engine:
+        cache: Any = engine._runner.cache  # type: ignore[attr-defined]
+        ended(engine, Request("base", prompt(20, 0), 3))
+        ended(engine, Request("x", prompt(20, 1), 3, "it"))
+        stream = engine.submit(Request("y", prompt(20, 2), 9, "it"))
+        engine.step()
+        engine.load("it", paths["dora"])
+        engine.step()
+        assert len(cache.references) == 3  # a request still uses the old files
+        engine.run()
+        engine.step()
+        assert stream.result().reason == "length"
+        assert len(cache.references) == 1
+        check(engine)
 
 
 def test_rows_with_more_in_the_cache_than_their_tokens_read_their_own(model, paths) -> None:
@@ -271,8 +353,9 @@ def test_a_pass_that_raises_for_one_ends_it_alone(model, paths) -> None:
     assert [s.result().tokens for s in streams[1:]] == each_alone(model, paths, asked[1:])
 
 
-def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
-    """They are held once beside the zeros of the base's rows, whatever the number of slots."""
+def test_requests_of_one_adapter_share_its_factors(model, paths, monkeypatch) -> None:
+    """In torch too, they are held once beside the zeros of the base's rows, whatever the slots."""
+    monkeypatch.setattr("lorafold.engine.engine.plan_of", lambda _: None)
     asked = several(6, adapter="lora")
     expected = each_alone(model, paths, asked)
     with Engine(model, slots=6, **OPTIONS) as engine:

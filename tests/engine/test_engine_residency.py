@@ -344,7 +344,7 @@ def test_the_least_recently_used_leaves_and_pins_stay(model, paths) -> None:
         books.pin("c")
         books.pin("a")
         with pytest.raises(LorafoldError, match="pinned adapters exceed adapter_bytes"):
-            books.load("big", paths["c1"]).result()
+            books.load("big", paths["a2"]).result()
         check_adapters(books)
         books.pin("a", False)
         books.unload("c")

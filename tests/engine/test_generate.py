@@ -1,5 +1,6 @@
 """Completions in batches equal one prompt at a time, and streams equal both."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -292,6 +293,7 @@ def test_a_completion_ends_with_the_table(name: str, virtual: int, caplog) -> No
     model, tokenizer, left = short(name, virtual), make_tokenizer(), N - virtual
     prompt = "a b c"
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    caplog.set_level(logging.WARNING)
     [whole] = complete(model, tokenizer, [prompt], 2 * N)
     [told] = caplog.messages
     assert told.startswith(f"max_new_tokens {2 * N}: the longest prompt has {len(ids)} tokens and")

@@ -5,6 +5,7 @@ that know nothing of the engine: transformers' `generate`, and the sampler's ste
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,10 @@ from transformers import (
 import lorafold as lf
 from lorafold.engine import Ended, Engine, Request, Sampling
 from lorafold.engine.adapter_cache import AdapterCache
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.adapters import LoadedAdapter
+from lorafold.engine.kv_cache import BLOCK, BlockCache, num_blocks
+from lorafold.engine.model_structure import structure_of
+from lorafold.engine.runner import is_planned
 from lorafold.engine.sampler import SampledToken, Sampler, sample_tokens
 
 E = TypeVar("E", bound=Engine)
@@ -68,19 +72,49 @@ def check_adapters(adapters: AdapterCache) -> None:
 
 
 def check_slots(runner: Any, rows: Sequence[Any]) -> None:
-    """Each slot has its request's adapter, and what is kept in the free ones is finite."""
-    assert [r for r in runner.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
-    assert all(runner.rows[row.slot] is row for row in rows)
-    placed = {r.slot: r.adapter for r in rows if r.adapter is not None and not r.adapter.separate}
+    """Each slot has its request's adapter, and the blocks are those of requests and prefixes."""
+    assert runner.rows == list(rows)
+    plain = [row for row in rows if not is_planned(row) and not row.adapter.separate]
+    placed = {row.slot: row.adapter for row in plain}
     assert runner.slot_adapters.placed == placed, "each slot has its request's adapter"
-    for slot in runner.prefixes.slots:
-        assert runner.rows[slot] is None, f"slot {slot} is kept, and a request's"
-        assert is_finite(runner.cache, slot), f"slot {slot} is kept, and not finite"
+    check_blocks(runner, rows)
 
 
-def is_finite(cache: SlotCache, slot: int) -> bool:
-    """Whether all keys and values of a slot are finite."""
-    return all(bool(buffer[slot].isfinite().all()) for buffer in cache.all_buffers())
+def check_blocks(runner: Any, rows: Sequence[Any]) -> None:
+    """References are counted, what is shared is full, and other blocks are zero."""
+    cache, prefixes = runner.cache, runner.prefixes.prefixes
+    tables = [*(row.blocks for row in rows), *(prefix.blocks for prefix in prefixes)]
+    used = Counter(block for table in tables for block in table)
+    assert cache.references == used
+    assert 0 not in used
+    assert cache.num_free == cache.capacity - len(used)
+    for row in rows:
+        assert len(row.blocks) in (num_blocks(len(row.tokens) + n) for n in (-1, 0, 1))
+        assert all(cache.references[block] == 1 for block in row.blocks[row.computed // BLOCK :])
+    for prefix in prefixes:
+        assert len(prefix.blocks) == num_blocks(len(prefix.tokens))
+        assert is_finite(cache, prefix.blocks), f"{prefix} is not finite"
+    free = [block for block in range(cache._end) if block not in used]
+    for pool in (*cache.keys.values(), *cache.values.values()):
+        assert not pool[free].any(), "a free block is not zero"
+
+
+def poison(held: LoadedAdapter) -> None:
+    """Makes an adapter's weights NaN."""
+    with torch.no_grad():
+        for t in held.tensors:
+            t.fill_(float("nan"))
+
+
+def room(model: Any, blocks: int) -> int:
+    """The bytes of so many blocks."""
+    return blocks * BLOCK * structure_of(model).token_bytes
+
+
+def is_finite(cache: BlockCache, blocks: Sequence[int]) -> bool:
+    """Whether all keys and values in these blocks are finite."""
+    pools = (*cache.keys.values(), *cache.values.values())
+    return all(bool(pool[list(blocks)].isfinite().all()) for pool in pools)
 
 
 def evict(adapters: AdapterCache, name: str) -> bool:

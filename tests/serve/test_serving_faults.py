@@ -53,8 +53,8 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     states = server.engine.adapters
     held = states.entry(key).loaded
     assert held is not None
-    for factors in held.factors.values():
-        factors.up.fill_(torch.nan)
+    for t in held.tensors:
+        t.fill_(torch.nan)
     for _ in range(3):
         poisoned, *others = at_once(server, models, max_tokens=12)
         assert (poisoned.status, poisoned.code) == (500, "adapter_numerics")

@@ -46,6 +46,7 @@ class AdapterCache:
         self._lock = threading.RLock()
         self._by_name: dict[str, KnownAdapter] = {}
         self._entries: set[KnownAdapter] = set()
+        self.generations = {0}  # of the base, and of adapters that have a name or requests
         # entries that did not fit into memory; cleared when an adapter may have become evictable
         self._without_room: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=use_one_thread)
@@ -68,6 +69,7 @@ class AdapterCache:
             entry = KnownAdapter(name, Path(path), verified, next(self._generations))
             entry.references = 1  # until `_set_name`
             self._entries.add(entry)
+            self.generations.add(entry.generation)
             return self._start(entry, set_name=True)
 
     def register(self, name: str, path: str | Path, stack: Sequence[VerifiedAdapter]) -> None:
@@ -190,6 +192,7 @@ class AdapterCache:
 
     def _set_name(self, entry: KnownAdapter) -> None:
         self._entries.add(entry)
+        self.generations.add(entry.generation)
         old, self._by_name[entry.name] = self._by_name.get(entry.name), entry
         if old is not None:
             entry.pinned, old.pinned = old.pinned, False
@@ -257,6 +260,7 @@ class AdapterCache:
     def _forget(self, entry: KnownAdapter) -> None:
         if not (self._by_name.get(entry.name) is entry or entry.references or entry.future):
             self._entries.discard(entry)
+            self.generations.discard(entry.generation)
 
 
 def checksum(loaded: LoadedAdapter) -> int:

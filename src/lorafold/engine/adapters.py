@@ -25,6 +25,7 @@ from lorafold.core.delta import Delta, Gained
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.shared_tensors import twin
 from lorafold.engine.model_structure import MatrixShapes, Structure
+from lorafold.engine.plan import PackedAdapter, Plan
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
@@ -99,6 +100,7 @@ class LoadedAdapter:
     separate: bool  # needs forward passes without other adapters
     vocabulary: int | None  # size, if the adapter adds tokens
     nbytes: int
+    packed: PackedAdapter | None = None  # for planned steps, in place of factors and gains
     seconds: float = 0.0  # duration of loading
 
     @property
@@ -111,6 +113,7 @@ class LoadedAdapter:
         for factors in self.factors.values():
             yield from (factors.down, factors.up)
         yield from (t for gain in self.gains.values() for t in gain if t is not None)
+        yield from () if self.packed is None else self.packed.tensors
         for delta in self.deltas.values():
             yield from (*delta.parameters(), *delta.buffers())
 
@@ -152,8 +155,9 @@ class Reader:
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype,
-        allow_other_base: bool = False, room: int | None = None,
+        allow_other_base: bool = False, room: int | None = None, plan: Plan | None = None,
     ) -> None:  # fmt: skip
+        self.plan = plan
         self.structure, self.dtype, self.allow_other_base = structure, dtype, allow_other_base
         self.max_parameters = None if room is None else room // dtype.itemsize  # per adapter
         self.shadow = twin(model)
@@ -242,19 +246,22 @@ class Reader:
             if pair is not None and len(pair[1]) <= MAX_STACKED_RANK:
                 pairs[path] = pair
         gains = {p: g[1:] for p, g in gained.items() if p in pairs or g.under is None}
-        factors = {}
-        for i, shape in enumerate(self.structure.shapes):
-            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
-            if of_shape:
-                factors[i] = factors_of(shape, of_shape, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
             if path not in pairs and path not in gains
         }
+        packed, factors = None, dict[int, Factors]()
+        if self.plan is not None and not separate and not others:
+            packed = self.plan.pack(pairs, gains)
+        for i, shape in enumerate(self.structure.shapes if packed is None else ()):
+            of_shape = {at: pairs[path] for at, path in enumerate(shape.paths) if path in pairs}
+            if of_shape:
+                factors[i] = factors_of(shape, of_shape, self.dtype)
         loaded = LoadedAdapter(
-            key, factors, frozenset(pairs), gains, others, separate, vocabulary, nbytes=0
-        )
+            key, factors, frozenset(pairs), {} if packed else gains, others, separate, vocabulary,
+            0, packed=packed,
+        )  # fmt: skip
         return replace(loaded, nbytes=sum({id(t): t.nbytes for t in loaded.tensors}.values()))
 
 

@@ -29,10 +29,10 @@ from lorafold.core.attach import only
 from lorafold.core.contexts import evaluating
 from lorafold.engine.adapter_cache import AdapterCache
 from lorafold.engine.adapters import KnownAdapter, Reader, VerifiedAdapter, delta_parts, deltas_of
-from lorafold.engine.fast_path import fast_path
-from lorafold.engine.kv_cache import SlotCache
+from lorafold.engine.kv_cache import BLOCK, BlockCache
 from lorafold.engine.model_structure import Structure, reserve, separate_rows, slotted, structure_of
 from lorafold.engine.operations import Operations, operations_on
+from lorafold.engine.plan import plan_of
 from lorafold.engine.request import EngineSettings, EventStream, Reason, Request, require
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import GrammarError, Grammars, NotFinite, SampledToken, sample_tokens
@@ -42,6 +42,7 @@ from lorafold.errors import EXITS, LorafoldError, error_location
 from lorafold.methods.common.biases_and_modules import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host_tensors import select_rows
+from lorafold.runtime.memory import free_bytes, trim_heap
 from lorafold.runtime.processor import end_team, sleep_if_busy, stack_size
 from lorafold.training_step.fused_modules import fused
 
@@ -78,32 +79,41 @@ class Engine:
             self.is_batched = not self.structure.unbatched_reason
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             budget, self._as_trained = settings.adapter_bytes, settings.as_trained
-            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, budget)
+            planned = self.is_batched and settings.fast and not settings.as_trained
+            plan = plan_of(model) if planned else None
+            others = settings.allow_other_base
+            self._reader = Reader(model, self.structure, dtype, others, budget, plan)
             if self.is_batched:
                 device = model.device.type
                 fast = settings.fast
                 operations = operations_on(device, self._as_trained) if fast else Operations()
                 stack.enter_context(slotted(model, operations))
                 separate_rows(model, stack)
-                slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
-                cache = SlotCache(slots, self.length, chunk, operations, whole)
-                self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
+                self.kv_tokens = self._kv_tokens(settings)
+                self.length = min(self.length, self.kv_tokens)
+                settings = replace(settings, length=self.length)
+                cache = BlockCache(self.kv_tokens // BLOCK, model.device)
+                self._runner: Runner = SlotRunner(
+                    model, self.structure, cache, settings, operations, plan
+                )
                 if self._as_trained:
                     stack.enter_context(fused(model))
                 elif settings.fast:
-                    fast_path(model, self.structure, self._runner.deltas, operations, slots, stack)
+                    norm, rotary, gate = operations.rms_norm, operations.rotary, operations.gated
+                    stack.enter_context(fused(model, False, norm, rotary, gate))
             else:
                 from transformers import GenerationConfig
 
                 stack.callback(setattr, model, "generation_config", model.generation_config)
                 greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
                 model.generation_config = greedy
-                self._runner = SoloRunner(model, self.structure)
+                self._runner, self.kv_tokens = SoloRunner(model, self.structure), self.length
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
         below = vocabulary(model, delta_parts(deltas_of(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
-        self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
+        single = settings.invariant and self.structure.routed
+        self._scheduler = Scheduler(settings, single, plan is not None)
         self._wake, self._lock = threading.Event(), threading.RLock()
         self.adapters = AdapterCache(self._reader, budget, self._wake.set, settings.strikes)
         self._rows: dict[str, Row] = {}
@@ -111,6 +121,16 @@ class Engine:
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
         self._closing = False
+
+    def _kv_tokens(self, settings: EngineSettings) -> int:
+        """The number of tokens in whole blocks for which there is memory."""
+        free, token_bytes = free_bytes(self.model.device), self.structure.token_bytes
+        half = (free - min(settings.adapter_bytes or 0, free // 2)) // 2  # of what adapters leave
+        given, least = settings.kv_bytes, BLOCK * token_bytes
+        if given is not None and given < least:
+            message = f"{least:,} or more, for a block of {BLOCK} tokens"
+            raise LorafoldError(f"engine: kv_bytes: found {given:,}, expected {message}")
+        return (max(half, least) if given is None else given) // least * BLOCK
 
     def load(
         self,
@@ -218,11 +238,14 @@ class Engine:
             cancelled = [row for row in self._rows.values() if row.cancelled]
         for row in cancelled:
             self._end(row, "cancelled")
-        for row in self._scheduler.admit(self._ready):
-            row.stream.began = time.monotonic()
-            self._scheduler.share_prefill(row)
+        self._runner.expire(self.adapters.generations)
+        for row in self._scheduler.admit(self._runner.fits, self._ready):
+            row.stream.began = row.stream.began or time.monotonic()
             self._guarded(row, self._runner.admit, row)
-        self._runner.compact()
+            self._scheduler.share_prefill(row)
+        for row in [*self._scheduler.running]:
+            while row.slot >= 0 and not self._runner.extend(row):
+                self._requeue(self._scheduler.running[-1])  # it computes its tokens again
         decode_batches = self._scheduler.decode_batches()
         for batch in decode_batches:
             self._pass(batch)
@@ -264,6 +287,7 @@ class Engine:
             self._closing = True
             for row in self._rows.values():
                 row.cancelled = True
+        self._runner.stop()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -286,6 +310,7 @@ class Engine:
             after()
             if not worked and not self._wake.wait(1.0) and not self._rows:
                 self.adapters.check_memory()
+                trim_heap()
 
     def _fail(self, row: Row, error: BaseException) -> None:
         message, fault, setting = f"{type(error).__name__}: {error}", error_location(error), ""
@@ -314,7 +339,7 @@ class Engine:
         row.end(reason, message, fault, setting)
 
     def _ready(self, row: Row) -> bool:
-        if row.entry is None:
+        if row.entry is None or row.adapter is not None:  # a rebuild put the row back
             return True
         try:
             row.adapter = self.adapters.lease(row.entry)
@@ -322,11 +347,23 @@ class Engine:
             self._fail(row, error)
         return row.adapter is not None
 
+    def _requeue(self, row: Row) -> None:
+        self._scheduler.remove(row)
+        self._runner.release(row, ended_normally=False)
+        if row.entry is not None and row.adapter is not None:
+            self.adapters.release(row.entry)
+            row.adapter = None
+        self._scheduler.waiting.add(row)
+
     def _pass(self, batch: Batch) -> None:
         rows, counts = batch
+        if rows[0].slot < 0:  # it waits again, since `rebuild`
+            return
         try:
             logits_BV = self._runner.forward(rows, counts)
         except Exception as error:
+            if self._closing:
+                return
             if len(rows) == 1:
                 self._fail(rows[0], error)
                 return
@@ -334,18 +371,20 @@ class Engine:
             self._pass(Batch(rows[:n], counts[:n]))
             self._pass(Batch(rows[n:], counts[n:]))
             if all(row.stream.ended for row in rows):  # the cause may be the cache
+                for row in self._scheduler.running[::-1]:
+                    self._requeue(row)
                 self._runner.rebuild()
-                for row in self._scheduler.running:
-                    row.computed = row.cached = 0
-                    row.state = None
             return
         for row, n in zip(rows, counts, strict=True):
             row.computed += n
         done = [(b, row) for b, row in enumerate(rows) if not row.num_pending]
-        for b, row in tuple(done):
-            if others := self._scheduler.waiting_for(row):
-                self._guarded(row, self._runner.share, row, others)
-                done += [(b, other) for other in others if not other.num_pending]
+        for b, row in enumerate(rows):
+            for other in self._scheduler.waiting_for(row):
+                if other.awaited <= row.computed:
+                    self._guarded(other, self._runner.share, other, row.blocks, other.awaited)
+                    other.scores = row.scores
+                    self._scheduler.share_prefill(other)
+                    done += [(b, other)] * (not other.num_pending)
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:

@@ -282,7 +282,6 @@ class ActiveDeltas:
         self.selection = selection_of(model)
         self.base = self.selection.names
         self.mixing = False  # a pass with `slot_adapters.plan` is running
-        self.aware: set[str] = set()  # modules whose fast forward applies the plan
         self._targets: set[str] = set()  # modules with an `EngineDelta`
         self._fused: dict[str, Any] = {}  # modules whose fast forward ignores deltas
         self._num_attached: Counter[LoadedAdapter] = Counter()
@@ -347,7 +346,7 @@ class ActiveDeltas:
 
     def _attach(self, path: str, name: str, delta: Delta) -> None:
         module = module_at(self.model, path)
-        if path not in self.aware and "forward" in vars(module):
+        if "forward" in vars(module):
             self._fused[path] = module
         attach_delta(module, layer_class(module), name, delta.eval(), self.selection, path)
 

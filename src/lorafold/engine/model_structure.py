@@ -1,6 +1,6 @@
 """Runs a model to detect how it can be batched, independently of its class.
 
-Three prompts run together in slots, in chunks and then token by token. Their logits must equal the
+Three prompts run in one batch, in chunks and then token by token. Their logits must equal the
 logits of each prompt alone, up to rounding. If they don't (for example because of recurrent state
 or custom attention), the engine runs one request at a time.
 """
@@ -21,7 +21,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, deltas_on, selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.core.expert_matrices import Matrices
-from lorafold.engine.kv_cache import SlotCache, SlotView
+from lorafold.engine.kv_cache import BLOCK, BlockCache, BlockView, num_blocks
 from lorafold.engine.operations import Operations, slot_attention, slot_mask
 from lorafold.errors import LorafoldError
 from lorafold.layers import is_linear, layer_of
@@ -47,8 +47,8 @@ class Structure:
     unbatched_reason: str  # why requests can't be batched, or ""
     rowwise: frozenset[str] = frozenset()  # paths of modules whose inputs have one row per request
     shapes: tuple[MatrixShapes, ...] = ()  # matrices among `rowwise`, by shape
-    groups: tuple[tuple[str, ...], ...] = ()  # matrices with the same input, such as q, k, v
     routed: bool = False  # mixture of experts, which computes tokens of all rows together
+    token_bytes: int = 0  # bytes of a token's keys and values in all layers
 
     @cached_property
     def index_of(self) -> dict[str, tuple[int, int]]:
@@ -85,7 +85,7 @@ def slotted(model: Any, operations: Operations) -> Any:
 
 
 def forward_pass(
-    model: Any, view: SlotView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
+    model: Any, view: BlockView, ids_BT: Tensor, counts_B: Tensor, keep: Tensor
 ) -> Tensor:  # (B, len(keep), V)
     """Returns the logits (B, n, V) at the n positions `keep` of a pass over ids_BT. In each row,
     the first counts_B tokens are real, and the others are padding.
@@ -111,7 +111,8 @@ def probe(model: Any) -> Structure:
         try:
             with ExitStack() as stack, slotted(model, Operations()):
                 inputs = _InputRecorder(model, stack)
-                batched = _slot_logits(model, prompts).float()
+                cache = BlockCache(len(prompts), model.device)
+                batched = _batched_logits(model, prompts, cache).float()
         except Exception as error:
             return Structure(f"the model can't be batched ({type(error).__name__}: {error})")
     if not (batched - alone).norm() <= max(1e-5, 16 * torch.finfo(model.dtype).eps) * alone.norm():
@@ -122,24 +123,24 @@ def probe(model: Any) -> Structure:
         if path in rowwise and is_linear(module):
             sizes[layer_of(module).shape].append(path)
     shapes = tuple(MatrixShapes(*size, tuple(paths)) for size, paths in sizes.items())
-    matrices = {path for paths in sizes.values() for path in paths}
     routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
-    return Structure("", rowwise, shapes, inputs.groups(matrices), routed)
+    return Structure("", rowwise, shapes, routed, cache.block_bytes // BLOCK)
 
 
-def _slot_logits(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
+def _batched_logits(model: Any, prompts: list[Tensor], cache: BlockCache) -> Tensor:  # (B, V)
     """Returns the logits (B, V) after each prompt's last token. Each forward
     pass is over a chunk of every prompt, or a token if no prompt has a whole chunk left.
     """
     rows, device, logits_B = len(prompts), model.device, dict[int, Tensor]()
-    view = SlotView(SlotCache(rows, max(PROBE_LENGTHS), PROBE_CHUNK, Operations()))
+    view = BlockView(cache)
+    tables = [cache.allocate(num_blocks(n)) for n in PROBE_LENGTHS]
     done = torch.zeros(rows, dtype=torch.long)
     while (left := torch.tensor(PROBE_LENGTHS) - done).any():
         width = PROBE_CHUNK if left.max() >= PROBE_CHUNK else 1
         counts = left.clamp(max=width)
         padded = (pad(p, (0, PROBE_CHUNK)) for p in prompts)
         parts = [p[n : n + width] for p, n in zip(padded, done, strict=True)]
-        view.select(slice(0, rows), done.to(device), width)
+        view.select([*zip(tables, done.tolist(), counts.tolist(), strict=True)], width)
         inputs = (x.to(device) for x in (torch.stack(parts), counts.clamp(1), torch.arange(width)))
         logits_BTV = forward_pass(model, view, *inputs)
         logits_B |= {b: logits_BTV[b, n - 1] for b, n in enumerate(counts.tolist()) if n}
@@ -154,7 +155,6 @@ class _InputRecorder:
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         self.rows: dict[str, bool] = {}
-        self.calls: list[tuple[str, Any, int]] = []  # (path, input, its version)
         for path, module in Anatomy.of(model).modules:
             layer = layer_of(module)
             if layer.linear or layer.takes_ids:
@@ -165,18 +165,6 @@ class _InputRecorder:
         x = args[0] if len(args) == 1 and not kwargs else None
         fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(PROBE_LENGTHS)
         self.rows[path] = self.rows.get(path, True) and fits
-        self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
-
-    def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
-        groups: list[list[str]] = []
-        before: Any = (None, 0)
-        for path, *read in self.calls:
-            if path in paths:
-                same = groups and read[0] is before[0] and read[1] == before[1]
-                groups[-1].append(path) if same else groups.append([path])
-                paths = paths - {path}
-            before = read
-        return tuple(map(tuple, groups))
 
 
 def reserve(model: Any, stack: ExitStack) -> None:

@@ -28,7 +28,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.ops.arithmetic import FEW, matmul_dtype
 from lorafold.ops.attention import FORWARD, Scores
-from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
+from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED
 from lorafold.ops.elementwise import GATED, NORM, ROTARY
 from lorafold.ops.packed_documents import Documents
 from lorafold.ops.scale_and_add import SCALE, plain_scale_and_add
@@ -45,7 +45,7 @@ class Operations:
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
-        self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
+        self.attend, self.gated = ATTEND.on(device), GATED.on(device)
         if as_trained:
             self.attend = attend_as_trained
         self._norm, self._rotary = NORM.on(device), ROTARY.on(device)

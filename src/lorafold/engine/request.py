@@ -16,7 +16,7 @@ from lorafold.ops.arithmetic import FEW
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 2048  # default for the maximum tokens of a request
+LONGEST = 2048  # default for the maximum tokens of a request, if the model has none
 LARGEST = 3.4028234663852886e38  # the largest float32
 NUMBERS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -181,11 +181,14 @@ class EventStream:
 @dataclass(frozen=True)
 class EngineSettings:
     slots: int = 16  # max_num_seqs
-    length: int | None = None  # max_model_len (None: the model's, at most LONGEST)
+    # max_model_len (None: the model's, at most LONGEST with `invariant`, whose passes read all of
+    # it); at most as many tokens as the KV cache holds
+    length: int | None = None
+    kv_bytes: int | None = None  # maximum bytes of the KV cache (None: half of the free memory)
     chunk: int = 256  # prefill tokens per prompt and pass
     budget: int = 512  # prefill tokens per step
     adapter_bytes: int | None = None  # maximum bytes of adapters in memory
-    fast: bool = True  # use `engine.fast_path`, which copies the matrices
+    fast: bool = True  # use `engine.plan`, which copies the matrices
     # allow lengths beyond max_position_embeddings, unless position embeddings are learned
     beyond: bool = False
     # batch invariance from equal shapes in all passes instead of the fast path; mixture-of-experts
@@ -207,7 +210,8 @@ class EngineSettings:
         """
         positions = min(positions or LONGEST, table or sys.maxsize)
         most = sys.maxsize if self.beyond and table is None else positions
-        length = min(positions, LONGEST) if self.length is None else self.length
+        length = min(positions, LONGEST) if self.invariant else positions
+        length = length if self.length is None else self.length
         sizes = {"slots": (self.slots, 1), "length": (length, 2), "chunk": (self.chunk, 2)}
         sizes["tenant_slots"] = (self.tenant_slots or 1, 1)
         wrong = [

@@ -122,36 +122,38 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
             sampler.process_logits_(changed_BV[b])
         except Exception as error:
             choices[b], changed_BV[b] = error, 0
-    tokens_B = changed_BV.argmax(-1)
     sampled = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
-    filtered_nV = torch.zeros(0)
+    drawn_B, tokens_B = torch.zeros(len(samplers)), torch.zeros(len(samplers), dtype=torch.long)
+    if len(sampled) < len(samplers):
+        tokens_B = changed_BV.argmax(-1)
     if sampled:
         samplers_n = [samplers[b] for b in sampled]
         # below 1e-30 all but the largest logit overflow; above 1e30 all are equal
         rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
-        least_nV = changed_BV[sampled] - changed_BV[sampled].amax(-1, keepdim=True)
-        scaled_nV = least_nV / torch.tensor(rates)[:, None]
+        scaled_nV = select_rows(changed_BV, sampled)
+        scaled_nV = scaled_nV - scaled_nV.amax(-1, keepdim=True)
+        if rates != [1.0] * len(rates):
+            scaled_nV /= torch.tensor(rates)[:, None]
         filtered_nV = filter_logits(scaled_nV, [item.sampling for item in samplers_n])
         size = filtered_nV.shape[1]
         noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
-        tokens_B[sampled] = (torch.softmax(filtered_nV, -1) / noise_nV).argmax(-1)
-    for b, token in enumerate(tokens_B.tolist()):
-        if choices[b] is None:
-            row = filtered_nV[sampled.index(b)] if b in sampled else None
-            choices[b] = _with_logprobs(token, samplers[b].sampling.logprobs, logits_BV[b], row)
+        weights_nV = filtered_nV.exp()  # proportional to the probabilities
+        tokens_n = tokens_B[sampled] = (weights_nV / noise_nV).argmax(-1)
+        chosen_n = filtered_nV.gather(1, tokens_n[:, None])[:, 0]
+        drawn_B[sampled] = chosen_n - weights_nV.sum(-1).log()
+    with_logprobs = any(sampler.sampling.logprobs is not None for sampler in samplers)
+    total_B = logits_BV.logsumexp(-1) if with_logprobs else drawn_B
+    logp_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
+    columns = (t.tolist() for t in (tokens_B, logp_B, drawn_B))
+    for b, (token, logp, drawn) in enumerate(zip(*columns, strict=True)):
+        if choices[b] is None and (n := samplers[b].sampling.logprobs) is not None:
+            best = logits_BV[b].topk(n)
+            values = (best.values - total_B[b]).tolist()
+            pairs = zip(best.indices.tolist(), values, strict=True)
+            choices[b] = SampledToken(token, logp, tuple(pairs), drawn)
+        elif choices[b] is None:
+            choices[b] = SampledToken(token)
     return [item for item in choices if item is not None]
-
-
-def _with_logprobs(
-    token: int, n: int | None, logits_V: Tensor, sampled_V: Tensor | None
-) -> SampledToken:
-    if n is None:
-        return SampledToken(token)
-    logp_V = torch.log_softmax(logits_V, -1)
-    best = logp_V.topk(n)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    logp = 0.0 if sampled_V is None else float(torch.log_softmax(sampled_V, -1)[token])
-    return SampledToken(token, float(logp_V[token]), tuple(pairs), logp)
 
 
 def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)

@@ -1,8 +1,8 @@
 """Chooses the rows of the next forward passes.
 
 Each step decodes all rows that have one pending token, and then prefills at most `budget` tokens,
-so that long prompts don't delay decoding for long. If running rows have the same prompt, adapter
-and tenant, the first of them prefills it for all.
+so that long prompts don't delay decoding for long. If running rows of one adapter and tenant have a
+common prefix, the first of them prefills it for all.
 
 `WaitingQueue` implements the virtual token counter of Sheng et al. 2024, Fairness in Serving Large
 Language Models (OSDI), algorithm 2. It serves the tenant with the smallest counter. A tenant's
@@ -18,8 +18,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from lorafold.engine.kv_cache import BLOCK
 from lorafold.engine.request import EngineSettings
-from lorafold.engine.runner import separate_adapter
+from lorafold.engine.runner import is_planned, separate_adapter
 from lorafold.engine.sequence import Row
 
 PRESENCE_SECONDS = 30.0  # a tenant counts as present for this time after its last request
@@ -41,7 +42,8 @@ class WaitingQueue:
             least = min((self._used[t] for t in self._rows), default=self._last)
             self._used[tenant] = max(self._used.get(tenant, 0.0), least)
             self._rows[tenant] = deque()
-        self._rows[tenant].append(row)
+        rows = self._rows[tenant]
+        (rows.append if row.stream.began is None else rows.appendleft)(row)
 
     def is_only_tenant(self, tenant: str) -> bool:
         others = (at for other, at in self._last_arrival.items() if other != tenant)
@@ -82,17 +84,20 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, settings: EngineSettings, single: bool) -> None:
+    def __init__(self, settings: EngineSettings, single: bool, planned: bool = False) -> None:
+        self.planned = planned
         self.slots, self.chunk, self.invariant = settings.slots, settings.chunk, settings.invariant
         self.budget, self.single = max(settings.budget, settings.chunk), single
+        self.prefix_reuse = settings.prefix_reuse
         self.max_per_tenant, self.waiting = settings.tenant_slots, WaitingQueue(settings.weights)
         self.running: list[Row] = []
 
-    def admit(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
+    def admit(self, fits: Callable[[Row], bool], ready: Callable[[Row], bool]) -> Iterator[Row]:
         unready: list[Row] = []
         for _ in range(self.slots - len(self.running)):
             row = self.waiting.next_row(unready, self._full())
-            if row is None:
+            # the others wait too, because small requests could delay a large one forever
+            if row is None or not fits(row):
                 return
             if not ready(row):
                 unready.append(row)
@@ -134,13 +139,18 @@ class Scheduler:
         return batches
 
     def share_prefill(self, row: Row) -> None:
-        """Lets a request wait for another that prefills the same prompt. Adapters that can't be
-        mixed are excluded, because their requests' cache may contain more than keys and values.
+        """Lets a request wait for another that prefills the same prompt, or at least another block
+        of a common prefix. Adapters that can't be mixed are excluded, because their requests' cache
+        may contain more than keys and values.
         """
+        row.prefiller = None
         if separate_adapter(row) is not None:
             return
-        others = (other for other in self.running if other is not row)
-        row.prefiller = next((other for other in others if other.can_prefill_for(row)), None)
+        others = [other for other in self.running if other is not row]
+        common = [(other.common_prefix(row, self.prefix_reuse), other) for other in others]
+        n, other = max(common, key=lambda pair: pair[0], default=(0, None))
+        if n >= row.computed + BLOCK or n == len(row.tokens):
+            row.prefiller, row.awaited = other, n
 
     def waiting_for(self, prefiller: Row) -> list[Row]:
         return [row for row in self.running if row.prefiller is prefiller]
@@ -148,9 +158,8 @@ class Scheduler:
     def remove(self, row: Row) -> None:
         """Removes a running request. If others wait for its prefill, one of them takes over."""
         self.running.remove(row)
-        waiting = self.waiting_for(row)
-        for other in waiting:
-            other.prefiller = None if other is waiting[0] else waiting[0]
+        for other in self.waiting_for(row):
+            self.share_prefill(other)
 
     def _next_batch(self, rows: Sequence[Row], left: int) -> Batch:
         taken: list[Row] = []
@@ -170,6 +179,7 @@ class Scheduler:
             is_only_tenant = separate_adapter(row)
             # rows that need logits of all their tokens run in separate passes
             key: tuple[object, ...] = (is_only_tenant, row.to_score(row.num_pending) > 0)
+            key = (*key, self.planned and is_planned(row))
             if self.single or (self.invariant and is_only_tenant):
                 key = (*key, row.request.id)
             groups.setdefault(key, []).append(row)

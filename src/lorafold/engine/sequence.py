@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.kv_cache import PrefixKey
+from lorafold.engine.kv_cache import PrefixKey, common_length
 from lorafold.engine.request import Ended, EventStream, Reason, Request, Token
 from lorafold.engine.sampler import NOT_FINITE, AllowedTokens, NotFinite, SampledToken, Sampler
 from lorafold.errors import EXITS, error_location
@@ -31,8 +31,8 @@ Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
 class Row:
-    """A waiting or running request with its tokens, adapter and slot. `ends` is added to the
-    request's end tokens.
+    """A waiting or running request with its tokens, adapter, slot and blocks. `ends` is added to
+    the request's end tokens.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class Row:
         self.tokens = list(request.prompt)
         self.computed = 0  # tokens in the KV cache
         self.scores: list[Score] = []  # of the prompt's tokens, without the first
-        self.prefiller: Row | None = None  # another row that prefills the same prompt
+        self.blocks: list[int] = []  # of the KV cache, in the order of their positions
+        self.prefiller: Row | None = None  # another row that prefills a common prefix
+        self.awaited = 0  # length of that prefix
         self.cached = 0  # prompt tokens from the prefix cache
         self.adapter: LoadedAdapter | None = None
         self.slot = -1
@@ -67,15 +69,17 @@ class Row:
         """The key under which other requests may reuse this request's KV cache."""
         return self.entry.generation if self.entry else 0, self.request.tenant
 
-    def can_prefill_for(self, other: Row) -> bool:
-        """Whether this request prefills a prompt whose KV cache and logits the other can use."""
-        return (
-            self.prefiller is None
-            and len(self.tokens) == len(self.request.prompt)
-            and self.request.prompt == other.request.prompt
-            and self.prefix == other.prefix
-            and other.request.prompt_logprobs in (None, self.request.prompt_logprobs)
-        )
+    def common_prefix(self, other: Row, partial: bool) -> int:
+        """The length of the prefix that this request prefills and the other can use: the whole
+        prompt, with its logits, or with `partial` also a part of it.
+        """
+        if self.prefiller is not None or self.prefix != other.prefix or not self.num_pending:
+            return 0
+        same = self.tokens == other.tokens and len(self.tokens) == len(self.request.prompt)
+        if same and other.request.prompt_logprobs in (None, self.request.prompt_logprobs):
+            return len(self.tokens)
+        partial = partial and other.request.prompt_logprobs is None
+        return common_length(self.tokens, other.tokens[:-1]) if partial else 0
 
     def to_score(self, n: int) -> int:
         """Returns how many of the next n tokens predict a prompt token that needs a logprob."""

@@ -86,13 +86,14 @@ def supported(*tensors: Tensor, dense: bool = False) -> bool:
     return True
 
 
-def load_library(source: Path) -> ctypes.PyDLL:
+def load_library(source: Path, kind: type[ctypes.CDLL] = ctypes.PyDLL) -> ctypes.CDLL:
     """Loads a C++ file's library, compiled if it is not cached. Calls keep the GIL, because most
-    take microseconds. Raises Unavailable without a C++ compiler, OpenMP or a writable cache.
+    take microseconds; those of a CDLL release it. Raises Unavailable without a C++ compiler, OpenMP
+    or a writable cache.
     """
     library = _compile_cached(source)
     try:
-        return ctypes.PyDLL(str(library))
+        return kind(str(library))
     except OSError as error:
         raise Unavailable(f"{library}: can't be loaded ({error})") from None
 

@@ -3,52 +3,11 @@
 // They are batch-invariant: a token's results depend only on its own row, and so does the order of
 // summation. Inputs and outputs are float or bfloat16 (raw 16 bits); sums are in fp32.
 
-#include <limits>
 #include <vector>
 
-#include "numbers.h"
+#include "decoding.h"
 
 namespace {
-
-constexpr int GROUP = 4;  // query heads that are computed together
-
-// converts to float, in the order of `load_block`
-template <class T>
-void widen(const T* x, float* y, long n) {
-  long i = 0;
-  for (; i + BLOCK <= n; i += BLOCK) store_block(y + i, load_block(x + i));
-  for (; i < n; i++) y[i] = load(x + i);
-}
-
-// out_gj = x_g . m_j for G widened vectors x and R rows of M, all of length n
-template <int G, int R, class T>
-inline void dots_of(const float* x, const T* m, float* out, long rows, long n) {
-  pair sums[G][R] = {};
-  long i = 0;
-  for (; i + BLOCK <= n; i += BLOCK)
-    for (int r = 0; r < R; r++) {
-      prefetch(m + r * n + i);
-      pair y = load_block(m + r * n + i);
-      for (int g = 0; g < G; g++) {
-        pair z = load_block(x + g * n + i);
-        sums[g][r].a += z.a * y.a;
-        sums[g][r].b += z.b * y.b;
-      }
-    }
-  for (int g = 0; g < G; g++)
-    for (int r = 0; r < R; r++) {
-      float rest = 0;
-      for (long k = i; k < n; k++) rest = std::fma(x[g * n + k], load(m + r * n + k), rest);
-      out[g * rows + r] = sum(sums[g][r].a + sums[g][r].b) + rest;
-    }
-}
-
-template <int G, int R, class T>
-void dots(const float* x, const T* m, float* out, long rows, long n) {
-  long j = 0;
-  for (; j + R <= rows; j += R) dots_of<G, R>(x, m + j * n, out + j, rows, n);
-  for (; j < rows; j++) dots_of<G, 1>(x, m + j * n, out + j, rows, n);
-}
 
 // out = sum_j a_j m_j, of length n; M is read once and sequentially, and y is a buffer of length n
 template <class T>
@@ -65,33 +24,6 @@ void combined(const float* a, const T* m, float* y, T* out, long rows, long n) {
   }
   for (long i = 0; i < blocks; i += BLOCK) store_block(out + i, load_block(y + i));
   for (long i = blocks; i < n; i++) store(out + i, y[i]);
-}
-
-// out_g = scale_g sum_j a_gj m_j for G outputs of length n, which are summed in registers and
-// written with stride `step`
-template <int G, class T>
-void averages(const float* a, const float* scale, const T* m, T* out, long rows, long n,
-              long step) {
-  long at = 0;
-  for (; at + BLOCK <= n; at += BLOCK) {
-    pair y[G] = {};
-    for (long j = 0; j < rows; j++) {
-      prefetch(m + j * n + at);
-      pair x = load_block(m + j * n + at);
-      for (int g = 0; g < G; g++) {
-        y[g].a += a[g * rows + j] * x.a;
-        y[g].b += a[g * rows + j] * x.b;
-      }
-    }
-    for (int g = 0; g < G; g++)
-      store_block(out + g * step + at, {scale[g] * y[g].a, scale[g] * y[g].b});
-  }
-  for (; at < n; at++)
-    for (int g = 0; g < G; g++) {
-      float y = 0;
-      for (long j = 0; j < rows; j++) y = std::fma(a[g * rows + j], load(m + j * n + at), y);
-      store(out + g * step + at, scale[g] * y);
-    }
 }
 
 // the factors of one of the matrices that read the same x, as a row of an int64 table
@@ -113,12 +45,13 @@ void low_rank_rows(const T* x, const part<T>* parts, long many, int64_t slot, lo
     long r = p->ranks[row];
     const T* up = p->up + slot * p->rank * p->width;
     u.resize(G * r);
-    dots<G, 1>(wide.data(), p->down + slot * p->rank * in, u.data(), r, in);
+    dots<G, 1>(wide.data(), p->down + slot * p->rank * in, u.data(), r, in, r);
     if (G == 1) {
       y.resize(p->width);
       combined(u.data(), up, y.data(), out, r, p->width);
     } else {
-      averages<G>(u.data(), one.data(), up, out, r, p->width, width);
+      averages<G>(u.data(), one.data(), [&](long j) { return up + j * p->width; }, out, r, p->width,
+                  width);
     }
   }
 }
@@ -151,19 +84,9 @@ template <int G, class T>
 void attend_heads(const float* q, const T* k, const T* v, const T* mask, T* out, float* p,
                   long keys, long d, long dv, float scale) {
   float over[G];
-  dots<G, 2>(q, k, p, keys, d);
-  for (int g = 0; g < G; g++) {
-    float *own = p + g * keys, top = -std::numeric_limits<float>::infinity(), total = 0;
-#pragma omp simd reduction(max : top)
-    for (long j = 0; j < keys; j++) {
-      own[j] = scale * own[j] + load(mask + j);
-      top = own[j] > top ? own[j] : top;
-    }
-#pragma omp simd reduction(+ : total)
-    for (long j = 0; j < keys; j++) total += (own[j] = exponential(own[j] - top));
-    over[g] = 1 / total;
-  }
-  averages<G>(p, over, v, out, keys, dv, dv);
+  dots<G, 2>(q, k, p, keys, d, keys);
+  exponentials<G>(p, over, keys, scale, [&](long j) { return load(mask + j); });
+  averages<G>(p, over, [&](long j) { return v + j * dv; }, out, keys, dv, dv);
 }
 
 template <class T>
@@ -195,17 +118,6 @@ void attend(const T* q, const T* k, const T* v, const T* mask, T* out, long rows
   }
 }
 
-template <class T>
-void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, long rows,
-           long heads, long tokens, long d, long to_slot, long to_head, long row, long head,
-           long token) {
-  for (long b = 0; b < rows; b++)
-    for (long h = 0; h < heads; h++)
-      for (long t = 0; t < tokens; t++)
-        std::memcpy(buffer + slots[b] * to_slot + h * to_head + (starts[b] + t) * d,
-                    x + b * row + h * head + t * token, d * sizeof(T));
-}
-
 }  // namespace
 
 // ctypes finds functions by name: low_rank_float32, low_rank_bfloat16, ...
@@ -222,11 +134,6 @@ void write(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, l
                                 float scale, int threads) {                                        \
     attend(q, k, v, mask, out, rows, heads, tokens, kv, keys, d, dv, q_row, q_head, q_token,       \
            k_row, k_head, v_row, v_head, m_row, m_token, scale, threads);                          \
-  }                                                                                                \
-  extern "C" void write_##NAME(T* buffer, const T* x, const int64_t* slots, const int64_t* starts, \
-                               long rows, long heads, long tokens, long d, long to_slot,           \
-                               long to_head, long row, long head, long token) {                    \
-    write(buffer, x, slots, starts, rows, heads, tokens, d, to_slot, to_head, row, head, token);   \
   }
 
 EXPORT(float, float32)

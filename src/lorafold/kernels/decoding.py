@@ -18,7 +18,6 @@ from lorafold.ops.decoding import SlotFactors, low_rank
 SIGNATURES = {
     "low_rank": "2Pl2P4li",
     "attend": "5P16lfi",
-    "write": "4P9l",
 }
 
 
@@ -68,12 +67,3 @@ class _CppDecoding:
             scale, torch.get_num_threads(),
         )  # fmt: skip
         return out
-
-    def write(self, buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> Any:
-        if not supported(buffer, x) or x.stride(3) != 1:
-            return NotImplemented
-        b, heads, tokens, d = x.shape
-        return self._call(
-            "write", x.dtype, buffer, x, slots, starts, b, heads, tokens, d, *buffer.stride()[:2],
-            *x.stride()[:3],
-        )  # fmt: skip

@@ -31,9 +31,8 @@ IMPLEMENTATIONS = {
     decoding.STORED: {"cpu": "decoding._CppDecoding"},
     decoding.LOW_RANK: {"cpu": "decoding._CppDecoding"},
     decoding.ATTEND: {"cpu": "decoding._CppDecoding"},
-    decoding.WRITE: {"cpu": "decoding._CppDecoding"},
 }
-ENGINE_ONLY = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
+ENGINE_ONLY = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND)
 DECODING = (
     *ENGINE_ONLY, elementwise.NORM, elementwise.ROTARY, elementwise.GATED, scale_and_add.SCALE
 )  # fmt: skip

@@ -58,12 +58,12 @@ void gated(const T* gate, const T* up, T* out, long rows, long n, long to_gate, 
   }
 }
 
-template <class T, class G>
-void rms_norm(const T* x, const G* gain, T* out, long rows, long n, float eps, int threads) {
+template <class T, class G, class O>
+void rms_norm(const T* x, const G* gain, O* out, long rows, long n, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > FEW)
   for (long b = 0; b < rows; b++) {
     const T* from = x + b * n;
-    T* to = out + b * n;
+    O* to = out + b * n;
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (long i = 0; i < n; i++) squares += load(from + i) * load(from + i);

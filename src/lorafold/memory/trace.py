@@ -23,8 +23,8 @@ from lorafold.adapter import attach
 from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
 from lorafold.engine.adapters import deltas_of
-from lorafold.engine.fast_path import packed_bytes
 from lorafold.engine.kv_cache import round_up
+from lorafold.engine.plan import TILE, packed_bytes
 from lorafold.engine.request import EngineSettings
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
@@ -402,9 +402,12 @@ def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> t
     chunk, prompts = min(size.prompt, ENGINE_SETTINGS.chunk), -(-slots // size.group)
     rows = max(1, min(prompts, ENGINE_SETTINGS.budget // chunk))
     passes = max(_pass_bytes(model, rows, chunk, ledger), _pass_bytes(model, slots, 1, ledger))
+    passes += kv_cache // config.num_hidden_layers  # a copy of what one layer reads
     pairs = [delta.factors() for delta in deltas_of(model, selection_of(model).names).values()]
-    factors = sum(t.numel() for pair in pairs for t in pair or ())
-    engine = packed_bytes(model) + FACTOR_COPIES * factors * model.dtype.itemsize
+    # a planned step pads ranks to those of a tile
+    copies = ((t, max(FACTOR_COPIES, TILE / len(pair[1]))) for pair in pairs if pair for t in pair)
+    factors = int(sum(t.numel() * n for t, n in copies))
+    engine = packed_bytes(model) + factors * model.dtype.itemsize
     return engine, kv_cache, kv_cache + max(passes, logits)
 
 

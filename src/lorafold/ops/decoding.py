@@ -4,7 +4,6 @@
                                                         and up (slots, r, out) -> (B, T, out + ...)
     attend      o = softmax(scale q k^T + m) v          q (B, H, T, D), k (B, Hk, K, D), v (B, Hk,
                                                         K, Dv), m (B, 1, T, K) -> (B, T, H, Dv)
-    write       buffer_s(b), start_b + t = x_bt         x (B, Hk, T, D) -> buffer (slots, Hk, L, D)
 
 On a CPU, stacked factors are fp32, because batched matmuls with one row are three times as fast as
 in bf16.
@@ -101,15 +100,5 @@ def _mask_of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
     return known[kv, groups]
 
 
-def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
-    """Writes the tokens x (B, Hk, T, D) to buffer (slots, Hk, L, D) at slots (B,), from position
-    starts (B,) on.
-    """
-    known = vars(starts).setdefault("_lorafold_places", {})  # shared by the KV caches of all layers
-    if (tokens := x.shape[2]) not in known:
-        known[tokens] = starts[:, None] + torch.arange(tokens, device=starts.device)
-    buffer[slots[:, None], :, known[tokens]] = x.transpose(1, 2)
-
-
 STORED, LOW_RANK = Operation("stored", stored_dtype), Operation("low_rank", low_rank)
-ATTEND, WRITE = Operation("attend", attend), Operation("write", write)
+ATTEND = Operation("attend", attend)

@@ -72,6 +72,8 @@ class States:
     evictions: int
     damaged: int  # adapters whose memory was corrupted
     alone: str  # why requests run one at a time; "" if they are batched
+    kv_tokens: int  # tokens for which the KV cache has memory
+    kv_bytes: int
 
     def is_quarantined(self, name: str) -> bool:
         return self.adapters.get(name, ("", 0))[0] == "quarantined"

@@ -64,8 +64,8 @@ class EngineBackend(Backend):
         if tenant_slots is None and settings.keys is not None:
             tenant_slots = max(1, settings.slots * 3 // 4)
         engine_settings = EngineSettings(
-            slots=settings.slots, length=settings.length, budget=settings.prompt_budget,
-            adapter_bytes=settings.adapter_bytes,
+            slots=settings.slots, length=settings.length, kv_bytes=settings.kv_bytes,
+            budget=settings.prompt_budget, adapter_bytes=settings.adapter_bytes,
             prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=tenant_slots,
             weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
@@ -148,10 +148,11 @@ class EngineBackend(Backend):
             (self._pinned.add if pinned else self._pinned.discard)(key)
 
     def states(self) -> States:
-        adapters = self.engine.adapters
+        adapters, structure, kv = self.engine.adapters, self.engine.structure, self.engine.kv_tokens
         return States(
             adapters.statuses(), dict(adapters.seconds), adapters.nbytes, adapters.reads,
-            adapters.evictions, adapters.damaged, self.engine.structure.unbatched_reason,
+            adapters.evictions, adapters.damaged, structure.unbatched_reason, kv,
+            kv * structure.token_bytes,
         )  # fmt: skip
 
     def _collect_updates(self) -> None:

@@ -144,7 +144,7 @@ class Gauges(Collector):
             ("num_requests_waiting", "The same as lorafold_waiting", waiting),
             ("num_requests_running", "The same as lorafold_running", running),
             ("kv_cache_usage_perc", "Fraction of the KV cache used by running completions, 0 to 1",
-             min(1.0, tokens / (slots * host.backend.length))),
+             min(1.0, tokens / now.kv_tokens)),
         ):  # fmt: skip
             yield GaugeMetricFamily(f"vllm:{name}", about, value=share)
         values = [str(slots)]  # any slot can run any adapter

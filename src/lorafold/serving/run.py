@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafold.core.anatomy import Anatomy
 from lorafold.data.control_tokens import allow_tokens
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.terminal import format_bytes
 from lorafold.identity import joined, of_code
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
@@ -224,8 +225,11 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
     lines += [f"in quarantine: {name}: {why}" for name, (_, why) in state.quarantined.items()]
     if unknown := sorted(server.settings.weights.keys() - set(keys.tenants)):
         lines.append(f"weights: these tenants have no key: {', '.join(unknown)}")
-    if why := backend.states().alone:
-        lines.append(f"requests run one at a time: {why}")
+    now, limit = backend.states(), "as set" if server.settings.length else "the model's"
+    if now.alone:
+        lines.append(f"requests run one at a time: {now.alone}")
+    limit = "all that fit into memory" if backend.length == now.kv_tokens else limit
+    room = f"{format_bytes(now.kv_bytes)} for {now.kv_tokens:,} tokens of keys and values"
     who = f"tenants with keys: {len(keys.tenants)}" if keys.file else "no API keys (local only)"
     model = names[0] if names else registry.base
     key, bearer = "none", ""
@@ -233,7 +237,8 @@ def _print_summary(server: Server, address: str, console: Console) -> None:
         key, bearer = "$KEY", ' -H "Authorization: Bearer $KEY"'
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines += [
-        f"{server.settings.slots} slots of {backend.length:,} tokens, {who}",
+        f"context: {backend.length:,} tokens, {limit}" + f"; {room}" * (not now.alone),
+        f"{server.settings.slots} slots, {who}",
         f"listening at http://{address}; press Ctrl-C to stop",
         f"  curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{bearer}"
         f" -d '{body}'",

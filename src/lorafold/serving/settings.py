@@ -57,7 +57,8 @@ class Settings(Strict):
     cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = Field([])
     state: Path | None = None  # None: next to the adapters
     slots: PositiveInt = 16  # max_num_seqs
-    length: PositiveInt | None = None  # max_model_len
+    length: PositiveInt | None = None  # max_model_len (None: the model's)
+    kv_bytes: PositiveInt | None = None  # KV cache; None: half of the memory that adapters leave
     prompt_budget: PositiveInt = 512  # prefill tokens per step
     adapter_bytes: PositiveInt | None = None  # memory for adapters; None: half of the free memory
     strikes: PositiveInt = 3  # requests with NaN or infinite logits before a quarantine

@@ -65,7 +65,7 @@ def fused(
         rotate: a replacement for `lorafold.ops.elementwise.rotary`, on inputs (B, H, T, D).
         gate: a replacement for `lorafold.ops.elementwise.gated`, on inputs (..., k).
     """
-    rotation = cache(partial(_fused_rotary, rotate))  # one result per function of transformers
+    rotation = cache(partial(fused_rotary, rotate))  # one result per function of transformers
     # the part's name, the replaced attribute, whether the module must be frozen and unadapted, and
     # a function that returns the fused form or None
     parts: tuple[tuple[str, str, bool, Callable[[nn.Module], Forward | None]], ...] = (
@@ -126,7 +126,14 @@ def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
 
 
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
-    """The fused forward of an RMS norm with gain `weight` or 1 + `weight`; None for other modules.
+    """The fused forward of an RMS norm; None for other modules."""
+    found = rms_gain(norm, module)
+    return None if found is None else lambda x: norm(x, found[0](), found[1])
+
+
+def rms_gain(norm: Forward, module: nn.Module) -> tuple[Callable[[], Tensor], float] | None:
+    """A function that returns the gain of an RMS norm, `weight` or 1 + `weight`, and its epsilon;
+    None for other modules.
     """
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -136,14 +143,16 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
     inputs = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     # the second input is so small that eps matters
     inputs *= torch.tensor([[1.0], [eps**0.5]]).to(weight)
-    for offset in (False, True):
-
-        def forward(x: Tensor, offset: bool = offset) -> Any:
-            return norm(x, 1 + weight.float() if offset else weight, eps)
-
-        if all(_agree(forward, module, x) for x in inputs):
-            return forward
+    for gain in (lambda: weight, lambda: 1 + weight.float()):
+        if all(_agree(lambda x, gain=gain: norm(x, gain(), eps), module, x) for x in inputs):
+            return gain, eps
     return None
+
+
+def activation_of(act: nn.Module) -> str | None:
+    """The key in ACTIVATIONS of the function that a module computes, or None."""
+    z = torch.linspace(-6, 6, 97)
+    return next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
 
 
 def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
@@ -152,9 +161,7 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
     if parts.keys() != {*names}:
         return None
     gate, up, down, act = map(parts.__getitem__, names)
-    z = torch.linspace(-6, 6, 97)
-    activation = next((name for name, f in ACTIVATIONS.items() if _agree(f.forward, act, z)), None)
-    width = getattr(gate, "in_features", None)
+    activation, width = activation_of(act), getattr(gate, "in_features", None)
     if activation is None or not isinstance(width, int):
         return None
 
@@ -193,8 +200,8 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
     if isinstance(module, Adapted) or "forward" in vars(module):
         return None
     own = inspect.unwrap(type(module).forward)  # without wrappers for deprecated arguments
-    uses_rotary = isinstance(own, FunctionType) and ROTARY in own.__code__.co_names
-    if not uses_rotary or (fused := rotation(own.__globals__[ROTARY])) is None:
+    plain = rotary_of(module)
+    if plain is None or (fused := rotation(plain)) is None:
         return None
     names = {**own.__globals__, ROTARY: fused}
     copied = FunctionType(own.__code__, names, "forward", own.__defaults__, own.__closure__)
@@ -202,7 +209,14 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
     return MethodType(copied, module)
 
 
-def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
+def rotary_of(module: nn.Module) -> Forward | None:
+    """The function of transformers by which an attention module rotates, or None."""
+    own = inspect.unwrap(type(module).forward)
+    uses_rotary = isinstance(own, FunctionType) and ROTARY in own.__code__.co_names
+    return own.__globals__[ROTARY] if uses_rotary else None
+
+
+def fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
     """The fused rotary embedding of queries and keys, (B, H, T, D) or (B, T, H, D); None if `plain`
     does not rotate the two halves of D.
     """
