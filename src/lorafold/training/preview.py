@@ -22,7 +22,7 @@ from lorafold.data.row_store import Rows
 from lorafold.data.stream import RowStream
 from lorafold.files.html_page import render_page, write_page
 from lorafold.files.terminal import print_lines
-from lorafold.objectives.objective import examples_of
+from lorafold.objectives.objective import Data, Objective, examples_of
 from lorafold.peft.adapter_directory import open_all
 from lorafold.recipe.resolve_settings import ignored_note
 from lorafold.training.inputs import (
@@ -38,8 +38,6 @@ from lorafold.training.inputs import (
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
-
-    from lorafold.objectives.objective import Data, Objective
 
 MAX_CHECKED_BYTES = 4_000_000  # bytes of rows up to which a preview tokenizes everything
 
