@@ -16,7 +16,10 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import yaml
 
 from lorafold.errors import LorafoldError, truncate
 
@@ -88,23 +91,21 @@ class ForeignOption(NamedTuple):
     example: str = ""
 
 
-def _field(
-    name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = ""
-) -> ForeignOption:
+def _field(name: str, read: Callable[[Any], Any], remark: str = "") -> ForeignOption:
     return ForeignOption((name,), lambda value, given: {name: read(value)}, remark)
 
 
-def _switch(name: str, on: str, remark: str = "") -> ForeignOption:
+def _switch(name: str, on: str, remark: str) -> ForeignOption:
     return ForeignOption((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
 
 
-def _one_of(name: str, choices: Mapping[str, str]) -> ForeignOption:
+def _one_of(choices: Mapping[str, str]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if str(value) not in choices:
             raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
         return choices[str(value)]
 
-    return _field(name, read)
+    return read
 
 
 def modules(value: Any) -> str | tuple[str, ...]:
@@ -130,89 +131,49 @@ def _betas(value: Any, given: Mapping[str, Any]) -> Fields:
     return {"betas": tuple(map(number, pair))}
 
 
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+REMARKS: Mapping[str, str] = TABLES["remarks"]
+SCHEDULES: Mapping[str, str] = TABLES["values"]["schedules"]
+OPTIMIZERS: Mapping[str, str] = TABLES["values"]["optimizers"]
 ONE_RATE = "the same learning rate for A and B, without LoRA+"
-NO_FP16 = "lorafold does not train in fp16; bf16 uses the same memory"
-SCHEDULES = {
-    "cosine": "cosine",
-    "cosine_with_restarts": "cosine",  # the same with one cycle, the default
-    "linear": "linear",
-    "polynomial": "linear",  # the same with power 1, the default
-    "constant_with_warmup": "constant",
+NO_FP16 = REMARKS["fp16 float16"]
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    **{f.__name__: f for f in (number, integer, boolean, names, modules, targets, str)},
+    **{name: _one_of(choices) for name, choices in TABLES["values"].items()},
+    "llamafactory_targets": lambda value: targets(value, "all"),
+    "not_negative": lambda value: max(0.0, number(value)),
+    "same": lambda value: value,
 }
-OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit"),
-    "paged_adamw_8bit": "paged-adamw8bit",
-}
-DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32", "auto": "auto"}
 TRAINING_OPTIONS = {
-    "r lora_r lora_rank": _field("rank", integer),
-    "lora_alpha": _field("alpha", number),
-    "lora_dropout": _field("dropout", number),
-    "target_modules": _field("targets", modules),
-    "lora_target_modules": _field("targets", targets),
-    "lora_target": _field("targets", lambda value: targets(value, "all")),
-    "lora_rank_pattern": _field("rank_pattern"),
-    "lora_alpha_pattern": _field("alpha_pattern"),
-    "lora_modules_to_save additional_target": _field("modules_to_save", names),
-    "use_dora peft_use_dora": _switch("method", "dora"),
-    "use_rslora peft_use_rslora": _switch("method", "rslora"),
-    "load_in_4bit": _switch("storage", "nf4"),
-    "load_in_8bit": _switch("storage", "int8"),
-    "bf16 bfloat16": _switch("storage", "bf16"),
-    "fp16 float16": _switch("storage", "bf16", NO_FP16),
-    "dtype torch_dtype": _one_of("storage", DTYPES),
+    **{
+        keys: _field(name, READERS[reader])
+        for keys, row in TABLES["training"].items()
+        for name, reader in [row.split()]
+    },
+    **{
+        keys: _switch(name, on, REMARKS.get(keys, ""))
+        for keys, row in TABLES["switches"].items()
+        for name, on in [row.split()]
+    },
     "learning_rate": ForeignOption(
         ("lr", "lr_b"), lambda value, given: dict.fromkeys(("lr", "lr_b"), number(value)), ONE_RATE
     ),
-    "lr_scheduler_type lr_scheduler": _one_of("schedule", SCHEDULES | {"constant": "constant"}),
-    "warmup_ratio": _field("warmup", number),
-    "optim": _one_of("optimizer", OPTIMIZERS),
-    "max_grad_norm": _field("clip", lambda value: max(0.0, number(value))),
     "adam_beta1 adam_beta2": ForeignOption(("betas",), _betas),
-    "adam_epsilon": _field("eps", number),
-    "num_train_epochs num_epochs": _field("epochs", number),
-    "max_steps iters": _field("steps", integer),
     "per_device_train_batch_size micro_batch_size batch_size": ForeignOption(
         ("batch",), _rows, "micro-batch times gradient accumulation, for one process"
     ),
-    "gradient_accumulation_steps grad_accumulation_steps": _field("accumulate", integer),
-    "max_seq_length cutoff_len sequence_len": _field("max_length", integer),
-    "sample_packing neat_packing": _field("packing", boolean),
-    "grad_checkpoint use_gradient_checkpointing": _field("gradient_checkpointing", boolean),
-    "val_set_size val_size test_split_size": _field("eval_fraction", number),
-    "eval_steps steps_per_eval": _field("eval_every", integer),
-    "save_steps": _field("save_every", integer),
-    "save_total_limit": _field("keep", integer),
-    "report_to": _field("trackers", names),
-    "chat_template_kwargs": _field("template_kwargs"),
-    "model_name_or_path base_model model_name": _field("model"),
-    "model_revision revision_of_model": _field("revision"),
-    "output_dir adapter_path": _field("out"),
-    "train_dataset dataset datasets dataset_name": _field("data"),
-    "eval_dataset test_datasets": _field("eval_data"),
-    "processing_class": _field("tokenizer"),
 }
-# options of vLLM, SGLang, llama.cpp, and tools for conversion and merging
 SERVER_OPTIONS = {
-    "lora_modules lora_paths lora": _field("adapters")._replace(example="DIR"),
-    "api_key": _field("keys", remark="a file from lorafold serve new-key")._replace(example="FILE"),
-    "quantization_method outtype quantize": _field("tensors"),
-    "format output_format": _field("to"),
-    "save_path": _field("out"),
+    keys: _field(name, READERS["same"], REMARKS.get(keys, ""))._replace(example=" ".join(example))
+    for keys, row in TABLES["servers"].items()
+    for name, *example in [row.split()]
 }
 FOREIGN_OPTIONS = {
     key: one for keys, one in (TRAINING_OPTIONS | SERVER_OPTIONS).items() for key in keys.split()
 }
 SERVER_OPTION_NAMES = {key for keys in SERVER_OPTIONS for key in keys.split()}
 # field -> the function or class that has it, if that is not lf.Recipe
-OWNERS = {
-    **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
-    **dict.fromkeys(("model", "revision", "out", "data", "eval_data", "tokenizer"), "lf.train"),
-    **dict.fromkeys(("adapters", "keys"), "lf.serve"),
-    **dict.fromkeys(("tensors", "to"), "lf.export"),
-    "targets": "lf.attach or lf.Recipe",
-}
+OWNERS = {name: owner for owner, fields in TABLES["owners"].items() for name in fields.split()}
 
 
 def did_you_mean(name: str, known: Collection[str], cutoff: float = SIMILARITY, n: int = 1) -> str:
@@ -225,7 +186,7 @@ def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
     option, other = FOREIGN_OPTIONS.get(name), ""
     own = {field for one in TRAINING_OPTIONS.values() for field in one.fields}
     if name in own and {"recipe", "spec"} & {*known}:
-        option = _field(name)  # of another function or class
+        option = _field(name, READERS["same"])  # of another function or class
     if option is not None:
         try:
             fields = option.read(given[name], given)

@@ -28,7 +28,7 @@ def compare(
     seeds: opt.Count = 1,
     recipe: Annotated[
         "Recipe | None",
-        opt.RecipeOptions(without=("method", "seed"), defaults=opt.quickstart_recipe),
+        opt.RecipeOptions(without=("method", "seed"), default=opt.QUICKSTART),
     ] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,

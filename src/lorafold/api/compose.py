@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 from lorafold.api import options as opt
 
@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from lorafold.data.json_input import Row
     from lorafold.data.row_sources import Reading
     from lorafold.recipe.recipe import Recipe
-
-
-def _gates_recipe(_: Any) -> "Recipe":
-    from lorafold.composing.methods import RECIPE
-
-    return RECIPE
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Learning:
             names=(),
             config=False,
             sets="A field of the recipe for training a mixture's gates, for example steps=40.",
-            defaults=_gates_recipe,
+            default="lorafold.composing.methods:RECIPE",
         ),
     ] = None
 

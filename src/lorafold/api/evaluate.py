@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.rewards.reward import FORMS
+from lorafold.rewards import Rewards
+from lorafold.rewards.reward import CALL_SECONDS, FORMS
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
@@ -113,8 +114,6 @@ def evaluate(
     length = truncation_length(base, max_length, saved, console, head=labels)
     if rewards:
         from lorafold.objectives.algorithm_options import SamplingOptions
-        from lorafold.rewards import Rewards
-        from lorafold.rewards.reward import CALL_SECONDS
 
         seconds = sampling.pop("reward_seconds", CALL_SECONDS)
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens

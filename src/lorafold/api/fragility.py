@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
@@ -13,14 +13,9 @@ if TYPE_CHECKING:
     from lorafold.recipe.recipe import Recipe
 
 TUNING = "Tuning"
+TASK_RECIPE = "lorafold.fragility_study.task:RECIPE"
 FIELDS = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
 FORMS = " A file as for train; each row is {prompt} (text or messages) or a conversation."
-
-
-def _tuning_recipe(_: Any) -> "Recipe":
-    from lorafold.fragility_study.task import RECIPE
-
-    return RECIPE
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def fragility(
     tuning: Tuning = Tuning(),
     defending: Defending = Defending(),
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions(names=FIELDS, defaults=_tuning_recipe)
+        "Recipe | None", opt.RecipeOptions(names=FIELDS, default=TASK_RECIPE)
     ] = None,
     html: str | Path | None = None,
     console: opt.Progress = None,
@@ -138,18 +133,7 @@ def fragility(
     """
     from functools import partial
 
-    from lorafold.api.arguments import (
-        as_html_path,
-        as_path,
-        as_paths,
-        as_prompts,
-        as_reading,
-        as_recipe,
-        as_rows,
-        as_study_path,
-        console_or_quiet,
-        source_label,
-    )
+    from lorafold.api import arguments as args
     from lorafold.api.model_arguments import load_with_adapters
     from lorafold.data.row_store import Rows
     from lorafold.files.atomic import write_json, write_text
@@ -163,19 +147,19 @@ def fragility(
     from lorafold.recipe.resolve_settings import resolve_length
     from lorafold.resolve import base_for
 
-    html_path, console = as_html_path(html), console_or_quiet(console)
+    html_path, console = args.as_html_path(html), args.console_or_quiet(console)
     if problems := list(argument_problems(out, data, tuned, bool(against_adapter), instead)):
         raise LorafoldError("; ".join(problems))
-    study = None if out is None else as_study_path(out)
-    second_stack = [open_all(as_paths(against_adapter))] if against_adapter else []
-    stacks = stacks_of(open_all(as_paths(adapters)), *second_stack)
-    reading = as_reading(base_options)
-    rows = Rows.of([]) if data is None else as_rows(data, reading, console)
+    study = None if out is None else args.as_study_path(out)
+    second_stack = [open_all(args.as_paths(against_adapter))] if against_adapter else []
+    stacks = stacks_of(open_all(args.as_paths(adapters)), *second_stack)
+    reading = args.as_reading(base_options)
+    rows = Rows.of([]) if data is None else args.as_rows(data, reading, console)
     adapters_used = [one for stack in stacks for one in stack.adapters]
-    finished = None if tuned is None else as_path(tuned, "tuned")
+    finished = None if tuned is None else args.as_path(tuned, "tuned")
     tuned_base = [RecordedBase.read(finished)] if finished else []
     base = base_for(model, [*adapters_used, *tuned_base], console, **base_options)
-    run_recipe = as_recipe(recipe, RECIPE, trains=True)
+    run_recipe = args.as_recipe(recipe, RECIPE, trains=True)
     # quantization: the option, else the recipe's, else the adapters' during training
     if base.storage == "auto" and "storage" in run_recipe.model_fields_set:
         base = base.stored(run_recipe.storage)
@@ -186,14 +170,14 @@ def fragility(
     recipe = run_recipe.model_copy(update={"storage": base.storage, "epochs": epochs})
     recipe = resolve_length(recipe, base, num_virtual, console)
     has_alignment = all(stack.adapters for stack in stacks) and tuned is None
-    mix = None if defending.mix is None else as_rows(defending.mix, reading, console)
+    mix = None if defending.mix is None else args.as_rows(defending.mix, reading, console)
     task = FragilityTask(
         base=base,
         stacks=stacks,
-        refuse=as_prompts(probes.refuse, reading),
-        controls=as_prompts(probes.controls, reading),
+        refuse=args.as_prompts(probes.refuse, reading),
+        controls=args.as_prompts(probes.controls, reading),
         rows=rows,
-        source="" if data is None else source_label(data),
+        source="" if data is None else args.source_label(data),
         refusal_prefixes=tuple(probes.refusal_prefix),
         compliance_prefixes=tuple(probes.compliance_prefix),
         examples=() if tuned else tuple(sorted(set(tuning.examples))),

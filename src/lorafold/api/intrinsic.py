@@ -21,7 +21,7 @@ def intrinsic(
     largest: opt.Count = 65536,
     share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
     recipe: Annotated[
-        "Recipe | None", opt.RecipeOptions(without=("method",), defaults=opt.quickstart_recipe)
+        "Recipe | None", opt.RecipeOptions(without=("method",), default=opt.QUICKSTART)
     ] = None,
     console: opt.Progress = None,
     **base_options: Unpack[opt.StudyOptions],

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorafold.recipe.recipe import Recipe
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 BASE = "Base model"
@@ -94,23 +93,17 @@ class RecipeOptions:
     names: The fields that have an option; None means all fields except `without`.
     config: Whether the command has `--config`.
     sets: The help text of `--set`.
-    defaults: A function that returns the default recipe for the command's other arguments.
+    default: The default recipe, as MODULE:NAME; empty means `lf.Recipe()`.
     """
 
     names: Collection[str] | None = None
     without: Collection[str] = ()
     config: bool = True
     sets: str = "A field of the recipe, for example --set rank=8."
-    defaults: Callable[[Mapping[str, Any]], "Recipe | None"] = lambda _: None
+    default: str = ""
 
 
-def quickstart_recipe(arguments: Mapping[str, Any]) -> "Recipe | None":
-    """Returns the quickstart's recipe if there is no `data`, because the command then uses the
-    quickstart task.
-    """
-    from lorafold.quickstart.run import RECIPE
-
-    return None if arguments["data"] else RECIPE
+QUICKSTART = "lorafold.quickstart.run:RECIPE"  # the default without `data`
 
 
 class Docs(NamedTuple):

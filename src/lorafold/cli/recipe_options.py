@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin
 
-from lorafold.api.options import DeclaredOption, Option, RecipeOptions
+from lorafold.api.options import QUICKSTART, DeclaredOption, Option, RecipeOptions
 from lorafold.cli.help import PLACEHOLDERS
 from lorafold.cli.parameters import alternatives, as_typed, parameter_of
 from lorafold.errors import LorafoldError
@@ -54,7 +55,9 @@ def recipe_of(declared: RecipeOptions, typed: Mapping[str, Any]) -> Recipe:
         else:
             fields[name] = value
     config = typed["config"] if declared.config else None
-    recipe = load_recipe(config, pairs, declared.defaults(typed), **fields)
+    on_own_data = declared.default == QUICKSTART and typed["data"]
+    default = resolve_name(declared.default) if declared.default and not on_own_data else None
+    recipe = load_recipe(config, pairs, default, **fields)
     rates = {"lr": recipe.lr, "lr_b": recipe.lr_b}
     if too_high := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
         raise LorafoldError(

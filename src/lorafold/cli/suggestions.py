@@ -14,36 +14,17 @@ from typing import Any
 
 from lorafold.cli.command_line import Word
 from lorafold.errors import LorafoldError, listed
-from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY
+from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY, TABLES
 
 SAMPLE_VALUES = ("true", "1")  # tried if a value is missing or invalid
 MISSPELLING_CUTOFF = 0.9  # minimum similarity of a misspelling
 MAX_HINTS_LENGTH = 270  # characters of all hints
 # command of another tool -> lorafold's command
-COMMANDS = {
-    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
-    **dict.fromkeys(("infer", "inference", "predict", "run"), "generate"),
-    **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
-    "test": "eval",
-}
+COMMANDS = {name: ours for ours, names in TABLES["commands"].items() for name in names.split()}
 # option that a command has -> hints for other tools' options without an equivalent
 HINTS = {
-    "--adapters": dict.fromkeys(
-        ("max_model_len", "context_length", "ctx_size"),
-        "use length (max_model_len) in the file of --config",
-    ),
-    "--into": dict.fromkeys(
-        ("dtype", "torch_dtype"),
-        "merged weights keep the dtype of the files; for GGUF, use export --tensors",
-    ),
-}
-
-# Switches that are read with another key, and that key's value
-SWITCH_SETTINGS = {
-    "bf16": ("dtype", "bfloat16"),
-    "fp16": ("dtype", "float16"),
-    "use_dora": ("use_peft", "true"),
-    "use_rslora": ("use_peft", "true"),
+    option: {name: hint for names, hint in hints.items() for name in names.split()}
+    for option, hints in TABLES["hints"].items()
 }
 
 
@@ -152,7 +133,7 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Any:
     """
     from lorafold.config_import.rules import ToolSettings
 
-    name, value = SWITCH_SETTINGS.get(key, (key, given[key]))
+    name, value = TABLES["read_with"].get(key, (key, given[key]))
     for rules in _rule_tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}

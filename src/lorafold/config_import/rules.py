@@ -22,16 +22,7 @@ import yaml
 
 from lorafold.data.formats import JUDGED
 from lorafold.errors import LorafoldError, join_problems, truncate_middle
-from lorafold.foreign_options import (
-    FOREIGN_OPTIONS,
-    boolean,
-    did_you_mean,
-    integer,
-    modules,
-    names,
-    number,
-    targets,
-)  # fmt: skip
+from lorafold.foreign_options import FOREIGN_OPTIONS, READERS, boolean, did_you_mean, number
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import ADAPTER_FIELDS
 
@@ -263,9 +254,6 @@ def choice(value: Any, *choices: str) -> str:
 
 class Expression(str):
     """The source of a value that a script computes."""
-
-
-READERS = {f.__name__: f for f in (number, integer, boolean, names, modules, targets, str)}
 
 
 def _to(option: bool, text: str) -> Reader:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import yaml
 from lorafold.doctor import Finding
 from lorafold.doctor.installation import set_threads
 from lorafold.errors import LorafoldError
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import format_bytes
 from lorafold.kernels.registry import DECODING, TRAINING, enable
 from lorafold.models.quantizations import ON_LOAD
@@ -185,55 +186,24 @@ def _has_kernels() -> bool | None:
     return "_lib" in vars(library)  # the stub for a missing library lacks it
 
 
-def slow_here() -> Iterator[str]:
+def slow_here() -> Sequence[str]:
     return slow_settings(examine(), huge_pages(), set_threads(), os.environ.get(SWITCH) == "off")
 
 
 def slow_settings(
     h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
-) -> Iterator[str]:
-    """Yields a sentence for each slow setting, the most important first. `pages` is the kernel's
+) -> Sequence[str]:
+    """Returns a sentence for each slow setting, the most important first. `pages` is the kernel's
     setting for huge pages (always, madvise or never), `threads` contains the environment variables
     that limit threads, and `untuned` means that the tuning of training processes is off.
     """
-    cpu, few = h.device == "cpu", h.threads < h.cores
-    seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
-    limits = " and ".join(f"{name}={value}" for name, value in threads.items())
-    unset = f", because of {limits}: unset this to use all." if limits else "."
-    cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
-    relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
-    sentences = {
-        f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the CPU:"
-        " install the build of torch that https://pytorch.org/get-started recommends for this"
-        " driver.": h.unused_driver,
-        f"Models run on the CPU. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
-        f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model, or a"
-        " machine with a GPU.": cpu,
-        f"Other processes keep {h.busy:.1f} CPU cores busy, which slows down lorafold and this"
-        " measurement: stop those processes, or wait.": cpu and h.busy > BUSY_CORES,
-        f"torch uses {h.threads} of {h.cores} usable cores{unset}": cpu and few,
-        f"Only {cores} usable: with twice as many, a step takes about half the time.": (
-            cpu and not few and h.cores < FEW_CORES
-        ),
-        f"bf16 matmuls are {relation} fp32 matmuls ({h.bf16:.0f} and {h.fp32:.0f} GFLOP/s), so"
-        " 16-bit weights are converted to fp32 at each use.": cpu and h.widened,
-        "LORAFOLD_TUNE=off disables huge pages and bounded caches of matmul kernels: unset it.": (
-            cpu and untuned
-        ),
-        "Huge pages are disabled in the kernel; with them, a step takes 12% less time: ask an"
-        " administrator to write madvise to /sys/kernel/mm/transparent_hugepage/enabled.": (
-            cpu and pages == "never"
-        ),
-        f"bf16 saves memory but no time, because {h.native_why}; --quantization auto uses fp32.": (
-            not h.native_bf16
-        ),
-        f"bitsandbytes has no native library for this machine, so {' and '.join(ON_LOAD)} weights"
-        " are dequantized by slower code: reinstall it (pip install --force-reinstall --no-deps"
-        " bitsandbytes), or use --quantization bf16 or fp32.": h.kernels is False,
-        f"Only {format_bytes(h.free)} of memory is free: stop other programs, and use lorafold"
-        " estimate to see what fits.": cpu and h.free < LOW_MEMORY,
-    }
-    return (sentence for sentence, holds in sentences.items() if holds)
+    text = render_text(
+        "doctor/slow.jinja", machine=h, pages=pages, threads=threads, untuned=untuned,
+        cpu=h.device == "cpu", busy=h.busy > BUSY_CORES, few_cores=h.cores < FEW_CORES,
+        low_memory=h.free < LOW_MEMORY, on_load=ON_LOAD, tokens=TOKENS,
+        seconds=FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9),
+    )  # fmt: skip
+    return text.splitlines()
 
 
 def launchers() -> Iterator[Finding]:

@@ -34,7 +34,7 @@ from lorafold.evaluation.batched_losses import measure_rows, pad_id_of, row_loss
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preference_metrics import PreferenceFigures, preference_figures
 from lorafold.files.html_page import ShownInNotebooks
-from lorafold.files.templates import with_interval
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import print_lines, progress_bar
 from lorafold.generation import complete
 from lorafold.training_step.classification_loss import Classification
@@ -120,15 +120,11 @@ class Evaluation(ShownInNotebooks):
         return {name: getattr(self, name) for name in names} | preference
 
     def __str__(self) -> str:
-        loss = with_interval(self, "loss", ".4f")
-        text = f"{self.n} rows: loss {loss}, perplexity {self.perplexity:.3f}"
-        if self.exact_match is not None:
-            text += f", exact match {with_interval(self, 'exact_match', '.1%')}"
-        if wrong := next((row for row in self.rows if not row.exact), None):
-            fields = wrong.prompt, wrong.answer, wrong.reference
-            prompt, found, expected = (truncate(repr(text), 60) for text in fields)
-            text += f"\nfirst wrong answer: to {prompt}, found {found}, expected {expected}"
-        return text if self.preference is None else f"{text}\n{self.preference}"
+        return render_text("evaluation/evaluation.jinja", figures=self, quoted=_quoted)
+
+
+def _quoted(text: str) -> str:
+    return truncate(repr(text), 60)
 
 
 def evaluate_classifier(

@@ -39,6 +39,7 @@ from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
+from lorafold.files.templates import render_text
 from lorafold.generation import complete_tokens, end_tokens, prompt_ids
 from lorafold.merging.merge_target import Distance
 from lorafold.merging.run import load_adapted
@@ -253,23 +254,7 @@ class Proof(ShownInNotebooks):
         return {**asdict(self), "share": self.share}
 
     def __str__(self) -> str:
-        n = self.prompts
-        part = "" if self.share is None else f", {self.share:.2%} of the adapters' effect"
-        prompts = f"{n} prompt{'s' * (n != 1)}"
-        alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
-        top = f"the same top-1 token for {self.top} of {n}"
-        near = f" ({self.near} differ after a near tie of two tokens)" * bool(self.near)
-        tied = (
-            f", with the engine's experts at near ties of the router in {self.tied} of {n}"
-            f" ({self.measured:.1e} with lorafold's)"
-        ) * bool(self.tied)
-        other = {"tokens": len(self.other_tokens), "texts": len(self.other_texts)}
-        chats = "".join(f"; engine's {kind} differ for {n} chats" for kind, n in other.items() if n)
-        return (
-            f"{self.engine} {self.version}, {prompts}: KL {self.kl:.1e} nats on average,"
-            f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
-            f" the same greedy text for {self.greedy} of {n}{near}{chats}"
-        )
+        return render_text("exporting/proof.jinja", proof=self)
 
 
 def compare(

@@ -26,6 +26,7 @@ from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import progress_bars
 from lorafold.merging.merge_target import ALIASES, Distance, MergeTarget, choose_merge_target
 from lorafold.models.loading import prequantized_storage
@@ -127,19 +128,8 @@ class Exported(ShownInNotebooks):
         return tuple(show_line(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
-        lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
-        lines += [f"  {note}" for note in self.written.notes]
-        if self.adapters:
-            alone = "the adapters on the base that the engine loads"
-            subject = "this file" if TARGETS[self.to].merged else alone
-            far = self.into.describe_distances(self.model, subject, self.away, self.from_original)
-            lines.append(f"  {far}")
-        if self.cut is not None:
-            lines.append(f"  {self.cut}")
-        proved = f"proved in {self.proof}" if self.proof else f"not proved: {self.unproved}"
-        lines.append(f"  {proved}")
-        lines += [f"  {name}: {figures}" for name, figures in self.beside.items()]
-        return "\n".join([*lines, "to use it:", *(f"  {line}" for line in self.launch)])
+        merged = TARGETS[self.to].merged
+        return render_text("exporting/exported.jinja", exported=self, merged=merged)
 
 
 def export(

@@ -5,7 +5,7 @@ The macros of `parts.html` (tables, sections, notes, cards, grids) are globals o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -21,6 +21,7 @@ MACROS = ("table", "section", "notes", "cards", "grid")
 MAX_LINES = 30  # of a table
 MAX_ENTRIES = 16  # for a larger mapping or list, only the number of entries is shown
 INTERVAL_SUFFIX = "_interval"
+Table = tuple[list[str], list[list[str]]]  # headings, lines
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -35,23 +36,6 @@ def _environment() -> Any:
     parts = made.get_template("files/parts.html").module
     made.globals.update({name: getattr(parts, name) for name in MACROS})
     return made
-
-
-def html_table(
-    head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "", most: int | None = None
-) -> str:
-    """Returns an HTML table with a CSS class. Cells are escaped unless they are Markup. After
-    `most` lines, only the number of further lines is shown.
-    """
-    return str(_environment().globals["table"](head, lines, kind, most))
-
-
-def section(title: str, about: str = "") -> str:
-    return str(_environment().globals["section"](title, about))
-
-
-def notes(texts: Iterable[str]) -> str:
-    return str(_environment().globals["notes"](texts))
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -74,9 +58,9 @@ class ShownInNotebooks:
 
     def _repr_html_(self) -> str:
         content = self.as_json()
-        lines = [*_lines(content)]
-        tables = [html_table(["figure", "value"], lines, most=MAX_LINES)] if lines else []
-        return "".join([*tables, *(_by_row(rows) for rows in content.values() if _are_rows(rows))])
+        tables = [(["figure", "value"], [*_lines(content)])]
+        tables += [_by_row(rows) for rows in content.values() if _are_rows(rows)]
+        return render_page("files/notebook.html", tables=tables, most=MAX_LINES)
 
 
 def _lines(values: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
@@ -109,7 +93,7 @@ def _are_rows(value: Any) -> bool:
     return several and all(isinstance(one, Mapping) for one in value)
 
 
-def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
+def _by_row(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = {key: [row.get(key) for row in rows] for row in rows for key in row}
     shown = [
         key
@@ -122,5 +106,4 @@ def _by_row(rows: Sequence[Mapping[str, Any]]) -> str:
         [_text(row.get(key)) + interval_text(row.get(f"{key}{INTERVAL_SUFFIX}")) for key in shown]
         for row in rows
     ]
-    head = [key.replace("_", " ") for key in shown]
-    return html_table(head, lines, most=MAX_LINES) if shown else ""
+    return [key.replace("_", " ") for key in shown], lines * bool(shown)

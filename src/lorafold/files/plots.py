@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from os.path import commonprefix
+from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 from unicodedata import east_asian_width
@@ -25,38 +26,13 @@ Interval = tuple[float, float]
 SIZE = (4.5, 3.2)  # inches
 SMALL_SIZE = (3.4, 2.7)  # for plots side by side
 COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
-_, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
+_, INK, FAINT, _LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-FONT_SIZE = 10  # points
+FONT_SIZE = 10  # points; as in STYLE
 LINE_HEIGHT = 1.4 * FONT_SIZE  # points
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # keeps text as text in the page's font, which is no wider
-    "svg.hashsalt": "lorafold",
-    "text.parse_math": False,  # a name may have dollar signs
-    "font.size": FONT_SIZE,
-    "axes.titlesize": FONT_SIZE,
-    "axes.labelsize": FONT_SIZE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5,
-    "errorbar.capsize": 2.5,
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 def pad_wide(name: str) -> str:
@@ -111,7 +87,7 @@ def figure_html(
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with rc_context(STYLE), warnings.catch_warnings():
+    with rc_context(fname=STYLE), warnings.catch_warnings():
         # matplotlib measures with its font, which lacks glyphs of the page's font
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         plot = Figure(figsize=size, layout="constrained", dpi=72)

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from lorafold.errors import listed
-from lorafold.files.terminal import formatted
+from lorafold.files.terminal import format_bytes, formatted
 
 
 @cache
@@ -19,8 +19,9 @@ def environment(escape: bool) -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.filters.update(
-        form=format, listed=listed, shown=formatted, text=format_value, with_interval=with_interval
-    )
+        form=format, listed=listed, shown=formatted, text=format_value, bytes=format_bytes,
+        with_interval=with_interval,
+    )  # fmt: skip
     return made
 
 

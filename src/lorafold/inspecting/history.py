@@ -28,10 +28,8 @@ LEARNING_RATE = "learning rate"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_SIZES = {"r": "r", "alpha": "lora_alpha"}
 MIN_STEPS = 3  # steps at an end
-ENTROPY_COLLAPSE = 0.1  # share of the initial entropy
-CUT_OFF_SHARE = 0.5  # share of the completions
-LENGTH_RATIO = 2.0  # ratio of mean lengths
-NO_SIGNAL_SHARE = 0.8  # share of the groups
+# what is worth a warning: shares of the initial entropy, of completions and groups; a length ratio
+LIMITS = {"entropy": 0.1, "cut_off": 0.5, "no_signal": 0.8, "length": 2.0}
 REWARD_PREFIX = "reward "  # prefix of the name of one reward of several
 
 
@@ -60,62 +58,24 @@ def observations_of(
     saved_at: int | None = None,
 ) -> list[str]:
     """Warnings about a run; `saved_at` is the step at which the adapter was saved."""
-    return [*_observe_steps(steps, options), *_observe_held_out(held_out, saved_at)]
-
-
-def _observe_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
     names = ("entropy", "cut off", "groups without signal")
-    tenths = [first_and_last(steps.get(name, ())) or ([0.0], [0.0]) for name in names]
-    (first, last), (_, cut_off), (_, silent) = ((fmean(a), fmean(b)) for a, b in tenths)
-    _, cut_off_steps, silent_steps = (f"of the last {len(end)} steps" for _, end in tenths)
-    if last < ENTROPY_COLLAPSE * first:
-        yield (
-            f"Entropy fell from {first:.3g} to {last:.3g} nats per token, {last / first:.0%} of"
-            " its initial value: the policy hardly explores any more."
-        )
-    if cut_off > CUT_OFF_SHARE:
-        limit = options.get("max_new_tokens")
-        yield (
-            f"{cut_off:.0%} of the completions {cut_off_steps} were cut off at max_new_tokens"
-            f"{'' if limit is None else f'={limit}'}: the reward judged incomplete texts."
-        )
-    if silent > NO_SIGNAL_SHARE:
-        yield (
-            f"{silent:.0%} of the groups {silent_steps} had the same reward for all completions, so"
-            " nothing is learned from them: prompts are too hard, too easy or already solved."
-        )
-    first, last = significant_change(steps.get("reward", ())) or (0.0, 0.0)
-    if first >= last:
-        return
-    beginning = f"While the reward rose from {first:.3g} to {last:.3g}"
-    for name, values in steps.items():
-        first, last = (name.startswith(REWARD_PREFIX) and significant_change(values)) or (0.0, 0.0)
-        if last < first:
-            yield f"{beginning}, {name} fell from {first:.3g} to {last:.3g}."
-    first, last = significant_change(steps.get("tokens a completion", ())) or (0.0, 0.0)
-    if max(first, last) > LENGTH_RATIO * min(first, last):
-        verb = "grew" if last > first else "shrank"
-        yield f"{beginning}, completions {verb} from {first:.3g} to {last:.3g} tokens."
-
-
-def _observe_held_out(held_out: Mapping[str, Sequence[Any]], saved_at: int | None) -> Iterator[str]:
+    ends = {name: first_and_last(steps.get(name, ())) or ([0.0], [0.0]) for name in names}
+    changes = {name: significant_change(values) for name, values in steps.items()}
     columns = (held_out.get(name, ()) for name in ("step", "reward", "reward_interval"))
-    known = [row for row in zip(*columns, strict=False) if row[1] is not None]
-    if len(known) < 2:
-        return
-    (start, first, low), (end, last, high) = known[0], known[-1]
-    if low and high and high[1] < low[0]:
-        when = "before the first step" if start == 0 else f"after step {start}"
-        yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
-    trained = [row for row in known if row[0]]  # step 0 is before training
-    best, top, _ = max(trained, key=lambda row: row[1], default=known[-1])
-    if top > last:
-        place = "is in the directory next to this one whose name ends with .best"
-        place = "is this one" if best == saved_at else place
-        yield (
-            f"The held-out reward was highest after step {best} ({top:.4g}) and {last:.4g} after"
-            f" step {end}: the adapter of step {best} {place}."
-        )
+    evaluations = [row for row in zip(*columns, strict=False) if row[1] is not None]
+    trained = (row for row in evaluations if row[0])  # step 0 is before training
+    return render_text(
+        "inspecting/observations.jinja",
+        means={name: [*map(fmean, pair)] for name, pair in ends.items()},
+        counts={name: len(last) for name, (_, last) in ends.items()},
+        changes={escape_unprintable(name): change for name, change in changes.items() if change},
+        evaluations=evaluations,
+        best=max(trained, key=lambda row: row[1], default=None),
+        saved_at=saved_at,
+        max_new_tokens=options.get("max_new_tokens"),
+        limits=LIMITS,
+        prefix=REWARD_PREFIX,
+    ).splitlines()
 
 
 INTERVAL = "_interval"  # suffix of the interval of a held-out metric

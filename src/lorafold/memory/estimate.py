@@ -19,9 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from lorafold.memory.trace import DDP, MemorySetting, StepTrace, trace
 from lorafold.models.fake import period
@@ -33,34 +35,8 @@ if TYPE_CHECKING:
 # Measured memory of processes beyond their tensors (`benchmarks/memory_process.py`): bytes for the
 # tokenizer and kernels, and heap fragmentation as a share of the tensors.
 PROCESS_BYTES, HEAP_GAPS = 120 * 10**6, 0.05
-
-
-# the explanations on the HTML page of an estimate
-TERMS = {
-    "weights": "All parameters and buffers of the base as stored, and of frozen adapters on top of"
-    " it. Quantized weights consist of codes and constants; NF4 quantizes the constants again"
-    " (double quantization: QLoRA, sec. 3).",
-    "adapter": "The parameters that the method adds, 4 bytes each. LoRA adds r (in + out)"
-    " parameters to a matrix (Hu et al. 2021, sec. 4.1).",
-    "gradients": "A number per trained parameter, in its dtype or fp32, if any exist at the peak.",
-    "optimizer": "AdamW's two moments: 8 bytes per trained parameter in fp32, 2.03 in 8 bits"
-    " (Dettmers et al. 2022).",
-    "activations": "Tensors that the forward pass stores for the backward pass; with gradient"
-    " checkpointing one input for each block (Chen et al. 2016), and attention's output for long"
-    " documents.",
-    "logits": "Tensors of the LM head and the loss at labelled positions, one chunk at a time, if"
-    " the peak is in the forward pass.",
-    "kv_cache": "Keys and values: 2 x blocks x key heads x head width x tokens x bytes.",
-    "workspace": "Temporary tensors inside a block, if the peak is there.",
-    "engine": "The engine that samples completions in reinforcement learning: a second copy of"
-    " 16-bit weights in the layout of faster kernels, and the adapter's factors.",
-    "exchanged": "Communication buffers of several processes: with fsdp the gathered weights of"
-    " the largest part (a block, the embedding or the head), and their gradients if they are"
-    " trained; with ddp a bucket of gradients.",
-    "process": "The memory of the process on a CPU besides tensors: tokenizer and rows, compiled"
-    " matmul kernels and their buffers, and heap fragmentation. The imported libraries are not"
-    " included.",
-}
+# term -> its explanation on the HTML page of an estimate
+TERMS: dict[str, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 GRADIENT_BUCKET = 2**26  # bytes of gradients that are summed at a time
 SPEED = 4e14  # operations per second: 40% of an H100's peak in bf16
 

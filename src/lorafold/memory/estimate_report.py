@@ -7,8 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.html_page import ShownInNotebooks, html_table, notes, section, write_page
+from lorafold.files.html_page import ShownInNotebooks, render_page, write_page
 from lorafold.files.plots import FAINT, INK, SERIES, SIZE, draw_level, figure_html, set_scales
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import format_bytes
 from lorafold.memory.estimate import SPEED, TERMS, Advice, Estimate
 from lorafold.memory.trace import MemorySetting
@@ -20,14 +21,7 @@ def verdict(advice: Advice, setting: MemorySetting) -> list[str]:
     """Lines about a setting: whether it fits, the largest batch and length that fit, and changes
     that would help.
     """
-    spare = format_bytes(abs(advice.spare))
-    fits = f"fits, with {spare} to spare" if advice.fits else f"does not fit: {spare} short"
-    limits = [
-        f"largest batch at {setting.length} tokens: {advice.batch}",
-        f"largest length at batch {setting.batch}: {advice.length}",
-    ] * (advice.batch is not None)
-    changes = [f"would fit with {name}: {format_bytes(n)}" for name, n in advice.changes]
-    return [fits, *limits, *(changes or ["no single change would make it fit"] * (not advice.fits))]
+    return render_text("memory/verdict.jinja", advice=advice, setting=setting).splitlines()
 
 
 def page(
@@ -41,14 +35,9 @@ def page(
     counted = "tensors, without kernel workspaces and fragmentation"
     if estimate.terms["process"]:
         counted = "the resident memory of the process, without imported libraries"
-    parts = (
-        notes(lines),
-        terms_plot(estimate, memory, counted),
-        section("The terms"),
-        html_table(("term", "bytes", "share", "description"), cells, "texts"),
-        f"<p>Counted: {counted}.</p>",
-    )
-    write_page(title, "\n".join(parts), path)
+    plot = terms_plot(estimate, memory, counted)
+    values = {"lines": lines, "plot": plot, "cells": cells, "counted": counted}
+    write_page(title, render_page("memory/estimate.html", **values), path)
 
 
 def terms_plot(estimate: Estimate, memory: int | None, counted: str) -> str:
@@ -109,26 +98,7 @@ class Forecast(ShownInNotebooks):
     def remarks(self) -> list[str]:
         """The lines below the terms: the device, whether the setting fits, and the measured bytes.
         """
-        lines, setting, sent = [], self.setting, self.estimate.sent
-        if self.of_this_cpu:
-            how = "in fp32" if setting.widened else "in 16 bits"
-            lines.append(f"for this machine's CPU, which multiplies 16-bit matrices {how}")
-        if sent is not None:
-            pace = format_bytes(int(sent.bandwidth(self.speed)))
-            lines += [
-                f"per process, for {setting.processes} processes with {setting.strategy}",
-                f"a step of one micro-batch sends {format_bytes(sent.bytes)} per process; at"
-                f" {pace}/s, this takes as long as computing at {self.speed / 1e12:g} TFLOP/s",
-            ]
-        if self.advice is not None:
-            lines += verdict(self.advice, setting)
-        if self.measured is not None:
-            off = f"{self.total / self.measured - 1:+.1%}"
-            lines.append(
-                f"measured     {format_bytes(self.measured):>9}  of tensors; the estimate differs"
-                f" by {off}"
-            )
-        return lines
+        return render_text("memory/remarks.jinja", forecast=self).splitlines()
 
     def as_json(self) -> dict[str, Any]:
         """All values under the keys of `lorafold estimate --json`."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -26,7 +27,6 @@ from lorafold.models.sources import ModelSource, remember_source, resolve_model
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 NO_ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise, threads of transformers read ahead without limit
@@ -100,8 +100,6 @@ def read_weights(
     """Loads a model with an auto class and these fields of its configuration replaced. Returns the
     model and transformers' report on its weights.
     """
-    import torch
-
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
     files = model_files(source.path)
     # left over from another save, or beside a file with the whole model

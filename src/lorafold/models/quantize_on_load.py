@@ -36,7 +36,14 @@ from lorafold.models.prequantized import (
     match_scale_dtypes,
     storage_in_files,
 )
-from lorafold.models.quantizations import COMPRESSED_NAMES, IN_FILES, ON_LOAD, STORAGES, bnb_storage
+from lorafold.models.quantizations import (
+    COMPRESSED_NAMES,
+    IN_FILES,
+    ON_LOAD,
+    STORAGES,
+    Storage,
+    bnb_storage,
+)
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy
@@ -46,7 +53,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lorafold.models.quantizations import Storage
     from lorafold.models.sources import ModelSource
 
 log = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ from lorafold.models.quantizations import (
 )
 from lorafold.models.sources import HUB_ID, ModelSource, gguf_at, read_configuration, resolve_model
 from lorafold.models.tokenizer import BUILT_IN, read_tokenizer, set_template, tokenizer_of
-from lorafold.models.weights import FileWeights, model_files
+from lorafold.models.weights import FileWeights, Weights, model_files
 from lorafold.peft.adapter_directory import SavedAdapter, training_storage_of
 from lorafold.peft.provenance import ALLOW_OPTION, RecordedBase
 from lorafold.runtime.devices import choose_device, native_bf16
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.models.checkpoint import MappedModel
-    from lorafold.models.weights import Weights
 
 LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
 

@@ -23,6 +23,7 @@ from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.record import RECORD, TURNS, current_names
+from lorafold.files.templates import render_text
 from lorafold.files.terminal import DETAILS, print_lines
 from lorafold.identity import of_adapter
 from lorafold.models.architecture import auto_class_name
@@ -87,17 +88,9 @@ class Trained(ShownInNotebooks):
     guessing: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        held_out = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
-        count, rate = self.trainable_parameters, self.tokens_per_second
-        parameters = "" if count is None else f"{count:,} parameters, "
-        pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
-        over = f" of the last {NUM_LAST_STEPS} steps" if len(self.losses) > NUM_LAST_STEPS else ""
-        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
-        steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
-        warning = f"\n{guessing_warning(self.guessing)}".rstrip()
-        return (
-            f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
-            f" {self.train_loss:z.4f}{held_out}{pace}){warning}"
+        warning = guessing_warning(self.guessing)
+        return render_text(
+            "training/trained.jinja", trained=self, last=NUM_LAST_STEPS, warning=warning
         )
 
 

@@ -4,7 +4,6 @@ with the trained tokens marked, and problems found in the data.
 
 from __future__ import annotations
 
-import html as markup
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,9 @@ from lorafold.data.messages import Message, Tool
 from lorafold.data.row_checks import Findings, describe_template
 from lorafold.data.row_store import Rows
 from lorafold.data.stream import RowStream
-from lorafold.files.html_page import html_table, notes, section, write_page
+from lorafold.files.html_page import render_page, write_page
 from lorafold.files.terminal import print_lines
-from lorafold.objectives.objective import examples_of
+from lorafold.objectives.objective import Data, Objective, examples_of
 from lorafold.peft.adapter_directory import open_all
 from lorafold.recipe.resolve_settings import ignored_note
 from lorafold.training.inputs import (
@@ -40,13 +39,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from lorafold.objectives.objective import Data, Objective
-
 MAX_CHECKED_BYTES = 4_000_000  # bytes of rows up to which a preview tokenizes everything
-LEGEND = (
-    "<h2>The first rows</h2>"
-    "<p><mark>Marked</mark> text counts in the loss; the rest is context.</p>"
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,25 @@ class PreviewExample:
     heading: str
     conversation: Conversation
     text: Text
+
+    @property
+    def tools(self) -> list[str]:
+        return [*map(_tool_line, self.conversation.tools)]
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        return [(turn["role"], _turn_text(turn)) for turn in self.conversation.messages]
+
+    @property
+    def schemas(self) -> str:
+        return json.dumps(self.conversation.tools, indent=1, ensure_ascii=False)
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """Yields the parts of the text, and whether each is trained."""
+        for piece, style, _ in self.text.render(Console(), end=""):
+            trained = bool(style and style.bold)
+            bracketed = trained and piece.endswith("⟧")
+            yield piece[:-1].replace("⟦", "", 1) if bracketed else piece, trained
 
 
 def show(
@@ -81,16 +93,16 @@ def show(
         print_lines(
             console,
             example.heading,
-            *(f"  tool: {_tool_line(tool)}" for tool in example.conversation.tools),
-            *(f"  {_turn_line(turn)}" for turn in example.conversation.messages),
+            *(f"  tool: {line}" for line in example.tools),
+            *(f"  {role}: {text}" for role, text in example.turns),
         )
         console.print(example.text)
     if html is not None:
-        template_html = (section("The chat template") + notes(template)) * bool(template)
         roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
-        role_table = html_table(("role", "turns", "trained on"), roles) if roles else ""
-        findings_html = notes(findings.lines or [findings.nothing]) + role_table
-        body = findings_html + template_html + LEGEND + "".join(map(_section, examples))
+        body = render_page(
+            "training/preview.html",
+            findings=findings, roles=roles, summary=template, examples=examples,
+        )  # fmt: skip
         write_page(f"Preview of {request.source}", body, html)
         print_lines(console, f"page: {html}")
     return findings
@@ -155,7 +167,7 @@ def _tool_line(tool: Tool) -> str:
     return f"{function['name']}({names}) {function.get('description') or ''}".rstrip()
 
 
-def _turn_line(message: Message) -> str:
+def _turn_text(message: Message) -> str:
     parts = []
     if thought := message.get("reasoning_content"):
         parts.append(f"thinks: {_short(thought)}")
@@ -165,36 +177,9 @@ def _turn_line(message: Message) -> str:
         parts.append(f"calls {function['name']} {_short(arguments)}")
     if content := message.get("content"):
         parts.append(_short(content))
-    return f"{message['role']}: {' | '.join(parts)}"
+    return " | ".join(parts)
 
 
 def _short(text: str, length: int = 72) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _section(one: PreviewExample) -> str:
-    tools = one.conversation.tools
-    schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
-    turns = [_turn_line(message).partition(": ")[::2] for message in one.conversation.messages]
-    panels = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
-    panels += [("The turns of the row", html_table(("role", "turn"), turns, "texts"))] * bool(turns)
-    return (
-        f"<h3>{markup.escape(one.heading)}</h3>"
-        + notes(map(_tool_line, tools))
-        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in panels)
-        + f"<pre>{_marked(one.text)}</pre>"
-    )
-
-
-def _marked(text: Text) -> str:
-    marked, position = "", 0
-    for span in sorted(text.spans):
-        marked += markup.escape(text.plain[position : span.start])
-        piece = text.plain[span.start : span.end]
-        trained = "bold" in str(span.style)
-        if trained and piece.endswith("⟧"):
-            piece = piece[:-1].replace("⟦", "", 1)
-        marked += f"<mark>{markup.escape(piece)}</mark>" if trained else markup.escape(piece)
-        position = span.end
-    return marked + markup.escape(text.plain[position:])
