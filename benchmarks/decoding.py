@@ -38,7 +38,7 @@ CASES: dict[str, list[int | None]] = {
     "1, adapter": [0],
     "16, base": [None] * MANY,
     "16, one adapter": [0] * MANY,
-    "16, distinct": [*range(MANY)],
+    "16, distinct": list[int | None](range(MANY)),
     "64, one adapter": [0] * 4 * MANY,
 }
 
@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--llama-cpp", nargs=2, metavar=("MODEL", "ADAPTER"), help="internal")
     asked = parsed(parser, rounds=1, new=16)
     if asked.llama_cpp:
-        print(llama_cpp(*asked.llama_cpp, asked.threads, asked.new))
+        gguf, lora = asked.llama_cpp
+        print(llama_cpp(gguf, lora, asked.threads, asked.new))
         return
     torch.set_num_threads(asked.threads)
     model = lf.load_model("smollm2", storage=asked.storage)

@@ -13,7 +13,7 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters
 from lorafold.engine import Engine, Request, Sampling, Token
 from lorafold.engine.kv_cache import BlockCache
-from lorafold.engine.plan import Plan, Unplanned, plan_of
+from lorafold.engine.plan import StepPlan, Unplanned, plan_of
 from lorafold.errors import LorafoldError
 
 SIZES: Any = {
@@ -76,7 +76,7 @@ def planned(model: Any, blocks: int = 64) -> Any:
     """The step with a cache, all of whose blocks are allocated."""
     cache = BlockCache(blocks, torch.device("cpu"))
     cache.allocate(blocks)
-    return partial(Plan(model).step, cache)
+    return partial(StepPlan(model).step, cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -148,9 +148,9 @@ def test_a_base_with_an_active_adapter_has_no_plan() -> None:
     model = model_of(PLANNED["llama"]())
     lf.attach(model, lf.LoRA(rank=2), name="there")
     with pytest.raises(Unplanned, match=r"an adapter is active on model\.layers\.0"):
-        Plan(model)
+        StepPlan(model)
     with lf.only(model):
-        Plan(model)
+        StepPlan(model)
 
 
 def test_a_running_step_stops_on_request() -> None:

@@ -25,7 +25,7 @@ BUDGETS = {
     "export": 35,
     "objectives": 80,
     "data": 35,
-    "engine": 50,
+    "engine": 65,
     "face": 30,
     "algebra": 80,
     "devices": 80,

@@ -25,7 +25,7 @@ from lorafold.core.delta import Delta, Gained
 from lorafold.core.expert_matrices import module_at
 from lorafold.core.shared_tensors import twin
 from lorafold.engine.model_structure import MatrixShapes, Structure
-from lorafold.engine.plan import PackedAdapter, Plan
+from lorafold.engine.plan import PackedAdapter, StepPlan
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD
@@ -155,7 +155,7 @@ class Reader:
 
     def __init__(
         self, model: nn.Module, structure: Structure, dtype: torch.dtype,
-        allow_other_base: bool = False, room: int | None = None, plan: Plan | None = None,
+        allow_other_base: bool = False, room: int | None = None, plan: StepPlan | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.structure, self.dtype, self.allow_other_base = structure, dtype, allow_other_base

@@ -55,7 +55,7 @@ MATRICES = {name for _, names in GROUPS for name in names}
 OTHERS = {"q_norm", "k_norm", "rotary_emb", "act_fn", "activation_fn"}
 ACTIVATIONS = ("silu", "gelu_tanh")
 TILE, WIDTHS = 16, (64, 32, 16)  # outputs of a vector's sums, and of a strip (`kernels/tiles.h`)
-# columns of `Plan._table`: each matrix's outputs and inputs, caches, and rotary tables
+# columns of `StepPlan._table`: each matrix's outputs and inputs, caches, and rotary tables
 SHAPES, KEYS, COS = [8, 9, 15, 16, 22, 23, 29, 30], 34, 36
 POSITIONS = 1024  # rotary tables grow by this
 CHECKED = 40  # tokens
@@ -81,7 +81,7 @@ class Part(NamedTuple):
     number: int  # among all
 
 
-class Plan:
+class StepPlan:
     """The packed matrices of a model. Raises Unplanned if it is not of a known kind, and
     Unavailable without a compiler.
     """
@@ -299,14 +299,14 @@ class Plan:
         return t.data_ptr()
 
 
-def plan_of(model: Any) -> Plan | None:
+def plan_of(model: Any) -> StepPlan | None:
     """Returns a model's plan, or logs why it has none and returns None. Quantized matrices are
     packed without quantization.
     """
     try:
         needed, free = packed_bytes(model), free_bytes(model.device)
         _require(2 * needed <= free, f"packed matrices take {needed:,} bytes, of {free:,} free")
-        return Plan(model)
+        return StepPlan(model)
     except EXITS:
         raise
     except Exception as error:  # a model of another kind may lack any of the parts

@@ -22,7 +22,7 @@ from lorafold.engine.kv_cache import BLOCK, BlockCache, BlockView, CachedPrefixe
 from lorafold.engine.mixed_adapters import ActiveDeltas, AdapterRows, SlotAdapters
 from lorafold.engine.model_structure import Structure, forward_pass
 from lorafold.engine.operations import BlockMatmuls, Operations
-from lorafold.engine.plan import Plan
+from lorafold.engine.plan import StepPlan
 from lorafold.engine.request import EngineSettings
 from lorafold.engine.sequence import Row
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, override_widening, widens
@@ -94,7 +94,7 @@ class SlotRunner(Runner):
         cache: BlockCache,
         settings: EngineSettings,
         operations: Operations,
-        plan: Plan | None = None,
+        plan: StepPlan | None = None,
     ) -> None:
         self.model, self.structure, self.cache, self.plan = model, structure, cache, plan
         self.slots, self.chunk = settings.slots, settings.chunk
@@ -210,7 +210,7 @@ class SlotRunner(Runner):
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return select_rows(logits, [index[id(row)] for row in rows])
 
-    def _planned_pass(self, plan: Plan, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+    def _planned_pass(self, plan: StepPlan, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         # rows with the same adapter are computed together
         order = sorted(range(len(rows)), key=lambda b: id(rows[b].adapter))
         rows, counts = [rows[b] for b in order], [counts[b] for b in order]
