@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import Request as Post
@@ -33,12 +34,12 @@ import lorafold as lf
 from lorafold.engine import Engine, Request
 
 PROMPT, MANY = 64, 16
-CASES: dict[str, list[int | None]] = {
+CASES: dict[str, Sequence[int | None]] = {
     "1, base": [None],
     "1, adapter": [0],
     "16, base": [None] * MANY,
     "16, one adapter": [0] * MANY,
-    "16, distinct": list[int | None](range(MANY)),
+    "16, distinct": range(MANY),
     "64, one adapter": [0] * 4 * MANY,
 }
 

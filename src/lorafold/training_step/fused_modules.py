@@ -132,7 +132,7 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
 
 
 def rms_gain(norm: Forward, module: nn.Module) -> tuple[Callable[[], Tensor], float] | None:
-    """A function that returns the gain of an RMS norm, `weight` or 1 + `weight`, and its epsilon;
+    """A function that returns the gain (d,) of an RMS norm, `weight` or 1 + `weight`, and its eps;
     None for other modules.
     """
     weight = module._parameters.get("weight")
