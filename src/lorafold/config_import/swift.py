@@ -89,9 +89,7 @@ MAIN_KEYS: Table = {
 }
 LORA_KEYS: Table = {
     "target_regex": lambda value, settings: mapped(targets=trainer.text(value)),
-    "target_parameters": lambda value, settings: trainer.target_parameters(
-        settings["target_modules"], names(value)
-    ),
+    "target_parameters": trainer.parameters_besides("target_modules"),
     "lorap_lr_ratio": trainer.loraplus_ratio,
     "adapters": lambda value, settings: (
         rules.pass_option("--init-adapter", names(value)[-1]) if value else rules.OFF

@@ -139,6 +139,11 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     return changed(f"modules named {bare} become targets too" if bare else "", targets=layers)
 
 
+def parameters_besides(key: str) -> Reader:
+    """A reader for names of parameters that are targets besides the modules in `key`."""
+    return lambda value, settings: target_parameters(settings[key], names(value))
+
+
 def loraplus_ratio(value: Any, settings: ToolSettings) -> Outcome:
     remark = ONE_RATE if number(value) == 1 else ""
     return mapped(remark, lr_b=product(settings["learning_rate"], value))

@@ -96,9 +96,7 @@ LORA_KEYS: Table = {
         ),
         BY_ARCHITECTURE,
     ),
-    "lora_target_parameters": lambda value, settings: trainer.target_parameters(
-        settings["lora_target_modules"], names(value)
-    ),
+    "lora_target_parameters": trainer.parameters_besides("lora_target_modules"),
     "lora_modules_to_save": _modules_to_save,
     **static_rows("trl_lora"),
 }

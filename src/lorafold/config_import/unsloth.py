@@ -36,7 +36,7 @@ from lorafold.config_import.rules import (
     unmapped,
 )
 from lorafold.errors import LorafoldError
-from lorafold.foreign_options import boolean, integer, modules, names
+from lorafold.foreign_options import boolean, integer, modules
 from lorafold.models.quantizations import bnb_storage
 
 LOAD, ADAPT, DATASET = "from_pretrained.", "get_peft_model.", "load_dataset."
@@ -125,9 +125,7 @@ ADAPTER_KEYS: Table = {
 }
 LORA_KEYS: Table = {
     "target_modules": (_targets, LINEARS),
-    "target_parameters": lambda value, settings: trainer.target_parameters(
-        settings[f"{ADAPT}target_modules"], names(value)
-    ),
+    "target_parameters": trainer.parameters_besides(f"{ADAPT}target_modules"),
     **static_rows("unsloth_lora"),
 }
 MAIN_RULES: tuple[Rule, ...] = (
