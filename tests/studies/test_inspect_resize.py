@@ -126,7 +126,7 @@ def test_what_it_refuses(tiny_model_dir, tmp_path):
         resize(base, open_all([tmp_path / "prompt"]), tmp_path / "out", rank=2)
     make_adapter(base.source.path, tmp_path / "a")
     resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=2)
-    with pytest.raises(LorafoldError, match="pass --overwrite"):
+    with pytest.raises(LorafoldError, match="replace it with --overwrite"):
         resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=2)
     resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=1, overwrite=True)
     other = open_all([tmp_path / "out"])

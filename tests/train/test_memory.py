@@ -312,7 +312,7 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
     rollouts.sample(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
     mapped = sum(pool.nbytes for pool in rollouts.engine._runner.cache._pools())  # type: ignore[attr-defined]
     engine = allocated(CPU) - mapped - before
-    assert max(held) == expected.slots
+    assert 0.9 < max(held) / expected.slots <= 1  # the last block of each, if it is needed
     assert 0.9 < engine / expected.engine < 1.05
     peak = peak_of(lambda: rollouts.sample(prompts, 1), CPU) - mapped - before - engine
     peak += max(held)

@@ -137,19 +137,19 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
         filtered_nV = filter_logits(scaled_nV, [item.sampling for item in samplers_n])
         size = filtered_nV.shape[1]
         noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
-        weights_nV = filtered_nV.exp()  # proportional to the probabilities
-        tokens_n = tokens_B[sampled] = (weights_nV / noise_nV).argmax(-1)
-        chosen_n = filtered_nV.gather(1, tokens_n[:, None])[:, 0]
-        drawn_B[sampled] = chosen_n - weights_nV.sum(-1).log()
-    with_logprobs = any(sampler.sampling.logprobs is not None for sampler in samplers)
-    total_B = logits_BV.logsumexp(-1) if with_logprobs else drawn_B
-    logp_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
-    columns = (t.tolist() for t in (tokens_B, logp_B, drawn_B))
-    for b, (token, logp, drawn) in enumerate(zip(*columns, strict=True)):
+        tokens_n = tokens_B[sampled] = (filtered_nV.exp() / noise_nV).argmax(-1)
+    # these logarithms have the bits of training's
+    logp_BV = logits_BV
+    if any(sampler.sampling.logprobs is not None for sampler in samplers):
+        logp_BV = torch.log_softmax(logits_BV, -1)
+        if sampled:
+            drawn_nV = torch.log_softmax(filtered_nV, -1)
+            drawn_B[sampled] = drawn_nV.gather(1, tokens_n[:, None])[:, 0]
+    columns = tokens_B, logp_BV.gather(1, tokens_B[:, None])[:, 0], drawn_B
+    for b, (token, logp, drawn) in enumerate(zip(*(t.tolist() for t in columns), strict=True)):
         if choices[b] is None and (n := samplers[b].sampling.logprobs) is not None:
-            best = logits_BV[b].topk(n)
-            values = (best.values - total_B[b]).tolist()
-            pairs = zip(best.indices.tolist(), values, strict=True)
+            best = logp_BV[b].topk(n)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             choices[b] = SampledToken(token, logp, tuple(pairs), drawn)
         elif choices[b] is None:
             choices[b] = SampledToken(token)
