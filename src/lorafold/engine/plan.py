@@ -54,6 +54,7 @@ GROUPS = (
 MATRICES = {name for _, names in GROUPS for name in names}
 OTHERS = {"q_norm", "k_norm", "rotary_emb", "act_fn", "activation_fn"}
 ACTIVATIONS = ("silu", "gelu_tanh")
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
 TILE, WIDTHS = 16, (64, 32, 16)  # outputs of a vector's sums, and of a strip (`kernels/tiles.h`)
 # columns of `StepPlan._table`: each matrix's outputs and inputs, caches, and rotary tables
 SHAPES, KEYS, COS = [8, 9, 15, 16, 22, 23, 29, 30], 34, 36
@@ -101,12 +102,15 @@ class StepPlan:
         self._table = torch.tensor([self._layer(layer) for layer in self._layers])
         embedding = model.get_input_embeddings()
         self._unchanged(embedding)
+        _require(embedding.weight.dtype == self.dtype, "its embedding has another dtype")
         weight, norm, out = embedding.weight, self._gain(self._decoder.norm), self._matrix([head])
         _require(len(self._eps) == 1, "its norms differ in epsilon")
         self._outputs, self._vocabulary = out[2], layer_of(head).shape[0]
         self._positions = self._rotated = 0
         self.grow(POSITIONS)
         config, attention, mlp = model.config.get_text_config(), *_parts(self._layers[0])
+        kinds = {*(getattr(config, "layer_types", None) or ())} - {*ATTENTION_KINDS}
+        _require(not kinds, f"its layers have {', '.join(sorted(kinds))}")
         heads = config.num_attention_heads
         self._kv = getattr(config, "num_key_value_heads", None) or heads
         activation = activation_of(getattr(mlp, "act_fn", None) or mlp.activation_fn)
