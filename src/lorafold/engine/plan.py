@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from math import prod
 from typing import Any, NamedTuple
@@ -60,6 +63,7 @@ TILE, WIDTHS = 16, (64, 32, 16)  # outputs of a vector's sums, and of a strip (`
 SHAPES, KEYS, COS = [8, 9, 15, 16, 22, 23, 29, 30], 34, 36
 POSITIONS = 1024  # rotary tables grow by this
 CHECKED = 40  # tokens
+LINE = 64  # bytes of a cache line
 
 
 class Unplanned(LorafoldError):
@@ -82,6 +86,26 @@ class Part(NamedTuple):
     number: int  # among all
 
 
+class HugePages:
+    """Memory for tensors in huge pages, which are read in about half the time of others."""
+
+    def __init__(self, nbytes: int) -> None:
+        if sys.platform == "linux":
+            memory = mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.content = torch.frombuffer(memory, dtype=torch.uint8)
+        else:
+            self.content = torch.empty(nbytes, dtype=torch.uint8)
+        self._end = 0
+
+    def place(self, t: Tensor) -> Tensor:
+        """Returns a copy of a tensor of any shape, at the next multiple of LINE bytes."""
+        part = self.content[self._end : self._end + t.nbytes].view(t.dtype).view(t.shape)
+        self._end += -(-t.nbytes // LINE) * LINE
+        return part.copy_(t)
+
+
 class StepPlan:
     """The packed matrices of a model. Raises Unplanned if it is not of a known kind, and
     Unavailable without a compiler.
@@ -96,11 +120,13 @@ class StepPlan:
         self._paths = {module: path for path, module in model.named_modules()}
         self._names, self._eps = selection_of(model).names, set[float]()
         self.parts: dict[str, Part] = {}
+        embedding = model.get_input_embeddings()
+        padding = WIDTHS[0] * embedding.weight[0].nbytes + LINE * len(self._paths)  # of the head
+        self._pages = HugePages(matrix_bytes(model) + padding)
         self._decoder, head = model.get_decoder(), model.get_output_embeddings()
         self._layers = [*self._decoder.layers]
         # (layers, 39): `layer` of step.cpp
         self._table = torch.tensor([self._layer(layer) for layer in self._layers])
-        embedding = model.get_input_embeddings()
         self._unchanged(embedding)
         _require(embedding.weight.dtype == self.dtype, "its embedding has another dtype")
         weight, norm, out = embedding.weight, self._gain(self._decoder.norm), self._matrix([head])
@@ -182,26 +208,24 @@ class StepPlan:
         """
         if not factors.keys() | gains.keys() <= self.parts.keys():
             return None
-        table, kept = torch.zeros(len(self.parts), 5, dtype=torch.long), list[Tensor]()
-
-        def address(t: Tensor) -> int:
-            kept.append(t)
-            return t.data_ptr()
-
+        table, tensors = torch.zeros(len(self.parts), 5, dtype=torch.long), dict[Any, Tensor]()
         for path, (up, down) in factors.items():
             part, more = self.parts[path], -len(down) % TILE
             down = pad(down.to(self.dtype), (0, 0, 0, more))
             up = pad(up.to(self.dtype), (0, more, 0, part.out - len(up)))
-            row = table[part.number]
-            row[0], row[1] = address(packed(down, len(down))), address(packed(up, part.width))
-            row[2] = len(down)
+            tensors[part.number, 0] = packed(down, len(down))
+            tensors[part.number, 1] = packed(up, part.width)
+            table[part.number, 2] = len(down)
         for path, gain in gains.items():
             part = self.parts[path]
             for column, t in enumerate(gain, 3):
                 if t is not None:
-                    value = pad(t.float(), (0, part.out - len(t))).contiguous()
-                    table[part.number, column] = address(value)
-        return PackedAdapter(table, tuple(kept))
+                    tensors[part.number, column] = pad(t.float(), (0, part.out - len(t)))
+        pages = HugePages(sum(t.nbytes + LINE for t in tensors.values()))
+        for at, t in tensors.items():
+            tensors[at] = pages.place(t)
+            table[at] = tensors[at].data_ptr()
+        return PackedAdapter(table, tuple(tensors.values()))
 
     def grow(self, positions: int) -> None:
         """Extends the rotary tables to this number of positions."""
@@ -290,8 +314,8 @@ class StepPlan:
         w, b = torch.cat(weights), torch.cat(biases)
         width, table = _width(len(w)), torch.tensor([*self.parts.values()][first:])
         bias = self._address(b) if b.any() else 0
-        addresses = self._address(packed(w, width)), bias
-        return [*addresses, *w.shape, width, len(modules), self._address(table)]
+        weight = self._pages.place(packed(w, width))
+        return [weight.data_ptr(), bias, *w.shape, width, len(modules), self._address(table)]
 
     def _unchanged(self, module: nn.Module) -> None:
         path = self._paths[module]
@@ -323,9 +347,13 @@ def packed_bytes(model: Any) -> int:
     """Returns the bytes of the packed copies of a model's matrices and of its rotary tables, if it
     has a plan.
     """
-    shapes = [layer_of(m).shape for _, m in Anatomy.of(model).modules if is_linear(m)]
     head_dim = getattr(model.config.get_text_config(), "head_dim", None) or 0
-    return sum(map(prod, shapes)) * model.dtype.itemsize + 2 * POSITIONS * 4 * head_dim
+    return matrix_bytes(model) + 2 * POSITIONS * 4 * head_dim
+
+
+def matrix_bytes(model: Any) -> int:
+    shapes = [layer_of(m).shape for _, m in Anatomy.of(model).modules if is_linear(m)]
+    return sum(map(prod, shapes)) * int(model.dtype.itemsize)
 
 
 def packed(w: Tensor, width: int) -> Tensor:
