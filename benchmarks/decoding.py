@@ -13,7 +13,6 @@ Prints a table, which is also written to results/decoding.json.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -146,8 +145,7 @@ def main() -> None:
                     if asked.peer:
                         command = [sys.executable, __file__, "--llama-cpp", base, adapter]
                         command += ["--threads", str(asked.threads), "--new", str(asked.new)]
-                        env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-                        done = subprocess.run(command, env=env, capture_output=True, check=True)
+                        done = subprocess.run(command, capture_output=True, check=True)
                         times[f"llama.cpp: {case}"].append(float(done.stdout.split()[-1]))
     settings = {"threads": asked.threads, "storage": asked.storage}
     rows = []
