@@ -339,7 +339,7 @@ class Engine:
         row.end(reason, message, fault, setting)
 
     def _ready(self, row: Row) -> bool:
-        if row.entry is None or row.adapter is not None:  # a rebuild put the row back
+        if row.entry is None or row.adapter is not None:  # it ran before
             return True
         try:
             row.adapter = self.adapters.lease(row.entry)
@@ -350,14 +350,11 @@ class Engine:
     def _requeue(self, row: Row) -> None:
         self._scheduler.remove(row)
         self._runner.release(row, ended_normally=False)
-        if row.entry is not None and row.adapter is not None:
-            self.adapters.release(row.entry)
-            row.adapter = None
-        self._scheduler.waiting.add(row)
+        self._scheduler.waiting.add(row)  # it keeps its adapter, whose files may be others by then
 
     def _pass(self, batch: Batch) -> None:
         rows, counts = batch
-        if rows[0].slot < 0:  # it waits again, since `rebuild`
+        if rows[0].slot < 0:  # it waits again
             return
         try:
             logits_BV = self._runner.forward(rows, counts)

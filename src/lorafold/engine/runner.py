@@ -160,7 +160,7 @@ class SlotRunner(Runner):
         row.blocks += self.cache.allocate(num_blocks(len(row.tokens) + 1) - len(row.blocks))
         if tokens % BLOCK:
             self.cache.copy(blocks[whole], row.blocks[whole], tokens % BLOCK)
-        row.computed = row.cached = tokens
+        row.computed, row.cached = tokens, min(tokens, len(row.request.prompt))
 
     def release(self, row: Row, ended_normally: bool) -> None:
         self.rows.remove(row)

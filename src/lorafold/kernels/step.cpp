@@ -109,8 +109,10 @@ void product(const inputs<T>* x, const update<T>* const* adapters, long rows, co
         strips<true, T>(v, a.rank, n, a.up + c * a.rank, p.width, p.width, a.rank, to + c, m.out);
     }
     for (long k = 0; k < n && (a.gain || a.shift); k++)
-      for (long c = 0; c < p.out; c++)
-        to[k * m.out + c] = to[k * m.out + c] * (a.gain ? a.gain[c] : 1) + (a.shift ? a.shift[c] : 0);
+      for (long c = 0; c < p.out; c++) {
+        float& at = to[k * m.out + c];
+        at = at * (a.gain ? a.gain[c] : 1) + (a.shift ? a.shift[c] : 0);
+      }
   }
 }
 
@@ -255,12 +257,12 @@ int guarded(const decoder<T>* m, const batch<T>* b, float* logits, const int* st
 
 }  // namespace
 
-extern "C" int step_float32(const decoder<float>* m, const batch<float>* b, float* logits, const int* stop,
-                            int threads) {
+extern "C" int step_float32(const decoder<float>* m, const batch<float>* b, float* logits,
+                            const int* stop, int threads) {
   return guarded(m, b, logits, stop, threads);
 }
 
-extern "C" int step_bfloat16(const decoder<bf16>* m, const batch<bf16>* b, float* logits, const int* stop,
-                             int threads) {
+extern "C" int step_bfloat16(const decoder<bf16>* m, const batch<bf16>* b, float* logits,
+                             const int* stop, int threads) {
   return guarded(m, b, logits, stop, threads);
 }

@@ -49,7 +49,8 @@ inline void add(vector& sum, const float* x, const bf16* w) {
 #ifdef __AVX512BF16__
 inline void add(vector& sum, const bf16* x, const bf16* w) {
   __m512i two = _mm512_set1_epi32(read<int>(x));
-  sum = as<vector>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(read<words>(w)), as<__m512bh>(two)));
+  const __m512bh weights = as<__m512bh>(read<words>(w));
+  sum = as<vector>(_mm512_dpbf16_ps(as<__m512>(sum), weights, as<__m512bh>(two)));
 }
 #endif
 
