@@ -33,7 +33,7 @@ from lib.short import parsed
 
 import lorafold as lf
 from lorafold.engine import Engine, EventStream, Request, Sampling
-from lorafold.engine.sampler import filter_logits, noise
+from lorafold.engine.sampler import filter_logits, uniform
 from lorafold.resolve import Base
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -122,15 +122,16 @@ class Watched(Engine):
 
 
 def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
-    """How far the chosen candidate is ahead of the next one."""
+    """How far the chosen candidate is ahead of the next one, in logits or, if it was sampled, how
+    far the random number is from another candidate's part of the probabilities.
+    """
     own = request.sampling
     if not own.temperature:
         first, second = logits_V.float().topk(2).values.tolist()
         return first - second
-    noise_V = noise(own.seed, at, len(logits_V))
     (kept_V,) = filter_logits(logits_V[None].float() / own.temperature, [own])
-    first, second = (torch.log_softmax(kept_V, -1) - noise_V.log()).topk(2).values.tolist()
-    return first - second
+    ends_V = torch.softmax(kept_V.double(), -1).cumsum(-1)
+    return float((ends_V - uniform(own.seed, at)).abs().min())
 
 
 def over_http(storage: str, count: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from engine_cases import (
 )
 from lorafold.engine import Engine, Request, kv_cache
 from lorafold.engine.kv_cache import BlockCache
+from lorafold.engine.scheduler import COMPLETION_COST
 from lorafold.errors import LorafoldError
 
 OPTIONS: dict[str, Any] = {"length": 160, "chunk": 12, "budget": 24}
@@ -140,6 +141,8 @@ def test_requests_without_room_for_their_next_token_run_again(name, model, paths
         assert [stream.result().tokens for stream in streams] == expected
         assert running >= 6
         assert order == sorted(order)
+        charged = engine._scheduler.waiting._used[asked[0].tenant]
+        assert charged <= 8 * (20 + 99 * COMPLETION_COST)  # what is computed again is free
 
 
 def test_what_never_fits_is_refused_with_the_length_that_fits(model) -> None:

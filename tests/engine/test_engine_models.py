@@ -10,7 +10,7 @@ import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
 from lorafold.engine import Engine, Request, Sampling, Token, model_structure
-from lorafold.engine.sampler import noise
+from lorafold.engine.sampler import uniform
 from lorafold.errors import LorafoldError
 
 VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -110,7 +110,7 @@ def test_sampled_tokens_follow_from_the_seed_alone() -> None:
         for at in range(request.max_new_tokens):
             with torch.no_grad():
                 p = model(ids, use_cache=False).logits[:, -1].softmax(-1)
-            drawn = (p / noise(request.sampling.seed, at, p.shape[1])).argmax(-1)
+            drawn = (p.cumsum(-1) > uniform(request.sampling.seed, at)).int().argmax(-1)
             ids = torch.cat([ids, drawn[:, None]], 1)
         expected.append(tuple(ids[0, len(request.prompt) :].tolist()))
     before = torch.random.get_rng_state()

@@ -19,9 +19,10 @@ from lorafold.engine.sampler import (
     GrammarError,
     NotFinite,
     Sampler,
+    draw,
     filter_logits,
-    noise,
     sample_tokens,
+    uniform,
 )
 from lorafold.engine.sequence import Detokenizer
 from lorafold.errors import LorafoldError
@@ -55,7 +56,7 @@ def test_tokens_are_those_of_transformers_processors(settings: dict[str, Any]) -
     for step in range(40):
         scores = processors(own)(torch.tensor([ids]), logits(step)[None].clone())
         if own.temperature:
-            expected = int((scores.softmax(-1)[0] / noise(4, step, V)).argmax())
+            expected = int((scores.softmax(-1)[0].cumsum(-1) > uniform(4, step)).int().argmax())
         else:
             expected = int(scores.argmax())
         assert choose(sampler, logits(step)).token == expected
@@ -283,16 +284,22 @@ def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: fl
 def test_draws_have_the_probabilities_of_their_distribution() -> None:
     many, p = 5_000, (3 * torch.randn(V, generator=torch.Generator().manual_seed(2))).softmax(-1)
     for seed in (5, 1 << 60):
-        draws = torch.stack([noise(seed, i, V) for i in range(many)])
-        counts = torch.bincount((p / draws).argmax(-1), minlength=V)
+        tokens = draw(p.expand(many, V), [uniform(seed, i) for i in range(many)])
+        counts = torch.bincount(tokens, minlength=V)
         expected = many * p
         large = expected > 5
         chi = ((counts - expected) ** 2 / expected)[large].sum()
         n = int(large.sum())
         assert abs(float(chi) - n) < 4 * (2 * n) ** 0.5
-    seeds = torch.stack([noise(seed, 3, V) for seed in range(many)])
-    assert seeds.mean() == pytest.approx(1, abs=0.02)
-    assert torch.corrcoef(seeds[:, :9].T).fill_diagonal_(0).abs().max() < 0.08
+    seeds = torch.tensor([[uniform(seed, i) for i in range(9)] for seed in range(many)])
+    assert seeds.mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.corrcoef(seeds.T).fill_diagonal_(0).abs().max() < 0.08
+
+
+def test_excluded_tokens_are_drawn_at_neither_end() -> None:
+    p = torch.tensor([[0.0, 0.2, 0.0, 0.3, 0.1, 0.0]])
+    ends = {0.0: 1, 0.3333: 1, 0.3334: 3, 0.8333: 3, 0.8334: 4, 1 - 2.0**-53: 4}
+    assert draw(p.expand(len(ends), -1), [*ends]).tolist() == [*ends.values()]
 
 
 @pytest.mark.parametrize("vocabulary", [300, 3001])

@@ -455,7 +455,7 @@ def test_recurrent_models_are_padded_and_told(tmp_path: Path) -> None:
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     found = lf.train(
         lf.Recipe(objective="dpo", steps=3, batch=4, lr=1e-2, storage="fp32", dropout=0.0),
-        model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console,
+        model=tmp_path / "mamba", data=PAIRS, out=tmp_path / "out", console=console, verbose=True,
     )  # fmt: skip
     assert found.losses[0] == pytest.approx(math.log(2), rel=1e-4)
     assert "this model can't share a prompt among completions" in console.export_text()

@@ -88,11 +88,14 @@ def test_the_recipe_says_how_much_is_held_out_once(tiny_model_dir, tmp_path, mon
         raise LorafoldError("seen")
 
     monkeypatch.setattr("lorafold.comparing.run.compare", none)
-    for fraction, expected in ((0.5, 5), (0.0, 1)):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, ROWS[:10])))
+    for data, fraction, expected in ((ROWS[:10], 0.5, 5), (file, 0.5, 5), (file, 0.0, 1)):
         recipe = Recipe(steps=1, eval_fraction=fraction)
         with pytest.raises(LorafoldError, match="seen"):
-            lf.compare(tmp_path, model=model, data=ROWS[:10], methods=["lora"], recipe=recipe)
+            lf.compare(tmp_path, model=model, data=data, methods=["lora"], recipe=recipe)
         task = seen.pop()
+        pickle.dumps(task)  # methods are measured in processes of their own
         assert (len(task.held_out), len(task.rows)) == (expected, 10 - expected)
         assert task.recipe.eval_fraction == 0.0
 

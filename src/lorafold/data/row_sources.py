@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lorafold.data.exports import Numbered
@@ -42,7 +41,7 @@ class Reading(NamedTuple):
     assistant in a chat, and the encoding of text.
     """
 
-    columns: Mapping[str, str] = MappingProxyType({})
+    columns: Mapping[str, str] = {}
     me: str = ""
     encoding: str = ""
 

@@ -1,16 +1,17 @@
 """Samples the next tokens of all rows from logits (B, V). llguidance constrains structured output.
 
     l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
-    token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
+    token = the first i with p_0 + ... + p_i > u,   u uniform, from philox(key = seed and position)
 
-The order is the same as in transformers. Rows don't affect each other. The noise is Philox4x64-10
-(Salmon et al. 2011) from numpy, because `lorafold.ops.philox` needs a hundred PyTorch operations.
+The order is the same as in transformers. Rows don't affect each other. The generator is
+Philox4x64-10 (Salmon et al. 2011) from numpy.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # maps a completion's tokens to a mask (V,) of allowed next tokens, or None if all are allowed
 AllowedTokens = Callable[[Sequence[int]], Tensor | None]
 ROWS_AT_ONCE = 4  # 16 rows exceed the CPU's cache and run at half the speed
+BLOCK = 64  # tokens whose probabilities are added first, because a cumulative sum is slow
 TOP_P_CANDIDATES = 1024  # tried first, because sorting all tokens takes five times as long
 NEG_INF = float("-inf")
 NOT_FINITE = "the model's logits are NaN or infinite"
@@ -60,8 +62,8 @@ class Sampler:
         self.tokens: list[int] = []  # the completion
         self.prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
 
-    def process_logits_(self, logits_V: Tensor) -> None:
-        """Applies penalties, biases and the grammar to logits_V in place."""
+    def process(self, logits_V: Tensor) -> Tensor:  # (V,)
+        """Returns the logits after penalties, biases and the grammar; logits_V if it has none."""
         changed_V = self._penalize(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             # grammars don't contain tokens that an adapter adds
@@ -69,9 +71,8 @@ class Sampler:
             if not mask_V.any():
                 setting = (self.sampling.grammar or ("grammar", ""))[0]
                 raise GrammarError(setting, "no token may follow")
-            changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
-        if changed_V is not logits_V:
-            logits_V.copy_(changed_V)
+            changed_V = changed_V.masked_fill(~mask_V, NEG_INF)
+        return changed_V
 
     def _penalize(self, logits_V: Tensor) -> Tensor:
         sampling = self.sampling
@@ -114,14 +115,16 @@ def sample_tokens(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sample
 
 def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[SampledToken | Exception]:
     choices: list[SampledToken | Exception | None] = [None] * len(samplers)
-    changed_BV, is_finite = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
+    before, is_finite = [*logits_BV], torch.isfinite(logits_BV.sum(-1)).tolist()
+    rows = [*before]
     for b, sampler in enumerate(samplers):
         try:
             if not is_finite[b]:
                 raise NotFinite(NOT_FINITE)
-            sampler.process_logits_(changed_BV[b])
+            rows[b] = sampler.process(rows[b])
         except Exception as error:
-            choices[b], changed_BV[b] = error, 0
+            choices[b], rows[b] = error, torch.zeros_like(rows[b])
+    changed_BV = logits_BV if all(map(is_, rows, before)) else torch.stack(rows)
     sampled = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
     drawn_B, tokens_B = torch.zeros(len(samplers)), torch.zeros(len(samplers), dtype=torch.long)
     if len(sampled) < len(samplers):
@@ -131,19 +134,18 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
         # below 1e-30 all but the largest logit overflow; above 1e30 all are equal
         rates = [min(max(item.sampling.temperature, 1e-30), 1e30) for item in samplers_n]
         scaled_nV = select_rows(changed_BV, sampled)
-        scaled_nV = scaled_nV - scaled_nV.amax(-1, keepdim=True)
         if rates != [1.0] * len(rates):
-            scaled_nV /= torch.tensor(rates)[:, None]
+            below_nV, by_n1 = scaled_nV - scaled_nV.amax(-1, True), torch.tensor(rates)[:, None]
+            scaled_nV = scaled_nV.where(by_n1 == 1, below_nV / by_n1)
         filtered_nV = filter_logits(scaled_nV, [item.sampling for item in samplers_n])
-        size = filtered_nV.shape[1]
-        noise_nV = torch.stack([noise(s.sampling.seed, len(s.tokens), size) for s in samplers_n])
-        tokens_n = tokens_B[sampled] = (filtered_nV.exp() / noise_nV).argmax(-1)
+        u_n = [uniform(item.sampling.seed, len(item.tokens)) for item in samplers_n]
+        tokens_n = tokens_B[sampled] = draw(torch.softmax(filtered_nV, -1), u_n)
     # these logarithms have the bits of training's
     logp_BV = logits_BV
     if any(sampler.sampling.logprobs is not None for sampler in samplers):
         logp_BV = torch.log_softmax(logits_BV, -1)
         if sampled:
-            drawn_nV = torch.log_softmax(filtered_nV, -1)
+            drawn_nV = logp_BV if filtered_nV is logits_BV else torch.log_softmax(filtered_nV, -1)
             drawn_B[sampled] = drawn_nV.gather(1, tokens_n[:, None])[:, 0]
     columns = tokens_B, logp_BV.gather(1, tokens_B[:, None])[:, 0], drawn_B
     for b, (token, logp, drawn) in enumerate(zip(*(t.tolist() for t in columns), strict=True)):
@@ -156,25 +158,43 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
     return [item for item in choices if item is not None]
 
 
-def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
-    """Returns exponential noise (V,) for one position of a completion."""
-    words = np.random.Philox(key=[seed % (1 << 64), position]).random_raw(-(-vocabulary // 2))
-    u_V = torch.from_numpy(words.view(np.uint32)[:vocabulary].astype(np.float32))
-    return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
+def uniform(seed: int, position: int) -> float:
+    """Returns the random number in [0, 1) for one position of a completion."""
+    word = np.random.Philox(key=[seed % (1 << 64), position]).random_raw()
+    return (int(word) >> 11) * 2.0**-53
+
+
+def draw(p_BV: Tensor, u_B: Sequence[float]) -> Tensor:  # (B,)
+    """Draws one token from each row of probabilities (B, V) by inverting its cumulative sum."""
+    p_BKN = pad(p_BV, (0, -p_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    p_BK = p_BKN.sum(-1)
+    block_B, rest_B = _invert(p_BK, torch.tensor(u_B, dtype=torch.float64) * p_BK.double().sum(-1))
+    token_B, _ = _invert(p_BKN[torch.arange(len(p_BV)), block_B], rest_B)
+    return block_B * BLOCK + token_B
+
+
+def _invert(p_BN: Tensor, at_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns for each row the first n with p_0 + ... + p_n > at, and at - (p_0 + ... + p_n-1)."""
+    sums_BN = p_BN.double().cumsum(-1)
+    below_B = sums_BN[:, -1].nextafter(torch.tensor(0.0, dtype=torch.float64))
+    at_B = torch.minimum(at_B.clamp(min=0), below_B)
+    n_B1 = torch.searchsorted(sums_BN, at_B[:, None], right=True)
+    return n_B1[:, 0], at_B - (sums_BN - p_BN).gather(1, n_B1)[:, 0]
 
 
 def filter_logits(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Sets the logits (B, V) that top-k, top-p or min-p exclude to -inf, in a copy."""
-    out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
+    """Sets the logits (B, V) that top-k, top-p or min-p exclude to -inf."""
+    vocabulary = logits_BV.shape[1]
     ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
+    ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
+    ms = {b: s.min_p for b, s in enumerate(samplings) if s.min_p > 0}
+    out_BV = logits_BV.clone() if ks or ps or ms else logits_BV
     if ks:
         rows_nV, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
         least = rows_nV.topk(max(ks.values())).values.gather(1, at)
         out_BV[[*ks]] = rows_nV.masked_fill(rows_nV < least, NEG_INF)
-    ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
     if ps:
         _top_p_(out_BV, ps, min(TOP_P_CANDIDATES, vocabulary))
-    ms = {b: s.min_p for b, s in enumerate(samplings) if s.min_p > 0}
     if ms:
         p_nV = torch.softmax(out_BV[[*ms]], -1)
         least = torch.tensor([*ms.values()])[:, None] * p_nV.amax(-1, keepdim=True)

@@ -104,7 +104,8 @@ class Scheduler:
                 continue
             self.waiting.remove(row)
             self.running.append(row)
-            self.waiting.charge(row.request.tenant, len(row.request.prompt))
+            if row.stream.began is None:  # not one that made room and computes again
+                self.waiting.charge(row.request.tenant, len(row.request.prompt))
             yield row
 
     def _full(self) -> list[str]:

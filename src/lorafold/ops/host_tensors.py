@@ -62,11 +62,11 @@ def add_int(x: Tensor, n: int) -> Tensor:
 
 
 def select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns the rows (m, ...) of x (n, ...) with these numbers; x itself if these are all rows in
-    order.
+    """Returns the rows (m, ...) of x (n, ...) with these numbers; a view if they are consecutive,
+    and x itself if these are all rows in order.
     """
-    if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
-        return x
+    if rows and all(i == b for i, b in enumerate(rows, rows[0])):
+        return x if len(rows) == len(x) else x[rows[0] : rows[-1] + 1]
     return x.index_select(0, send(torch.tensor(rows, dtype=torch.long), x.device))
 
 
