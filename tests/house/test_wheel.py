@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from lorafold.cli import COMMANDS
+from lorafold.cli import COMMANDS, GROUPS, LAB
 from lorafold.serving.routes import page
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,8 @@ def test_the_command_and_the_package_are_the_wheels(installed: Path, tmp_path: P
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run(installed / "lorafold", "--version", cwd=tmp_path) == f"lorafold {version}\n"
     text = run(installed / "lorafold", "--help", cwd=tmp_path)
-    assert all(name in text for name in COMMANDS)
+    lab = run(installed / "lorafold", LAB, "--help", cwd=tmp_path)
+    assert all(name in (lab if name in GROUPS["Lab"] else text) for name in COMMANDS)
     script = "import lorafold, sys; print(lorafold.__file__, 'torch' in sys.modules)"
     where, has_torch = run(installed / "python", "-c", script, cwd=tmp_path).split()
     assert Path(where).is_relative_to(installed.parent)

@@ -247,7 +247,7 @@ def test_a_model_that_cant_is_one_clear_error_and_leaves_nothing(tiny_model_dir,
 def test_the_command_takes_it_and_the_optimizer_as_words(tiny_model_dir, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     where = f"--model {tiny_model_dir('llama')} --data {data} --out {tmp_path / 'a'} --device cpu"
-    how = "--storage fp32 --set steps=2 --set rank=64 --gradient-checkpointing on"
+    how = "--storage fp32 --set steps=2 --set rank=64 --gradient-checkpointing on --verbose"
     words = f"-m lorafold train {where} {how} --optimizer paged-adamw8bit --json".split()
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
     told = ("paged", "Warning", "kernels")

@@ -173,8 +173,10 @@ class SlotAdapters:
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
             x_n, y_n = x[rows], y[rows]
-            # repeated, because kernels sum in another order for few tokens
-            repeats = -(-self.min_rows(x.dtype, x.device) * x_n.shape[-1] // x_n.numel())
+            # repeated, because kernels sum in another order for few tokens; FEW, because a delta's
+            # matrices have other shapes than those that `min_rows` measures
+            least = max(self.min_rows(x.dtype, x.device), FEW if x.is_cpu else 1)
+            repeats = -(-least * x_n.shape[-1] // x_n.numel())
             if repeats > 1:
                 x_n, y_n = (torch.cat([t] * repeats) for t in (x_n, y_n))
             with BlockMatmuls(FEW) if self.in_blocks else nullcontext():
