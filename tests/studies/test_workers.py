@@ -21,6 +21,7 @@ import lorafold as lf
 from command_cases import rows_file, words
 from lorafold.api.arguments import train_and_test
 from lorafold.comparing.measure import BASE, ComparisonTask, measure
+from lorafold.data.row_sources import AS_IS
 from lorafold.files.claims import LEASE, SUFFIX
 from lorafold.fragility_study.task import RECIPE
 from lorafold.recipe.recipe import Recipe
@@ -97,7 +98,7 @@ def test_two_workers_compare_six_cells(tiny_model_dir, tmp_path: Path) -> None:
     found, written = shared(tmp_path / "out", arguments, "rows/*.json")
     assert found[0] == found[1]
     assert (len(written), {len(stamps) for stamps in written.values()}) == (6, {1})
-    rows, held_out, source = train_and_test(data, None, recipe, None, Console(quiet=True))
+    rows, held_out, source = train_and_test(data, None, recipe, AS_IS, Console(quiet=True))
     task = ComparisonTask(Base(model, device="cpu"), rows, held_out, source, recipe)
     kept = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
     methods = [BASE, "lora", "lora", "ia3", "bitfit", "full"]
