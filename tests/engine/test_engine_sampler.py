@@ -126,6 +126,12 @@ def test_only_allowed_tokens_are_chosen() -> None:
     ("settings", "says"),
     [
         ({"temperature": -1.0}, "temperature: found -1.0, expected 0 or more"),
+        ({"seed": None}, "seed: found None, expected an integer"),
+        ({"seed": 1.5}, "seed: found 1.5, expected an integer"),
+        ({"top_k": 5.0}, "top_k: found 5.0, expected an integer"),
+        ({"logprobs": 2.0}, "logprobs: found 2.0, expected an integer"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias: found True, expected an integer"),
+        ({"stop": "abc"}, "stop: found 'abc', expected a list"),
         ({"temperature": float("nan")}, "finite"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
@@ -291,6 +297,8 @@ def test_draws_have_the_probabilities_of_their_distribution() -> None:
         chi = ((counts - expected) ** 2 / expected)[large].sum()
         n = int(large.sum())
         assert abs(float(chi) - n) < 4 * (2 * n) ** 0.5
+    some = (0, -1, -2, -500, 1 << 63, (1 << 63) + 900, 1 << 62)
+    assert len({uniform(seed, 0) for seed in some}) == len(some)
     seeds = torch.tensor([[uniform(seed, i) for i in range(9)] for seed in range(many)])
     assert seeds.mean() == pytest.approx(0.5, abs=0.01)
     assert torch.corrcoef(seeds.T).fill_diagonal_(0).abs().max() < 0.08

@@ -47,6 +47,8 @@ class Sampling:
     def __post_init__(self) -> None:
         values = [(name, getattr(self, name)) for name in NUMBERS]
         values += [("logit_bias", x) for x in self.logit_bias.values()]
+        integers = [("top_k", self.top_k), ("seed", self.seed), ("logprobs", self.logprobs or 0)]
+        integers += [("logit_bias", token) for token in self.logit_bias]
         require(
             {
                 f"{name}: found {x!r:.40}, expected a finite float32 number": (
@@ -54,6 +56,8 @@ class Sampling:
                 )
                 for name, x in values
             }
+            | {f"{n}: found {x!r:.40}, expected an integer": type(x) is int for n, x in integers}
+            | {f"stop: found {self.stop!r:.40}, expected a list": not isinstance(self.stop, str)}
         )
         checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,

@@ -160,8 +160,8 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
 
 def uniform(seed: int, position: int) -> float:
     """Returns the random number in [0, 1) for one position of a completion."""
-    word = np.random.Philox(key=[seed % (1 << 64), position]).random_raw()
-    return (int(word) >> 11) * 2.0**-53
+    key = np.array([seed % (1 << 64), position], dtype=np.uint64)
+    return (int(np.random.Philox(key=key).random_raw()) >> 11) * 2.0**-53
 
 
 def draw(p_BV: Tensor, u_B: Sequence[float]) -> Tensor:  # (B,)
