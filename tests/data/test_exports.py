@@ -595,12 +595,13 @@ def test_how_rows_are_read_is_recorded_and_part_of_their_identity(tiny_model_dir
     ways = [Reading(), Reading(me="Ada"), Reading({"a": "b"}), Reading(encoding="cp1252")]
     streams = [RowStream((parse_source(str(path), way),)) for way in ways]
     assert len({stream.identity for stream in streams}) == len(ways)
-    for wrong in ("base64", 3):
-        told = f"encoding: found {wrong!r}, expected an encoding that"
-        with pytest.raises(LorafoldError, match=told):
+    for wrong, expected in (("base64", "an encoding that Python knows"), (3, "text or None")):
+        with pytest.raises(LorafoldError, match=f"encoding: found {wrong!r}, expected {expected}"):
             lf.preview(data=path, encoding=wrong)
-    with pytest.raises(LorafoldError, match="columns: found 'a=b', expected a mapping of names"):
-        lf.preview(data=path, columns="a=b")
+    for names in ("a=b", {"prompt": 3}):
+        told = f"columns: found {names!r}, expected a mapping of names"
+        with pytest.raises(LorafoldError, match=re.escape(told)):
+            lf.preview(data=path, columns=names)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nstage: sft", "choose one with --kind: axolotl, llamafactory"),
         ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
+        ("a: 1\nb: {c: 1}\na: 2", "not YAML at line 3, column 1: found a twice"),
         ("", "found an empty file"),
     ],
 )

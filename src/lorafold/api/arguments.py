@@ -77,11 +77,12 @@ def as_reading(options: Any) -> Reading:
     """Removes `DataOptions` from the options of a function, and returns them."""
     given = {name: options.pop(name, None) for name in Reading._fields}
     reading = Reading(**{name: value for name, value in given.items() if value})
-    if not isinstance(reading.columns, Mapping):
-        raise LorafoldError(f"columns: found {reading.columns!r:.80}, expected a mapping of names")
+    columns: Any = reading.columns
+    if not isinstance(columns, Mapping) or not all(type(x) is str for x in columns.values()):
+        raise LorafoldError(f"columns: found {columns!r:.80}, expected a mapping of names")
     try:
         b"x".decode(reading.encoding or "utf-8", "replace")
-    except (LookupError, TypeError) as error:
+    except LookupError as error:
         raise LorafoldError(
             f"encoding: found {reading.encoding!r}, expected an encoding that Python knows, for"
             " example cp1252, mac_roman or cp932"

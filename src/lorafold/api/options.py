@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter
+from numbers import Integral, Real
 from pathlib import Path
 from textwrap import dedent, fill, indent
+from types import NoneType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -49,6 +51,13 @@ BASE = "Base model"
 SECTION = re.compile(r"^(Args|Examples|Notes):\n((?:    .*\n|\n(?=    ))+)", re.MULTILINE)
 ARGS = re.compile(r"^Args:\n(?:    .*\n)+", re.MULTILINE)
 ENTRY = re.compile(r"^(\w+): (.*\n(?:    .*\n)*)", re.MULTILINE)
+PLAIN = {
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    NoneType: (NoneType, "None"),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,6 +194,11 @@ def validated(function: Verb) -> Verb:
         for name, hint, _, option, _, group in options:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
+            hint = hint.__origin__ if get_origin(hint) is Annotated else hint
+            kinds = [PLAIN.get(kind, (object, "")) for kind in get_args(hint) or [hint]]
+            if name in values and not isinstance(value, tuple(kind for kind, _ in kinds)):
+                expected = " or ".join(text for _, text in kinds)
+                raise LorafoldError(f"{name}: found {value!r:.80}, expected {expected}")
             if choices and value is not None and value not in choices:
                 raise LorafoldError(
                     f"{name}: found {value!r}, expected one of {', '.join(choices)}"

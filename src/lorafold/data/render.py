@@ -320,6 +320,8 @@ def render_trained(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if not hasattr(tokenizer, "chat_template"):
+        raise LorafoldError(f"tokenizer: found {tokenizer!r:.80}, expected a loaded tokenizer")
     if tokenizer.chat_template is not None:
         return None
     if tokenizer.eos_token is None:

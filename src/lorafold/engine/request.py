@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, Self
 
 from lorafold.errors import LorafoldError
@@ -52,11 +53,16 @@ class Sampling:
         require(
             {
                 f"{name}: found {x!r:.40}, expected a finite float32 number": (
-                    isinstance(x, int | float) and abs(x) <= LARGEST
+                    isinstance(x, Real) and abs(x) <= LARGEST  # type: ignore[operator]
                 )
                 for name, x in values
             }
-            | {f"{n}: found {x!r:.40}, expected an integer": type(x) is int for n, x in integers}
+            | {
+                f"{name}: found {x!r:.40}, expected an integer": (
+                    isinstance(x, Integral) and x is not True and x is not False
+                )
+                for name, x in integers
+            }
             | {f"stop: found {self.stop!r:.40}, expected a list": not isinstance(self.stop, str)}
         )
         checks = {

@@ -160,7 +160,7 @@ def _sample_rows(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Sampled
 
 def uniform(seed: int, position: int) -> float:
     """Returns the random number in [0, 1) for one position of a completion."""
-    key = np.array([seed % (1 << 64), position], dtype=np.uint64)
+    key = np.array([int(seed) % (1 << 64), position], dtype=np.uint64)
     return (int(np.random.Philox(key=key).random_raw()) >> 11) * 2.0**-53
 
 

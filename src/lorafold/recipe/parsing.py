@@ -90,7 +90,17 @@ def read_text(path: Path, what: str) -> str:
 
 
 class _Yaml(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign)."""
+    """PyYAML's YAML 1.1, except that 3e-4 is a number (1.1 requires a dot and a sign), and that a
+    key is given once.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        if again := [key for i, (key, _) in enumerate(node.value) if names[i] in names[:i]]:
+            raise yaml.MarkedYAMLError(
+                None, None, f"found {again[0].value} twice", again[0].start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver(
