@@ -21,7 +21,7 @@ from inspect import Parameter
 from numbers import Integral, Real
 from pathlib import Path
 from textwrap import dedent, fill, indent
-from types import NoneType
+from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -195,7 +195,8 @@ def validated(function: Verb) -> Verb:
             value = values.get(name) if group is None else getattr(values.get(group[0]), name, None)
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             hint = hint.__origin__ if get_origin(hint) is Annotated else hint
-            kinds = [PLAIN.get(kind, (object, "")) for kind in get_args(hint) or [hint]]
+            members = get_args(hint) if get_origin(hint) is UnionType else [hint]
+            kinds = [PLAIN.get(member, (object, "")) for member in members]
             if name in values and not isinstance(value, tuple(kind for kind, _ in kinds)):
                 expected = " or ".join(text for _, text in kinds)
                 raise LorafoldError(f"{name}: found {value!r:.80}, expected {expected}")
