@@ -7,9 +7,9 @@
                                         `lorafold` commands in it are parsed all the same
 
 A page runs on a tiny random model in the place of the embedded one, without the commands of LONG
-and the sections of COOKBOOK. Pages that are long or have such sections run whole among the slow
-tests, on the embedded model itself. The pages of the commands run as one, behind the page that has
-their rows.
+and the sections of COOKBOOK. The slow tests run LONG_PAGES whole on the tiny model, and REAL_PAGES,
+the sections of COOKBOOK among them, on the embedded one. The pages of the commands run as one,
+behind the page that has their rows.
 """
 
 import html
@@ -47,12 +47,11 @@ from lorafold.training_step import policy_algorithms, preference_algorithms
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 NOT_RUN = "Not run by the tests: "
-# commands that train many times, and pages with many commands, or with an engine that reads the
-# embedded GGUF file itself, which is none where the model is tiny: the fast tests only parse them
+# commands that train many times, and pages with many commands
 LONG = {"quickstart", "compare", "intrinsic", "fragility"}
 LONG_PAGES = {
-    "cli.md", "compare.md", "compose.md", "concepts.md", "conversations.md", "export-gguf.md",
-    "export.md", "fragility.md", "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
+    "compare.md", "compose.md", "concepts.md", "conversations.md", "fragility.md",
+    "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
 }  # fmt: skip
 # complete examples, which run on the embedded model alone: the exact match that their evaluation
 # `after` must reach, by page and section
@@ -63,7 +62,9 @@ COOKBOOK = {
     ("cookbook.md", "Call tools"): 0.9,
     ("cookbook.md", "Distil a prompt"): 0.9,
 }
-REAL_PAGES = sorted(LONG_PAGES | {page for page, _ in COOKBOOK})
+# llama.cpp reads the embedded GGUF file itself, which is none where the model is tiny
+GGUF_PAGES = {"cli.md", "export-gguf.md", "export.md"}
+REAL_PAGES = sorted(GGUF_PAGES | {page for page, _ in COOKBOOK})
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -162,12 +163,13 @@ def tables() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("model", "page"),
     [
-        *(("tiny", page) for page in RUNNING if page not in LONG_PAGES),
+        *(("tiny", page) for page in RUNNING if page not in LONG_PAGES | GGUF_PAGES),
+        *(pytest.param("whole", page, marks=pytest.mark.slow) for page in sorted(LONG_PAGES)),
         *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in REAL_PAGES),
     ],
 )
 def test_a_page_runs(model, page, tmp_path, monkeypatch, request) -> None:
-    if model == "tiny":
+    if model != "smollm2":
         packages, cache = request.getfixturevalue("tiny")
         monkeypatch.syspath_prepend(packages)
         path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
@@ -468,12 +470,10 @@ def test_the_chart_is_drawn_from_the_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", FRONT)
-def test_all_blocks_of_the_front_pages_run_in_an_empty_folder(page: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"```(python|sh)[^\n]*\n(.*?)```", FRONT[page], re.DOTALL)
+def test_all_blocks_of_the_readme_run_in_an_empty_folder(tmp_path: Path) -> None:
+    blocks = re.findall(r"```(python|sh)[^\n]*\n(.*?)```", TEXT, re.DOTALL)
     python = "\n".join(text for language, text in blocks if language == "python")
-    is_readme = page == "README.md"  # the other page's commands run with its files, as all pages
-    shell = "\n".join(t for of, t in blocks if of == "sh" and is_readme and "pip" not in t)
+    shell = "\n".join(t for of, t in blocks if of == "sh" and "pip" not in t)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     printed = []
     for command in ([sys.executable, "-c", python], ["bash", "-ec", shell]):
@@ -482,10 +482,9 @@ def test_all_blocks_of_the_front_pages_run_in_an_empty_folder(page: str, tmp_pat
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-    made = {"facts", "merged"}
-    made |= {"mine", "rows.jsonl", "my-adapter", "my-model"} if is_readme else set()
+    made = {"facts", "merged", "mine", "rows.jsonl", "my-adapter", "my-model"}
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".run"} == made
-    [shown] = re.findall(r"```\n\n```text[^\n]*\n(.*?)```", FRONT[page], re.DOTALL)
+    [shown] = re.findall(r"```\n\n```text[^\n]*\n(.*?)```", TEXT, re.DOTALL)
     figures = re.compile(r"\d[\d.e-]*")  # other machines round otherwise
     assert figures.sub("0", shown) == figures.sub("0", printed[0])
 
