@@ -3,10 +3,12 @@
 import random
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafold as lf
 from engine_cases import METHODS, check, loaded, prompt, sampling, save_adapters
@@ -155,6 +157,27 @@ def test_adapters_that_are_active_on_a_model_in_int8_belong_to_the_base(tiny_mod
         with Engine(model, slots=2, length=64):
             found = model(ids).logits
     assert ((found - expected).norm() / expected.norm()).item() < 0.1
+
+
+def test_int8_modules_of_other_adapters_run_without_them(tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(  # all its linear modules can be stored in int8
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    plain = LlamaForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path / "base")
+    paths = save_adapters(plain, tmp_path, {n: METHODS[n] for n in ("lora", "lokr", "ia3")})
+    model = lf.load_model(str(tmp_path / "base"), storage="int8")
+    monkeypatch.setattr("lorafold.engine.engine.plan_of", lambda _: None)
+    with loaded(Engine(model, slots=2, length=64), paths) as engine:
+        ended = []
+        for name in ("ia3", "lora", "lokr", "ia3"):
+            stream = engine.submit(Request(name, (5, 6, 7), 4, name))
+            engine.run()
+            ended.append(stream.result())
+    assert [end.message for end in ended] == [""] * 4
+    assert ended[0] == ended[3]
 
 
 @pytest.mark.few(1)

@@ -8,6 +8,7 @@ or custom attention), the engine runs one request at a time.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, deltas_on, selection_of
 from lorafold.core.contexts import evaluating
 from lorafold.core.expert_matrices import Matrices
+from lorafold.core.layer import Layer
 from lorafold.engine.kv_cache import BLOCK, BlockCache, BlockView, num_blocks
 from lorafold.engine.operations import Operations, slot_attention, slot_mask
 from lorafold.errors import LorafoldError
@@ -182,6 +184,10 @@ def reserve(model: Any, stack: ExitStack) -> None:
             p.requires_grad_(False)
 
 
+def _separated(layer: Callable[[nn.Module], Layer], module: nn.Module, x: Tensor) -> Any:
+    return layer(module)(x)  # a new one, because attaching deltas changes the class of a module
+
+
 def separate_rows(model: nn.Module, stack: ExitStack) -> None:
     """Makes modules compute rows independently, until the stack is closed. bitsandbytes' int8
     matmul chooses outliers from all rows of a batch (LLM.int8: Dettmers et al. 2022, arXiv
@@ -192,5 +198,5 @@ def separate_rows(model: nn.Module, stack: ExitStack) -> None:
         layer = layer_of(module)
         adapted = isinstance(module, Adapted)  # its forward already runs `layer`
         if layer.mixes_rows and not adapted and "forward" not in vars(module):
-            module.forward = layer
+            module.forward = partial(_separated, type(layer), module)
             stack.callback(vars(module).pop, "forward", None)
