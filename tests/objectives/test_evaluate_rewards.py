@@ -196,7 +196,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "too cold": ({"temperature": -1}, "^temperature: found -1, expected 0 or more"),
     "a seed": ({"seed": -1}, "^seed: found -1, expected 0 to 4294967295"),
     "no time": ({"reward_seconds": 0}, "^rewards: found a time limit of 0 s"),
-    "time as text": ({"reward_seconds": "3"}, "^rewards: found a time limit of '3', expected a"),
+    "time as text": ({"reward_seconds": "3"}, "^reward_seconds: found '3', expected a number"),
     "no reward": ({"rewards": 3}, "^rewards: found 3, expected functions or names"),
     "an unknown one": ({"rewards": "words"}, "^reward 'words': expected FILE.py:fn"),
     "a lost field": (

@@ -1,20 +1,26 @@
 """Rewards: functions, patterns, schemas and verifiers, and the messages where one fails."""
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 
+import lorafold as lf
 from lorafold.errors import LorafoldError
-from lorafold.rewards import Judged, Reward, Rewards, reward_of
+from lorafold.rewards import Calls, Judged, Reward, Rewards, reward_of
 
 FILE = '''
 import os, signal, sys, time
@@ -73,13 +79,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Iterator[Rewards]:
     """The function that does what the completion says; a kill starts its process again."""
-    with Rewards.of(f"{folder}/given.py:one", limit=3) as rewards:
+    with Rewards.of(f"{folder}/given.py:one", calls=Calls(3)) as rewards:
         yield rewards
 
 
 @pytest.fixture(scope="module")
 def batch(folder: Path) -> Iterator[Rewards]:
-    with Rewards.of(f"{folder}/given.py:batch", limit=4) as rewards:
+    with Rewards.of(f"{folder}/given.py:batch", calls=Calls(2)) as rewards:
         yield rewards
 
 
@@ -173,7 +179,7 @@ def test_what_is_wrong_names_the_completion(one: Rewards, completion: str, told:
 
 def test_what_a_killed_function_started_is_killed_too(folder, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    with Rewards.of(f"{folder}/given.py:one", limit=1) as rewards:
+    with Rewards.of(f"{folder}/given.py:one", calls=Calls(1)) as rewards:
         assert "took more than 1 s" in fails(rewards, "group")
     assert ends(int((tmp_path / "child").read_text()), 5)
 
@@ -294,7 +300,7 @@ def test_a_sum_that_weights_make_too_large(one: Rewards, folder: Path) -> None:
 
 
 def test_a_pattern_that_backtracks_for_ever_is_ended() -> None:
-    with Rewards.of("regex:(a+)+b", limit=0.5) as rewards:
+    with Rewards.of("regex:(a+)+b", calls=Calls(0.5)) as rewards:
         assert "completion 2: took more than 0.5 s" in fails(rewards, "ab", "a" * 60)
         assert rewards(judged("aab"))[0] == [1.0]
 
@@ -332,6 +338,164 @@ def test_functions_of_this_process() -> None:
     assert re.match(told, fails(failing, "1", "x"))
 
 
+def test_what_is_known_of_a_completion_is_given_where_it_is_named(folder: Path) -> None:
+    def long(completion: str, tokens: int, ended: str, step: int | None) -> float:
+        return -tokens if ended == "length" else step or 0.5
+
+    sampled = {"tokens": 3, "ended": "length", "step": 7}
+    ends = [sampled, sampled | {"ended": "stop"}, sampled | {"ended": "stop", "step": None}]
+    given = [Judged("ask", "x", {}, "row 1", sampled=one) for one in ends]
+    assert Rewards.of(long)(given)[0] == [-3.0, 7.0, 0.5]
+    with Rewards.of(f"{folder}/given.py:every") as rewards:  # ** is for fields of rows
+        assert rewards(given)[0] == [0.0] * 3
+    own = [Judged("ask", "x", {"tokens": 9}, "row 1", sampled=one) for one in ends]
+    assert Rewards.of(lambda completions, tokens: tokens)(own)[0] == [9.0] * 3
+
+
+async def slowly(completion: str, tries: Counter[str] = Counter()) -> float | None:  # noqa: B006
+    """Fails as often as the completion says, after which it is its length."""
+    await asyncio.sleep(0.05)
+    tries[completion] += 1
+    if completion == "stuck":
+        await asyncio.sleep(99)
+    if tries[completion] <= completion.count("!"):
+        raise ConnectionError("no route")
+    return len(completion) if completion else None
+
+
+def test_asynchronous_functions_run_at_once_and_again() -> None:
+    begun = time.monotonic()
+    texts = [str(n) * n for n in range(1, 40)]
+    rewards = Rewards.of(slowly)
+    assert rewards(judged(*texts, "", "ab!!"))[0] == [*map(len, texts), None, 4.0]
+    assert time.monotonic() - begun < 0.05 * len(texts)
+    told = r"completion 2: raised ConnectionError: no route \(line \d+ of .*\) \(3 tries\)"
+    assert re.match(told, fails(rewards, "c", "d!!!"))
+    quick = Rewards.of(slowly, calls=Calls(0.2, retries=0))
+    assert fails(quick, "c", "stuck").startswith("completion 2: took more than 0.2 s (1 tries)")
+
+    async def in_a_notebook() -> Any:  # whose thread runs an event loop
+        return rewards(judged("abc"))[0]
+
+    assert asyncio.run(in_a_notebook()) == [3.0]
+
+
+class Service(BaseHTTPRequestHandler):
+    """A judge that scores a text by its letters, after answers that its model names: a status, a
+    type of content, or none in time.
+    """
+
+    protocol_version, asked = "HTTP/1.1", list[dict[str, Any]]()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append(body | {"key": self.headers["authorization"]})
+        wrong, every = body["model"].split("/")
+        text = body["messages"][0]["content"].partition("Answer: ")[2].strip()
+        answer = json.dumps({"choices": [{"message": {"content": f"It is 1, no, {len(text)}."}}]})
+        status = 200
+        if wrong != "none" and len(self.asked) % int(every) == 0:
+            status = int(wrong) if wrong.isdigit() else 200
+            answer = {"html": "<html>", "silent": '{"choices": []}'}.get(wrong, wrong)
+            time.sleep(3 * (wrong == "slow"))
+        self.send_response(status)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        with suppress(OSError):  # whoever asked may have gone
+            self.wfile.write(answer.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        Service.asked.clear()
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def rubric(folder: Path, url: str, model: str = "none/1", more: str = "") -> str:
+    (folder / "judge.yaml").write_text(
+        f"url: {url}\nmodel: {model}\nscale: 10\n{more}\n"
+        "rubric: 'How well does it {{ prompt }} for {{ who }}? Answer: {{ completion }}'\n"
+    )
+    return f"judge:{folder}/judge.yaml"
+
+
+@pytest.mark.parametrize("model", ["none/1", "503/5", "429/4"])
+def test_a_judge_scores_by_its_rubric(model: str, service: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    name = rubric(tmp_path, service, model, "key: JUDGE_KEY\noptions: {temperature: 0}")
+    texts = ["x" * n for n in range(1, 33)]
+    with Rewards.of(f"0.5*{name}") as rewards:
+        sums, each = rewards(judged(*texts, who="me"))
+    assert each == {name: [len(text) / 10 for text in texts]}
+    assert sums == [len(text) / 20 for text in texts]
+    assert len(Service.asked) > len(texts) or model == "none/1"
+    first = Service.asked[0]
+    assert (first["key"], first["temperature"]) == ("Bearer secret", 0)
+    assert "How well does it ask for me? Answer: x" in first["messages"][0]["content"]
+
+
+@pytest.mark.usefixtures("unestimated")
+def test_a_busy_judge_changes_no_run(service: str, tiny_model_dir, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "who": "me"} for text in ("Name a tree.", "And a lake?")]
+    options = {"group": 4, "max_new_tokens": 6, "reward_concurrency": 3}
+    recipe = lf.Recipe(
+        objective="grpo", steps=3, batch=2, max_length=96, storage="fp32", objective_options=options
+    )
+    for model in ("none/1", "503/7"):
+        judge = (0.5, rubric(tmp_path, service, model))
+        out = tmp_path / model.replace("/", "-")
+        lf.train(recipe, data=rows, rewards=[judge], out=out, model=tiny_model_dir("llama"))
+    weights = [path.read_bytes() for path in sorted(tmp_path.glob("*/adapter_model.safetensors"))]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("500/1", r"answered 500: '500' \(3 tries\)"),
+        ("401/1", "answered 401: '401', expected a chat completion"),
+        ("html/1", "answered 200: '<html>', expected a chat completion"),
+        ("silent/1", "expected a chat completion"),
+        ("slow/1", r"took more than 0.5 s \(3 tries\)"),
+    ],
+)
+def test_a_judge_that_fails(model: str, told: str, service: str, tmp_path: Path) -> None:
+    with Rewards.of(rubric(tmp_path, service, model), calls=Calls(0.5)) as rewards:
+        assert re.search(told, fails(rewards, "abc", who="me"))
+
+
+def test_a_judge_without_a_number_has_no_reward(service: str, tmp_path: Path) -> None:
+    with Rewards.of(rubric(tmp_path, service, more="pattern: '[A-F]$'")) as rewards:
+        assert rewards(judged("abc", who="me"))[0] == [None]
+        assert "raised UndefinedError: 'who' is undefined" in fails(rewards, "abc")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("url: u\nmodel: m", "rubric: Field required, in judge.yaml"),
+        ("url: u\nmodel: m\nrubric: x\nprompt: y", "prompt: Extra inputs are not permitted"),
+        ("url: u\nmodel: m\nrubric: '{{'", "judge.yaml can't be used: unexpected"),
+        ("url: u\nmodel: m\nrubric: x\npattern: '('", "judge.yaml can't be used: missing"),
+        ("url: u\nmodel: m\nrubric: x\nkey: NO_SUCH", "the environment has no variable NO_SUCH"),
+        ("- url", "the file: Input should be a valid dictionary"),
+        ("url: [", "judge.yaml can't be used: while parsing"),
+        (None, "judge.yaml can't be used: .*No such file"),
+    ],
+)
+def test_a_judge_that_is_not_one(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "judge.yaml").write_text(text)
+    with pytest.raises(LorafoldError, match=told):
+        reward_of(f"judge:{tmp_path}/judge.yaml")
+
+
 class Lengths:
     """A reward that others wrote, and that is wrong at times."""
 
@@ -354,8 +518,8 @@ def test_rewards_of_others_and_what_is_wrong_with_several(one: Rewards) -> None:
         (lambda: Rewards([]), "rewards: found none"),
         (lambda: Rewards.of(len, len), "found the parameters obj"),
         (lambda: Rewards([Lengths(), Lengths()]), "rewards: found lengths more than once"),
-        (lambda: Rewards([Lengths()], limit=0), "rewards: found a time limit of 0 s"),
-        (lambda: Rewards([Lengths()], limit="3"), "rewards: found a time limit of '3', exp"),
+        (lambda: Rewards([Lengths()], calls=Calls(0)), "rewards: found a time limit of 0 s"),
+        (lambda: Rewards([Lengths()], calls=Calls("3")), "rewards: found a time limit of '3', exp"),
         (lambda: reward_of("nan*regex:a"), "found weight nan, expected a finite number"),
     ]:
         with pytest.raises(LorafoldError, match=told):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.rewards import Rewards
-from lorafold.rewards.reward import CALL_SECONDS, FORMS
+from lorafold.rewards import Calls, Rewards
+from lorafold.rewards.reward import FORMS
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
@@ -71,8 +71,7 @@ def evaluate(
             training.
         seed: The seed for sampling. The seed of a training run reproduces the completions that it
             sampled for held-out rows. Default: 0.
-        reward_seconds: The time limit in seconds for one call of a reward, which judges about 64
-            completions. Default: 30.
+        reward_seconds: The time limit of a reward for each completion, in seconds. Default: 30.
 
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not match
     the rows, for a loss that is not finite, and for a reward that fails.
@@ -115,10 +114,10 @@ def evaluate(
     if rewards:
         from lorafold.objectives.algorithm_options import SamplingOptions
 
-        seconds = sampling.pop("reward_seconds", CALL_SECONDS)
+        calls = Calls()._replace(seconds=sampling.pop("reward_seconds", Calls().seconds))
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
         options = evaluation.RewardSettings(length, longest, **sampling)
-        with Rewards.of(*rewards, limit=seconds) as judge:
+        with Rewards.of(*rewards, calls=calls) as judge:
             loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
             return evaluation.evaluate_rewards(loaded, tokenizer, rows, judge, options, console)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)

@@ -95,14 +95,20 @@ class RewardedRollouts:
         rewards: Rewards,
         at_once: int | None = None,
         progress: Progress = no_progress,
+        step: int | None = None,
     ) -> Self:
         """Computes the rewards in one call or, because calls have a time limit, for `at_once`
-        prompts per call. With `at_once`, at least one completion must have a reward.
+        prompts per call. With `at_once`, at least one completion must have a reward. `step` is the
+        step of training, if any.
         """
         judged = [
             Judged(
                 prompt.question, one.text, prompt.other_fields, f"{prompt.where}, completion {n}",
                 prompt.conversation,
+                {
+                    "tokens": len(one.tokens), "ended": "stop" if one.ended else "length",
+                    "step": step,
+                },
             )
             for prompt, group in zip(prompts, groups, strict=True)
             for n, one in enumerate(group, 1)

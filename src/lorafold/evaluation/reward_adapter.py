@@ -37,7 +37,7 @@ from lorafold.models.positions import positions_of
 from lorafold.peft.adapter_directory import SavedAdapter
 from lorafold.resolve import Base
 from lorafold.resolve.base import REWARD_MODEL, model_kind
-from lorafold.rewards import Judged, Reward, RewardName, Rewards
+from lorafold.rewards import Calls, Judged, Reward, RewardName, Rewards
 from lorafold.rewards.reward import failure
 from lorafold.training_step.preference_loss import Preferences
 from lorafold.training_step.shared_prefixes import PrefixSupport, sharing_prefixes
@@ -107,7 +107,7 @@ def rewards_over(
     model: PreTrainedModel,
     rewards: Sequence[str | Callable[..., Any]],
     adapters: Mapping[str, RewardAdapter],
-    limit: float,
+    calls: Calls,
     packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
@@ -118,7 +118,7 @@ def rewards_over(
             for text, one in adapters.items()
         }
         judges = [loaded.get(one, one) if isinstance(one, str) else one for one in rewards]
-        yield stack.enter_context(Rewards.of(*judges, limit=limit))
+        yield stack.enter_context(Rewards.of(*judges, calls=calls))
 
 
 class AdapterReward:

@@ -55,7 +55,9 @@ class SamplingOptions:
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
     exact: make sampling and training log-probabilities bit-identical, which is slower.
     rewards: names for `lorafold.rewards.reward_of`.
-    reward_seconds: the time limit of each call of a reward.
+    reward_seconds: the time limit of a reward for each completion.
+    reward_concurrency: the number of calls of an asynchronous reward that run at a time.
+    reward_retries: how often a call of an asynchronous reward that raised an exception is repeated.
     """
 
     group: Annotated[int, Field(ge=2)] = 8
@@ -66,6 +68,8 @@ class SamplingOptions:
     exact: bool = False
     rewards: tuple[str, ...] = ()
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
+    reward_concurrency: Annotated[int, Field(ge=1)] = 16
+    reward_retries: Annotated[int, Field(ge=0)] = 2
 
 
 def policy_options(

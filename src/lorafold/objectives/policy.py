@@ -42,8 +42,8 @@ from lorafold.objectives.algorithm_options import SamplingOptions, algorithm_cla
 from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
-from lorafold.rewards import RewardName, Rewards
-from lorafold.rewards.reward import REWARDS
+from lorafold.rewards import Calls, RewardName, Rewards
+from lorafold.rewards.reward import REWARDS, DirectReward
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -125,7 +125,12 @@ class PolicyObjective(OnPolicy):
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The digests of the rewards, by name; empty for Python functions."""
         # not repr, which may contain an address that differs between processes
-        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.functions]
+        names = [
+            f"{fn.weight:g}*{fn.name}"
+            if isinstance(fn, DirectReward)
+            else getattr(fn, "__qualname__", type(fn).__qualname__)
+            for fn in self.functions
+        ]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {REWARDS: files | dict.fromkeys(names, "")}
@@ -225,13 +230,14 @@ class PolicyObjective(OnPolicy):
         self, step: int, planned: Sequence[TokenizedPrompt], loss: RolloutLoss
     ) -> StepRollouts:
         key, seconds, num_resampled = key_of(self.seed, step), defaultdict[str, float](float), 0
-        scored = first = self._sample(planned, key, loss, seconds)
+        sample = partial(self._sample, step, loss, seconds)
+        scored = first = sample(planned, key)
         tokens = first.tokens
         advantages, has_signal = self._advantages(scored)
         for attempt in range(1, self.sampling.fill + 1):
             if not (empty := (~has_signal).nonzero().flatten().tolist()):
                 break
-            more = self._sample([planned[i] for i in empty], key_of(key, attempt), loss, seconds)
+            more = sample([planned[i] for i in empty], key_of(key, attempt))
             scored, num_resampled = scored.replaced(empty, more), num_resampled + len(empty)
             tokens += more.tokens
             advantages, has_signal = self._advantages(scored)
@@ -283,17 +289,21 @@ class PolicyObjective(OnPolicy):
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.sampling.rewards, *self.functions]
-        limit = self.sampling.reward_seconds
-        return rewards_over(model, given, self.adapters, limit, packing, console)
+        calls = Calls(
+            self.sampling.reward_seconds,
+            self.sampling.reward_concurrency,
+            self.sampling.reward_retries,
+        )
+        return rewards_over(model, given, self.adapters, calls, packing, console)
 
     def _sample(
-        self, prompts: Sequence[TokenizedPrompt], key: int, loss: RolloutLoss,
-        seconds: dict[str, float],
+        self, step: int, loss: RolloutLoss, seconds: dict[str, float],
+        prompts: Sequence[TokenizedPrompt], key: int,
     ) -> RewardedRollouts:  # fmt: skip
         start = time.perf_counter()
         groups = loss.rollouts[0].sample([prompt.ids for prompt in prompts], key)
         sampled = time.perf_counter()
-        scored = RewardedRollouts.of(prompts, groups, loss.rewards)
+        scored = RewardedRollouts.of(prompts, groups, loss.rewards, step=step)
         seconds["drawing"] += sampled - start
         seconds["judging"] += time.perf_counter() - sampled
         if rewards := scored.rewards[~scored.rewards.isnan()].tolist():

@@ -1,14 +1,17 @@
-"""Reward functions, and the kinds of rewards that are resolved to functions.
+"""Reward functions, and rewards that are resolved to functions.
 
     fn(prompt, completion, **row) -> number                 called for each completion
+    async fn(prompt, completion, **row) -> number           the same, several calls at a time
     fn(prompts, completions, **row) -> a list of numbers    called for a batch; row fields are lists
 
-A function receives only the row fields that its parameters name, or all fields if it has `**`. It
-returns None instead of a number if the reward does not apply to the row.
+A function receives only the row fields that its parameters name, or all fields if it has `**`.
+Parameters named `tokens`, `ended` and `step` receive what is known about the completion. It returns
+None instead of a number if the reward does not apply to the row.
 """
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib.util
 import inspect
@@ -18,6 +21,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,27 +30,45 @@ from lorafold.errors import truncate
 
 J = TypeVar("J")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
+BACKOFF = 0.25  # seconds before the first retry; twice as many before each further one
 MAX_LEN = 300  # maximum characters of a message or value
 LARGEST = 1e150  # the largest reward: its square, means and intervals must be finite
 
 
 class Item(NamedTuple):
-    """The input of a reward function: the prompt, the completion, and the other fields of the row.
+    """The input of a reward function: the prompt, the completion, the other fields of the row, and
+    the completion's number of tokens, its end ("stop" or "length") and its step.
     """
 
     prompt: str | list[dict[str, Any]]
     completion: str
     row: Mapping[str, Any]
+    sampled: Mapping[str, Any]
+
+
+class Calls(NamedTuple):
+    """The time limit per completion in seconds, and for asynchronous functions how many calls run
+    at a time and how often one that raises an exception is repeated.
+    """
+
+    seconds: float = 30.0
+    concurrency: int = 16
+    retries: int = 2
+
+
+DEFAULT_CALLS = Calls()
 
 
 class Problem(Exception):
     """An error in a function, a row or a result. `at` is the index of the item that caused it, or
-    None.
+    None. A service that may answer later sets `retry_after`, in seconds.
     """
 
-    def __init__(self, message: str, at: int | None = None) -> None:
+    def __init__(
+        self, message: str, at: int | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
-        self.message, self.at = message, at
+        self.message, self.at, self.retry_after = message, at, retry_after
 
     def of(self, items: Sequence[J]) -> Sequence[J]:
         """The item that caused the error, or all items if `at` is None."""
@@ -62,8 +84,9 @@ class Function:
             raise Problem("can't inspect the parameters, expected a Python function") from None
         self._params = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in self._params}
+        names = self._names = {p.name for p in self._params}
         self.batched = bool(names & BATCHED)
+        self.concurrent = inspect.iscoroutinefunction(function) and not self.batched
         if self.batched == bool(names & SINGLE):
             text = ", ".join(map(str, parameters)) or "none"
             raise Problem(
@@ -71,22 +94,67 @@ class Function:
                 " both, or for batches prompts or completions or both"
             )
 
-    def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
+    def rewards(self, items: Sequence[Item], calls: Calls) -> Iterator[list[float | None]]:
         """Yields lists of rewards, in the order of the items, as soon as they are computed."""
+        rows = [
+            {**{k: v for k, v in item.sampled.items() if k in self._names}, **item.row}
+            for item in items
+        ]
         if self.batched:
-            yield self._rewards_of_batch(items)
+            yield self._rewards_of_batch(items, rows)
+            return
+        given = [
+            {**row, "prompt": item.prompt, "completion": item.completion}
+            for item, row in zip(items, rows, strict=True)
+        ]
+        if self.concurrent:
+            yield from self._concurrently(given, calls)
         else:
-            for at, item in enumerate(items):
-                given = {**item.row, "prompt": item.prompt, "completion": item.completion}
-                yield [number(self._call(at, given), at)]
+            for at, one in enumerate(given):
+                yield [number(self._call(at, one), at)]
 
-    def _rewards_of_batch(self, items: Sequence[Item]) -> list[float | None]:
+    def _concurrently(
+        self, given: Sequence[Mapping[str, Any]], calls: Calls
+    ) -> Iterator[list[float | None]]:
+        async def reward(at: int) -> float | Problem | None:
+            call, message, wait = self._bind(at, given[at]), "", 0.0
+            for attempt in range(calls.retries + 1):
+                await asyncio.sleep(min(wait, calls.seconds))
+                try:
+                    async with free, asyncio.timeout(calls.seconds):
+                        return number(await call(), at)
+                except Problem as problem:
+                    if problem.retry_after is None:
+                        return Problem(problem.message, at)
+                    message, wait = problem.message, problem.retry_after
+                except Exception as error:
+                    message, wait = f"raised {error_text(error, self._file)}", BACKOFF * 2**attempt
+                    if isinstance(error, TimeoutError) and not str(error):
+                        message = f"took more than {calls.seconds:g} s"
+            return Problem(f"{message} ({calls.retries + 1} tries)", at)
+
+        async def start() -> list[asyncio.Task[float | Problem | None]]:
+            return [asyncio.create_task(reward(at)) for at in range(len(given))]
+
+        async def result(task: asyncio.Task[float | Problem | None]) -> float | Problem | None:
+            return await task
+
+        free = asyncio.Semaphore(calls.concurrency)
+        with asyncio.Runner() as runner:
+            for task in runner.run(start()):
+                if isinstance(found := runner.run(result(task)), Problem):
+                    raise found
+                yield [found]
+
+    def _rewards_of_batch(
+        self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]
+    ) -> list[float | None]:
         needed = {p.name for p in self._params if p.default is p.empty} - BATCHED
-        for at, item in enumerate(items):
-            if missing := sorted(needed - item.row.keys()):
-                raise _missing_fields(missing, item.row, at)
-        fields = dict.fromkeys(name for item in items for name in item.row)
-        given: dict[str, Any] = {name: [item.row.get(name) for item in items] for name in fields}
+        for at, row in enumerate(rows):
+            if missing := sorted(needed - row.keys()):
+                raise _missing_fields(missing, row, at)
+        fields = dict.fromkeys(name for row in rows for name in row)
+        given: dict[str, Any] = {name: [row.get(name) for row in rows] for name in fields}
         prompts, completions = [i.prompt for i in items], [i.completion for i in items]
         given |= {"prompts": prompts, "completions": completions}
         rewards = self._call(None, given, as_list=True)
@@ -98,17 +166,22 @@ class Function:
             )
         return [number(value, at) for at, value in enumerate(rewards)]
 
-    def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
+    def _bind(self, at: int | None, given: Mapping[str, Any]) -> Callable[[], Any]:
         missing = [p.name for p in self._params if p.default is p.empty and p.name not in given]
         if missing:
             raise _missing_fields(missing, given.keys() - SINGLE, at)
         first = {p.name: p.default for p in self._params if p.kind == p.POSITIONAL_ONLY}
-        names = given.keys() if self._takes_all else {p.name for p in self._params}
+        names = given.keys() if self._takes_all else self._names
+        return partial(
+            self._function,
+            *(given.get(name, default) for name, default in first.items()),
+            **{k: v for k, v in given.items() if k in names and k not in first},
+        )
+
+    def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
+        call = self._bind(at, given)
         try:
-            result = self._function(
-                *(given.get(name, default) for name, default in first.items()),
-                **{k: v for k, v in given.items() if k in names and k not in first},
-            )
+            result = call()
             plain = isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable)
             return result if plain or not as_list else list(result)
         except KeyboardInterrupt:
@@ -282,8 +355,3 @@ def as_object(name: str, value: Any) -> dict[str, Any]:
         shown = truncate(repr(value), 80)
         raise Problem(f"{name}: found {shown}, expected an object or its JSON text")
     return dict(parsed)
-
-
-KINDS: Mapping[str, Callable[[str], Function]] = {
-    "file": function_in_file, "regex": pattern, "schema": schema, "reasoning-gym": verifier,
-}  # fmt: skip

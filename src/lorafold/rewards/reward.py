@@ -3,7 +3,9 @@ processes; rewards given as functions run in this process.
 
     FILE.py:fn             a Python function            reasoning-gym:TASK   a task's verifier
     regex:PATTERN          1 for a whole match          adapter:DIR          a reward model's score
-    schema:FILE.json       1 for JSON that fits         0.5*FILE.py:fn       a reward with a weight
+    schema:FILE.json       1 for JSON that fits         judge:FILE.yaml      a judge's score
+
+A weight may stand before each of them, as in 0.5*FILE.py:fn.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -25,16 +28,27 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
-from lorafold.rewards.functions import LARGEST, Function, Item, Problem, number, pattern
+from lorafold.rewards.functions import (
+    DEFAULT_CALLS,
+    LARGEST,
+    Calls,
+    Function,
+    Item,
+    Problem,
+    number,
+    pattern,
+)
 from lorafold.runtime.killable_process import Exited, KillableProcess, TimedOut, framed
 
-CALL_SECONDS = 30.0  # time limit of a call
 LOADING_SECONDS = 120.0  # time limit for loading a reward and its imports
 # sets have the same order in each run, so that a resumed run gives the same rewards
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
 WEIGHTED = re.compile(rf"(?:\s*({NUMBER})\s*\*\s*)?(.*)", re.IGNORECASE | re.DOTALL)
-FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR"
+FORMS = (
+    "FILE.py:fn, regex:PATTERN, schema:FILE.json, judge:FILE.yaml, reasoning-gym:TASK or"
+    " adapter:DIR"
+)
 ADAPTER = "adapter:"
 REWARDS = "rewards"  # in the identity of a run: the digests of its rewards' files, by their names
 
@@ -50,6 +64,8 @@ class Judged:
         where: the location that messages show, for example "rows.jsonl row 7, completion 3".
         conversation: the conversation used for generation, for rewards that render it; None if only
             the prompt was used.
+        sampled: its number of `tokens`, whether it `ended` with "stop" or "length", and the `step`
+            of training, from 0 on, or None in evaluations.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -57,6 +73,7 @@ class Judged:
     row: Mapping[str, Any]
     where: str
     conversation: Conversation | None = None
+    sampled: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -85,30 +102,34 @@ def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFai
 
 
 class SeparateReward:
-    """A reward in a separate process, of a kind in `functions.KINDS`. Only one thread may call it
-    at a time; a call may take `limit` seconds.
+    """A reward in a separate process, of a kind in `worker.KINDS`. Only one thread may call it at a
+    time.
     """
 
-    def __init__(
-        self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = CALL_SECONDS
-    ) -> None:
-        self.name, self.weight, self.limit = name, weight, limit
+    calls = DEFAULT_CALLS
+
+    def __init__(self, name: str, kind: str, text: str, weight: float = 1.0) -> None:
+        self.name, self.weight = name, weight
         self._first_message = json.dumps({"kind": kind, "text": text}).encode()
         self._process = self._start()
 
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
         if not judged:
             return []
-        message = framed(pickle.dumps([self._serialize(one) for one in judged]))
+        items = [self._serialize(one) for one in judged]
+        message = framed(pickle.dumps((self.calls, items)))
         if not self._process.is_alive:
             self.close()
             self._process = self._start()
         rewards: list[float | None] = []
-        until = time.monotonic() + self.limit
+        calls, n = self.calls, len(judged)
+        if self._concurrent:  # it has its own time limit; each retry waits, and then for its turn
+            n = 2 * (calls.retries + 1) * math.ceil(n / calls.concurrency)
+        limit = calls.seconds * (n if self._batched or self._concurrent else 1)
         try:
-            self._process.write(message, until)
+            self._process.write(message, time.monotonic() + limit)
             while len(rewards) < len(judged):
-                answer = json.loads(self._process.read(until))
+                answer = json.loads(self._process.read(time.monotonic() + limit))
                 if isinstance(answer, dict):
                     wrong = Problem(answer["wrong"], answer["at"])
                     raise failure(self.name, wrong.message, wrong.of(judged))
@@ -122,7 +143,7 @@ class SeparateReward:
                 raise failure(self.name, _exit_message(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
-                f"took more than {self.limit:g} s ({done}{len(judged)} completions); make the"
+                f"took more than {limit:g} s ({done}{len(judged)} completions); make the"
                 " reward faster, or set a longer time limit (reward_seconds)"
             )
             raise failure(self.name, why, at_work) from None
@@ -146,12 +167,12 @@ class SeparateReward:
             if isinstance(error, Exited):
                 raise failure(self.name, f"while loading, {_exit_message(error.code)}") from None
             raise
-        self._batched: bool = answer["batched"]
+        self._batched, self._concurrent = answer["batched"], answer["concurrent"]
         return process
 
     def _serialize(self, one: Judged) -> bytes:
         try:
-            return pickle.dumps((one.prompt, one.completion, dict(one.row)))
+            return pickle.dumps((one.prompt, one.completion, dict(one.row), dict(one.sampled)))
         except Exception as error:  # pickling a field may raise anything
             raise failure(
                 self.name, f"the row can't be pickled for the reward's process: {error}", [one]
@@ -168,7 +189,7 @@ def _exit_message(code: int) -> str:
 
 class RewardName(NamedTuple):
     """The parts of a reward's name: the weight, the name without the weight, the kind (`adapter`,
-    or a key of `functions.KINDS`), and the text after the kind, in which paths are absolute except
+    or a key of `worker.KINDS`), and the text after the kind, in which paths are absolute except
     for adapters.
     """
 
@@ -188,7 +209,7 @@ class RewardName(NamedTuple):
         file, _, function = name.rpartition(":")
         if rest and kind in ("regex", "reasoning-gym", "adapter"):
             return cls(weight, name, kind, rest)
-        if rest and kind == "schema":
+        if rest and kind in ("schema", "judge"):
             return cls(weight, name, kind, str(Path(rest).expanduser().absolute()))
         if file.endswith(".py") and function.isidentifier():
             return cls(weight, name, "file", f"{Path(file).expanduser().absolute()}:{function}")
@@ -203,7 +224,7 @@ class RewardName(NamedTuple):
     @property
     def file(self) -> Path | None:
         file = self.text.rpartition(":")[0] if self.kind == "file" else self.text
-        return Path(file) if self.kind in ("file", "schema") else None
+        return Path(file) if self.kind in ("file", "schema", "judge") else None
 
     @property
     def digest(self) -> str:
@@ -249,10 +270,14 @@ def check_starts(texts: Iterable[str]) -> None:
 class DirectReward:
     """A reward that calls a function in this process (see `functions.py`)."""
 
+    calls = DEFAULT_CALLS
+
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
         self.weight = weight
         code = getattr(function, "__code__", None)
+        if not math.isfinite(weight):
+            raise failure(self.name, f"found weight {weight}, expected a finite number")
         try:
             self._function = Function(function, code and code.co_filename)
         except Problem as wrong:
@@ -261,9 +286,17 @@ class DirectReward:
     def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
         if not judged:
             return []
-        items = [Item(one.prompt, one.completion, one.row) for one in judged]
+        items = [Item(one.prompt, one.completion, one.row, one.sampled) for one in judged]
+
+        def judge() -> list[float | None]:
+            parts = self._function.rewards(items, self.calls)
+            return [reward for part in parts for reward in part]
+
         try:
-            return [reward for part in self._function.rewards(items) for reward in part]
+            if not self._function.concurrent:
+                return judge()
+            with ThreadPoolExecutor(1) as other:  # in notebooks, this thread has an event loop
+                return other.submit(judge).result()
         except Problem as wrong:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
@@ -276,10 +309,11 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     Args:
         rewards: rewards with different names.
-        limit: the time limit, in seconds, for a call of a reward in a separate process.
+        calls: the time limit per completion, and concurrency and retries of asynchronous functions.
     """
 
-    def __init__(self, rewards: Sequence[Reward], limit: float = CALL_SECONDS) -> None:
+    def __init__(self, rewards: Sequence[Reward], calls: Calls = DEFAULT_CALLS) -> None:
+        limit = calls.seconds
         names = [reward.name for reward in rewards]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -294,13 +328,14 @@ class Rewards(AbstractContextManager["Rewards"]):
             )
         self._rewards = tuple(rewards)
         for reward in self._rewards:
-            if isinstance(reward, SeparateReward):
-                reward.limit = limit
+            if isinstance(reward, SeparateReward | DirectReward):
+                reward.calls = calls
 
     @classmethod
-    def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = CALL_SECONDS) -> Self:
+    def of(cls, *given: str | Callable[..., Any] | Reward, calls: Calls = DEFAULT_CALLS) -> Self:
         """Creates `Rewards` from names (see `reward_of`), functions and rewards. Functions run in
-        this process without a time limit; functions with the same name are numbered.
+        this process, without a time limit unless they are asynchronous; functions with the same
+        name are numbered.
         """
         rewards = []
         names = Counter[str]()
@@ -312,7 +347,7 @@ class Rewards(AbstractContextManager["Rewards"]):
                 names[reward.name] += 1
                 if isinstance(reward, DirectReward) and names[reward.name] > 1:
                     reward.name += f" {names[reward.name]}"  # two lambdas have the same name
-            return cls(rewards, limit)
+            return cls(rewards, calls)
         except BaseException:
             for reward in rewards:
                 reward.close()

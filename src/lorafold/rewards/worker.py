@@ -1,10 +1,10 @@
 """The process of a reward: `python -P -m lorafold.rewards.worker`.
 
 The first message is a JSON object with the reward's `kind` and `text`; the answer contains
-`batched`, which is true if the function judges batches. Every other message is a pickled list of
-pickled items. The answers to it are JSON lists of rewards, sent as they are computed, until each
-item has a reward. After an error, the last answer is an object with the message `wrong` and the
-item's index `at`.
+`batched` and `concurrent` of the function. Every other message is a pickled pair of `Calls` and a
+list of pickled items. The answers to it are JSON lists of rewards, sent as they are computed, until
+each item has a reward. After an error, the last answer is an object with the message `wrong` and
+the item's index `at`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,29 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.rewards.functions import KINDS, Function, Item, Problem
+from lorafold.rewards.functions import (
+    Function,
+    Item,
+    Problem,
+    function_in_file,
+    pattern,
+    schema,
+    verifier,
+)
+from lorafold.rewards.judge import judge
 from lorafold.runtime.killable_process import framed, read_message
 
+KINDS: Mapping[str, Callable[[str], Function]] = {
+    "file": function_in_file, "regex": pattern, "schema": schema, "reasoning-gym": verifier,
+    "judge": judge,
+}  # fmt: skip
 GRACE_SECONDS = 1.0  # time that a call may take after the parent has ended
 
 
@@ -48,7 +61,7 @@ def main() -> None:
         function = KINDS[opening["kind"]](opening["text"])
     except Problem as wrong:
         return answer({"wrong": wrong.message, "at": None})
-    answer({"batched": function.batched})
+    answer({"batched": function.batched, "concurrent": function.concurrent})
     while (message := inbox.get()) is not None:
         for content in _judge(function, message):
             answer(content)
@@ -68,12 +81,13 @@ def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
 def _judge(function: Function, message: bytes) -> Iterator[Any]:
     items = []
     try:
-        for at, content in enumerate(pickle.loads(message)):
+        calls, contents = pickle.loads(message)
+        for at, content in enumerate(contents):
             try:
                 items.append(Item(*pickle.loads(content)))
             except Exception as error:
                 raise Problem(f"the row can't be unpickled: {error}", at) from None
-        yield from function.rewards(items)
+        yield from function.rewards(items, calls)
     except Problem as wrong:
         yield {"wrong": wrong.message, "at": wrong.at}
 
