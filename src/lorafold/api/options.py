@@ -254,7 +254,7 @@ Paths = str | Path | Sequence[str | Path]  # one directory or several
 # one source, several, or rows; an Arrow table is Sized, but not Iterable
 Data = str | Path | Iterable[Any] | Sized
 ColumnNames = Mapping[str, str]  # lorafold's name of a column -> your name
-RewardSource = str | Callable[..., Any] | tuple[float, str | Callable[..., Any]]
+RewardSource = str | Callable[..., Any] | tuple[Any, Any]  # a weight and one of them
 RewardSources = RewardSource | Sequence[RewardSource]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # name of a task -> its rows, or files
 
