@@ -30,7 +30,8 @@ from lorafold.errors import Busy, LorafoldError
 from lorafold.serving import verifier
 from lorafold.serving.backend import AdapterFiles
 from lorafold.serving.registry import STATE_FILE, DirectoryWatcher, ServerState
-from lorafold.serving.settings import read_if_exists, read_settings
+from lorafold.serving.run import bound_socket
+from lorafold.serving.settings import Settings, read_if_exists, read_settings
 from lorafold.serving.verifier import VerifiedCache
 from lorafold.verification import worker_pool
 from serving_cases import ADMIN, counted, no_descriptors, running, saved, until
@@ -426,3 +427,10 @@ def test_texts_are_logged_only_if_asked_for(tiny_model_dir, adapters, tmp_path):
         (line,) = [json.loads(one) for one in out.splitlines() if "completions" in one]
         assert line["prompt"] == "The"
         assert len(line["completions"]) == 1
+
+
+def test_what_is_sent_does_not_wait_for_acknowledgements() -> None:
+    with bound_socket(Settings(port=0)) as at, socket.create_connection(at.getsockname()):
+        connection, _ = at.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
