@@ -352,32 +352,58 @@ def test_what_is_known_of_a_completion_is_given_where_it_is_named(folder: Path) 
     assert Rewards.of(lambda completions, tokens: tokens)(own)[0] == [9.0] * 3
 
 
-async def slowly(completion: str, tries: Counter[str] = Counter()) -> float | None:  # noqa: B006
+TRIES, RUNNING = Counter[str](), [0, 0]  # calls of each completion; calls now, and at most
+
+
+async def slowly(completion: str) -> float | None:
     """Fails as often as the completion says, after which it is its length."""
-    await asyncio.sleep(0.05)
-    tries[completion] += 1
-    if completion == "stuck":
-        await asyncio.sleep(99)
-    if tries[completion] <= completion.count("!"):
+    RUNNING[0] += 1
+    RUNNING[1] = max(RUNNING)
+    TRIES[completion] += 1
+    try:
+        await asyncio.sleep(99 if completion == "stuck" else 0.02)
+    finally:
+        RUNNING[0] -= 1
+    if completion == "exit":
+        sys.exit(3)
+    if TRIES[completion] <= completion.count("!"):
         raise ConnectionError("no route")
     return len(completion) if completion else None
 
 
+class Lately:
+    async def __call__(self, completions: list[str]) -> list[int]:
+        await asyncio.sleep(0)
+        return [*map(len, completions)]
+
+
 def test_asynchronous_functions_run_at_once_and_again() -> None:
-    begun = time.monotonic()
+    TRIES.clear()
+    RUNNING[:] = 0, 0
     texts = [str(n) * n for n in range(1, 40)]
-    rewards = Rewards.of(slowly)
+    rewards = Rewards.of(slowly, calls=Calls(concurrency=7))
     assert rewards(judged(*texts, "", "ab!!"))[0] == [*map(len, texts), None, 4.0]
-    assert time.monotonic() - begun < 0.05 * len(texts)
-    told = r"completion 2: raised ConnectionError: no route \(line \d+ of .*\) \(3 tries\)"
+    assert RUNNING == [0, 7]
+    assert TRIES["ab!!"] == 3
+    told = r"completion 2: raised ConnectionError: no route \(line \d+ of .*\) \(tries: 3\)"
     assert re.match(told, fails(rewards, "c", "d!!!"))
     quick = Rewards.of(slowly, calls=Calls(0.2, retries=0))
-    assert fails(quick, "c", "stuck").startswith("completion 2: took more than 0.2 s (1 tries)")
+    assert fails(quick, "c", "stuck").startswith("completion 2: took more than 0.2 s (tries: 1)")
+    assert "raised SystemExit: 3" in fails(quick, "exit")
+    assert Rewards.of(Lately())(judged("a", "bc"))[0] == [1.0, 2.0]
 
     async def in_a_notebook() -> Any:  # whose thread runs an event loop
-        return rewards(judged("abc"))[0]
+        return [Rewards.of(one)(judged("abc"))[0] for one in (slowly, Lately())]
 
-    assert asyncio.run(in_a_notebook()) == [3.0]
+    assert asyncio.run(in_a_notebook()) == [[3.0], [3.0]]
+
+
+def test_an_asynchronous_function_of_a_file_lacks_a_field(tmp_path: Path) -> None:
+    text = "async def one(completion, wanted):\n    return wanted\n"
+    (tmp_path / "late.py").write_text(text)
+    with Rewards.of(f"{tmp_path}/late.py:one") as rewards:
+        assert rewards(judged("a", "b", wanted=2))[0] == [2.0, 2.0]
+        assert fails(rewards, "a", "b") == "completion 1: needs the fields wanted; the row has none"
 
 
 class Service(BaseHTTPRequestHandler):
@@ -460,11 +486,11 @@ def test_a_busy_judge_changes_no_run(service: str, tiny_model_dir, tmp_path: Pat
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("500/1", r"answered 500: '500' \(3 tries\)"),
+        ("500/1", r"answered 500: '500' \(tries: 3\)"),
         ("401/1", "answered 401: '401', expected a chat completion"),
         ("html/1", "answered 200: '<html>', expected a chat completion"),
         ("silent/1", "expected a chat completion"),
-        ("slow/1", r"took more than 0.5 s \(3 tries\)"),
+        ("slow/1", r"took more than 0.5 s \(tries: 3\)"),
     ],
 )
 def test_a_judge_that_fails(model: str, told: str, service: str, tmp_path: Path) -> None:
@@ -475,7 +501,12 @@ def test_a_judge_that_fails(model: str, told: str, service: str, tmp_path: Path)
 def test_a_judge_without_a_number_has_no_reward(service: str, tmp_path: Path) -> None:
     with Rewards.of(rubric(tmp_path, service, more="pattern: '[A-F]$'")) as rewards:
         assert rewards(judged("abc", who="me"))[0] == [None]
-        assert "raised UndefinedError: 'who' is undefined" in fails(rewards, "abc")
+        assert "rubric: 'who' is undefined" in fails(rewards, "abc")
+    with Rewards.of(rubric(tmp_path, service, more="pattern: '[a-z]+'")) as rewards:
+        assert fails(rewards, "abc", who="me").endswith("pattern: found 'no', expected a number")
+    with Rewards.of(rubric(tmp_path, "http://127.0.0.1:1/v1"), calls=Calls(retries=0)) as rewards:
+        told = "completion 1: http://127.0.0.1:1/v1/chat/completions: All connection attempts"
+        assert fails(rewards, "abc", who="me").startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -357,8 +357,8 @@ Rewards = Annotated[
     RewardSources,
     Option(
         "For objectives that sample completions, a reward: FILE.py:FUNCTION, regex:PATTERN,"
-        " schema:FILE.json, reasoning-gym:TASK or adapter:DIR, optionally with a weight, as in"
-        " 0.5*adapter:DIR. Several rewards are added up. In Python, also functions.",
+        " schema:FILE.json, judge:FILE.yaml, reasoning-gym:TASK or adapter:DIR, optionally with a"
+        " weight, as in 0.5*adapter:DIR. Several rewards are added up. In Python, also functions.",
         kind=list[str],
         flag="--reward",
         rare=True,

@@ -56,8 +56,8 @@ class SamplingOptions:
     exact: make sampling and training log-probabilities bit-identical, which is slower.
     rewards: names for `lorafold.rewards.reward_of`.
     reward_seconds: the time limit of a reward for each completion.
-    reward_concurrency: the number of calls of an asynchronous reward that run at a time.
-    reward_retries: how often a call of an asynchronous reward that raised an exception is repeated.
+    reward_concurrency: the number of concurrent calls of an asynchronous reward.
+    reward_retries: how often a failed call of an asynchronous reward is retried.
     """
 
     group: Annotated[int, Field(ge=2)] = 8

@@ -43,7 +43,7 @@ from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Calls, RewardName, Rewards
-from lorafold.rewards.reward import REWARDS, DirectReward
+from lorafold.rewards.reward import REWARDS, DirectReward, qualname
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -126,9 +126,7 @@ class PolicyObjective(OnPolicy):
         """The digests of the rewards, by name; empty for Python functions."""
         # not repr, which may contain an address that differs between processes
         names = [
-            f"{fn.weight:g}*{fn.name}"
-            if isinstance(fn, DirectReward)
-            else getattr(fn, "__qualname__", type(fn).__qualname__)
+            f"{fn.weight:g}*{fn.qualname}" if isinstance(fn, DirectReward) else qualname(fn)
             for fn in self.functions
         ]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}

@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import starmap
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -61,7 +62,7 @@ DEFAULT_CALLS = Calls()
 
 class Problem(Exception):
     """An error in a function, a row or a result. `at` is the index of the item that caused it, or
-    None. A service that may answer later sets `retry_after`, in seconds.
+    None. If a later call may succeed, `retry_after` is the least time until then, in seconds.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Function:
         self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         names = self._names = {p.name for p in self._params}
         self.batched = bool(names & BATCHED)
-        self.concurrent = inspect.iscoroutinefunction(function) and not self.batched
+        kind: Any = type(function)  # of an object with an asynchronous __call__
+        self.asynchronous = any(map(inspect.iscoroutinefunction, (function, kind.__call__)))
         if self.batched == bool(names & SINGLE):
             text = ", ".join(map(str, parameters)) or "none"
             raise Problem(
@@ -107,34 +109,37 @@ class Function:
             {**row, "prompt": item.prompt, "completion": item.completion}
             for item, row in zip(items, rows, strict=True)
         ]
-        if self.concurrent:
-            yield from self._concurrently(given, calls)
+        if self.asynchronous:
+            yield from self._concurrently([*starmap(self._bind, enumerate(given))], calls)
         else:
             for at, one in enumerate(given):
                 yield [number(self._call(at, one), at)]
 
     def _concurrently(
-        self, given: Sequence[Mapping[str, Any]], calls: Calls
+        self, bound: Sequence[Callable[[], Any]], calls: Calls
     ) -> Iterator[list[float | None]]:
         async def reward(at: int) -> float | Problem | None:
-            call, message, wait = self._bind(at, given[at]), "", 0.0
+            message, wait = "", 0.0
             for attempt in range(calls.retries + 1):
                 await asyncio.sleep(min(wait, calls.seconds))
+                wait = BACKOFF * 2**attempt
                 try:
                     async with free, asyncio.timeout(calls.seconds):
-                        return number(await call(), at)
+                        return number(await bound[at](), at)
                 except Problem as problem:
                     if problem.retry_after is None:
                         return Problem(problem.message, at)
-                    message, wait = problem.message, problem.retry_after
-                except Exception as error:
-                    message, wait = f"raised {error_text(error, self._file)}", BACKOFF * 2**attempt
+                    message, wait = problem.message, max(wait, problem.retry_after)
+                except (KeyboardInterrupt, asyncio.CancelledError):
+                    raise
+                except BaseException as error:  # includes exits
+                    message = f"raised {error_text(error, self._file)}"
                     if isinstance(error, TimeoutError) and not str(error):
                         message = f"took more than {calls.seconds:g} s"
-            return Problem(f"{message} ({calls.retries + 1} tries)", at)
+            return Problem(f"{message} (tries: {calls.retries + 1})", at)
 
         async def start() -> list[asyncio.Task[float | Problem | None]]:
-            return [asyncio.create_task(reward(at)) for at in range(len(given))]
+            return [asyncio.create_task(reward(at)) for at in range(len(bound))]
 
         async def result(task: asyncio.Task[float | Problem | None]) -> float | Problem | None:
             return await task
@@ -181,7 +186,7 @@ class Function:
     def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
         call = self._bind(at, given)
         try:
-            result = call()
+            result = asyncio.run(call()) if self.asynchronous else call()
             plain = isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable)
             return result if plain or not as_list else list(result)
         except KeyboardInterrupt:

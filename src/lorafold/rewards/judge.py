@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import truncate
-from lorafold.rewards.functions import BACKOFF, Function, Problem
+from lorafold.rewards.functions import Function, Problem
 
 BUSY = {408, 409, 425, 429}  # HTTP statuses after which a request is repeated, besides 5xx
 
@@ -36,7 +36,7 @@ class Rubric(BaseModel):
     rubric: str
     key: str = ""
     pattern: str = r"[-+]?\d+(?:\.\d+)?"
-    scale: float = 1.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
     options: dict[str, Any] = {}
 
 
@@ -62,21 +62,30 @@ def judge(text: str) -> Function:
     url, headers = f"{rubric.url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"}
 
     async def ask(prompt: Any, completion: str, **row: Any) -> float | None:
-        question = template.render({**row, "prompt": prompt, "completion": completion})
+        try:
+            question = template.render({**row, "prompt": prompt, "completion": completion})
+        except Exception as error:  # the template may call anything
+            raise Problem(f"rubric: {error}") from None
         content = {"model": rubric.model, "messages": [{"role": "user", "content": question}]}
-        async with httpx.AsyncClient(verify=context, timeout=None) as client:
-            answer = await client.post(
-                url, json=content | rubric.options, headers=headers if key else {}
-            )
+        try:
+            async with httpx.AsyncClient(verify=context, timeout=None) as client:
+                answer = await client.post(
+                    url, json=content | rubric.options, headers=headers if key else {}
+                )
+        except httpx.HTTPError as error:
+            raise Problem(f"{url}: {error or type(error).__name__}", retry_after=0) from None
         problem = f"{url} answered {answer.status_code}: {truncate(answer.text, 80)!r}"
         if answer.status_code in BUSY or answer.status_code >= 500:
             asked = answer.headers.get("retry-after", "")
-            raise Problem(problem, retry_after=float(asked) if asked.isdigit() else BACKOFF)
+            raise Problem(problem, retry_after=int(asked) if asked.isdigit() else 0)
         try:
-            said = answer.json()["choices"][0]["message"]["content"]
-            scores = pattern.findall(said)
+            text = answer.json()["choices"][0]["message"]["content"] or ""
+            scores = pattern.findall(text)
         except (ValueError, LookupError, TypeError):
             raise Problem(f"{problem}, expected a chat completion") from None
-        return float(scores[-1]) / rubric.scale if scores else None
+        try:
+            return float(scores[-1]) / rubric.scale if scores else None
+        except (ValueError, TypeError):
+            raise Problem(f"pattern: found {scores[-1]!r}, expected a number") from None
 
     return Function(ask)

@@ -10,6 +10,7 @@ A weight may stand before each of them, as in 0.5*FILE.py:fn.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import pickle
@@ -123,9 +124,9 @@ class SeparateReward:
             self._process = self._start()
         rewards: list[float | None] = []
         calls, n = self.calls, len(judged)
-        if self._concurrent:  # it has its own time limit; each retry waits, and then for its turn
+        if not self._batched and self._asynchronous:  # each try waits for its turn
             n = 2 * (calls.retries + 1) * math.ceil(n / calls.concurrency)
-        limit = calls.seconds * (n if self._batched or self._concurrent else 1)
+        limit = calls.seconds * (n if self._batched or self._asynchronous else 1)
         try:
             self._process.write(message, time.monotonic() + limit)
             while len(rewards) < len(judged):
@@ -167,7 +168,7 @@ class SeparateReward:
             if isinstance(error, Exited):
                 raise failure(self.name, f"while loading, {_exit_message(error.code)}") from None
             raise
-        self._batched, self._concurrent = answer["batched"], answer["concurrent"]
+        self._batched, self._asynchronous = answer["batched"], answer["asynchronous"]
         return process
 
     def _serialize(self, one: Judged) -> bytes:
@@ -267,6 +268,20 @@ def check_starts(texts: Iterable[str]) -> None:
             reward_of(text).close()
 
 
+def qualname(function: Any) -> str:
+    """The name of a function, or of an object's class, that is the same in every process."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def in_event_loop() -> bool:
+    """Whether this thread runs an event loop, as in notebooks, so that it can't run another."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class DirectReward:
     """A reward that calls a function in this process (see `functions.py`)."""
 
@@ -274,7 +289,7 @@ class DirectReward:
 
     def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
-        self.weight = weight
+        self.weight, self.qualname = weight, qualname(function)
         code = getattr(function, "__code__", None)
         if not math.isfinite(weight):
             raise failure(self.name, f"found weight {weight}, expected a finite number")
@@ -293,9 +308,9 @@ class DirectReward:
             return [reward for part in parts for reward in part]
 
         try:
-            if not self._function.concurrent:
+            if not (self._function.asynchronous and in_event_loop()):
                 return judge()
-            with ThreadPoolExecutor(1) as other:  # in notebooks, this thread has an event loop
+            with ThreadPoolExecutor(1) as other:
                 return other.submit(judge).result()
         except Problem as wrong:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None

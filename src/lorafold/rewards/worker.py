@@ -1,7 +1,7 @@
 """The process of a reward: `python -P -m lorafold.rewards.worker`.
 
 The first message is a JSON object with the reward's `kind` and `text`; the answer contains
-`batched` and `concurrent` of the function. Every other message is a pickled pair of `Calls` and a
+`batched` and `asynchronous` of the function. Every other message is a pickled pair of `Calls` and a
 list of pickled items. The answers to it are JSON lists of rewards, sent as they are computed, until
 each item has a reward. After an error, the last answer is an object with the message `wrong` and
 the item's index `at`.
@@ -61,7 +61,7 @@ def main() -> None:
         function = KINDS[opening["kind"]](opening["text"])
     except Problem as wrong:
         return answer({"wrong": wrong.message, "at": None})
-    answer({"batched": function.batched, "concurrent": function.concurrent})
+    answer({"batched": function.batched, "asynchronous": function.asynchronous})
     while (message := inbox.get()) is not None:
         for content in _judge(function, message):
             answer(content)
