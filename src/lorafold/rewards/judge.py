@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx2
 import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,10 +44,6 @@ class Rubric(BaseModel):
 def judge(text: str) -> Function:
     """A function that asks the judge in a YAML file for its score."""
     try:
-        import httpx
-    except ImportError:
-        raise Problem("judges need httpx; install lorafold[rl]") from None
-    try:
         rubric = Rubric.model_validate(yaml.safe_load(Path(text).read_text(encoding="utf-8")))
         template = jinja2.Template(rubric.rubric, undefined=jinja2.StrictUndefined)
         pattern, key = re.compile(rubric.pattern), os.environ[rubric.key] if rubric.key else ""
@@ -58,7 +55,7 @@ def judge(text: str) -> Function:
         raise Problem(f"key: the environment has no variable {rubric.key}") from None
     except (OSError, yaml.YAMLError, jinja2.TemplateError, re.error) as error:
         raise Problem(f"{Path(text).name} can't be used: {error}") from None
-    context = httpx.create_ssl_context()
+    context = httpx2.create_ssl_context()
     url, headers = f"{rubric.url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"}
 
     async def ask(prompt: Any, completion: str, **row: Any) -> float | None:
@@ -68,11 +65,11 @@ def judge(text: str) -> Function:
             raise Problem(f"rubric: {error}") from None
         content = {"model": rubric.model, "messages": [{"role": "user", "content": question}]}
         try:
-            async with httpx.AsyncClient(verify=context, timeout=None) as client:
+            async with httpx2.AsyncClient(verify=context, timeout=None) as client:
                 answer = await client.post(
                     url, json=content | rubric.options, headers=headers if key else {}
                 )
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise Problem(f"{url}: {error or type(error).__name__}", retry_after=0) from None
         problem = f"{url} answered {answer.status_code}: {truncate(answer.text, 80)!r}"
         if answer.status_code in BUSY or answer.status_code >= 500:
