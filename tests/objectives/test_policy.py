@@ -13,10 +13,12 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from interrupted_runs import interrupted
+from lorafold.api.arguments import as_rewards
 from lorafold.core.attach import only
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts
+from lorafold.files.model_card import JUDGED_BY
 from lorafold.objectives.algorithm_options import SamplingOptions
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training_step.policy_algorithms import (
@@ -280,6 +282,18 @@ class Lengths:
 def test_an_object_that_judges_is_known_in_another_process() -> None:
     one, other = (PolicyObjective(Grpo(), SamplingOptions(), (Lengths(),)) for _ in range(2))
     assert one.identity == other.identity
+
+
+def test_weights_are_part_of_the_identity_and_numbers_of_names_are_not() -> None:
+    def objective(*weights: float) -> PolicyObjective:
+        given = tuple(as_rewards([(weight, letters) for weight in weights]))
+        return PolicyObjective(Grpo(), SamplingOptions(), given)
+
+    one = objective(0.5, 2.0)
+    before = one.identity
+    assert list(one.record()[JUDGED_BY].values()) == [0.5, 2.0]  # numbers the second name
+    assert one.identity == before == objective(0.5, 2.0).identity
+    assert one.identity != objective(0.5, 3.0).identity
 
 
 FAILING = """

@@ -420,7 +420,7 @@ class Service(BaseHTTPRequestHandler):
         again = every != "1" and question in [one["messages"][0]["content"] for one in self.asked]
         self.asked.append(body | {"key": self.headers["authorization"]})
         text = question.partition("Answer: ")[2].strip()
-        answer = json.dumps({"choices": [{"message": {"content": f"It is 1, no, {len(text)}."}}]})
+        answer = json.dumps({"choices": [{"message": {"content": f"It is 1, no, {len(text)},0."}}]})
         status = 200
         if wrong != "none" and len(text) % int(every) == 0 and not again:
             status = int(wrong) if wrong.isdigit() else 200
@@ -488,6 +488,7 @@ def test_a_busy_judge_changes_no_run(service: str, tiny_model_dir, tmp_path: Pat
     [
         ("500/1", r"answered 500: '500' \(tries: 3\)"),
         ("401/1", "answered 401: '401', expected a chat completion"),
+        ("307/1", "answered 307: '307', expected a chat completion"),
         ("html/1", "answered 200: '<html>', expected a chat completion"),
         ("silent/1", "expected a chat completion"),
         ("slow/1", r"took more than 0.5 s \(tries: 3\)"),

@@ -36,7 +36,7 @@ class Rubric(BaseModel):
     model: str
     rubric: str
     key: str = ""
-    pattern: str = r"[-+]?\d+(?:\.\d+)?"
+    pattern: str = r"[-+]?\d+(?:[.,]\d+)?"
     scale: Annotated[float, Field(gt=0)] = 1.0
     options: dict[str, Any] = {}
 
@@ -76,13 +76,15 @@ def judge(text: str) -> Function:
             asked = answer.headers.get("retry-after", "")
             raise Problem(problem, retry_after=int(asked) if asked.isdigit() else 0)
         try:
+            if not answer.is_success:
+                raise ValueError
             text = answer.json()["choices"][0]["message"]["content"] or ""
             scores = pattern.findall(text)
         except (ValueError, LookupError, TypeError):
             raise Problem(f"{problem}, expected a chat completion") from None
         try:
-            return float(scores[-1]) / rubric.scale if scores else None
-        except (ValueError, TypeError):
+            return float(scores[-1].replace(",", ".")) / rubric.scale if scores else None
+        except (ValueError, AttributeError):  # a tuple, if the pattern has groups
             raise Problem(f"pattern: found {scores[-1]!r}, expected a number") from None
 
     return Function(ask)
