@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,6 +23,7 @@ import pytest
 import lorafold as lf
 from lorafold.errors import LorafoldError
 from lorafold.rewards import Calls, Judged, Reward, Rewards, reward_of
+from lorafold.rewards.judge import seconds_of
 
 FILE = '''
 import os, signal, sys, time
@@ -346,6 +349,7 @@ def test_what_is_known_of_a_completion_is_given_where_it_is_named(folder: Path) 
     ends = [sampled, sampled | {"ended": "stop"}, sampled | {"ended": "stop", "step": None}]
     given = [Judged("ask", "x", {}, "row 1", sampled=one) for one in ends]
     assert Rewards.of(long)(given)[0] == [-3.0, 7.0, 0.5]
+    assert Rewards.of(lambda tokens: -tokens)(given)[0] == [-3.0] * 3
     with Rewards.of(f"{folder}/given.py:every") as rewards:  # ** is for fields of rows
         assert rewards(given)[0] == [0.0] * 3
     own = [Judged("ask", "x", {"tokens": 9}, "row 1", sampled=one) for one in ends]
@@ -371,6 +375,17 @@ async def slowly(completion: str) -> float | None:
     return len(completion) if completion else None
 
 
+LOCK = asyncio.Lock()
+
+
+async def one_by_one(completion: str) -> int:
+    async with LOCK:  # belongs to the loop of its first use, as clients of libraries do
+        await asyncio.sleep(0.01)
+    if completion == "cancel":
+        raise asyncio.CancelledError
+    return len(completion)
+
+
 class Lately:
     async def __call__(self, completions: list[str]) -> list[int]:
         await asyncio.sleep(0)
@@ -391,6 +406,12 @@ def test_asynchronous_functions_run_at_once_and_again() -> None:
     assert fails(quick, "c", "stuck").startswith("completion 2: took more than 0.2 s (tries: 1)")
     assert "raised SystemExit: 3" in fails(quick, "exit")
     assert Rewards.of(Lately())(judged("a", "bc"))[0] == [1.0, 2.0]
+    with Rewards.of((0.5, one_by_one)) as halves:
+        assert [halves(judged("a", "bc"))[0] for _ in range(3)] == [[0.5, 1.0]] * 3
+        assert re.match("completion 2: raised CancelledError", fails(halves, "a", "cancel"))
+        assert halves(judged("abc"))[0] == [1.5]
+    told = "completion 1: returned a coroutine; declare the function with async def"
+    assert fails(Rewards.of(lambda completion: slowly(completion)), "a") == told
 
     async def in_a_notebook() -> Any:  # whose thread runs an event loop
         return [Rewards.of(one)(judged("abc"))[0] for one in (slowly, Lately())]
@@ -420,9 +441,13 @@ class Service(BaseHTTPRequestHandler):
         again = every != "1" and question in [one["messages"][0]["content"] for one in self.asked]
         self.asked.append(body | {"key": self.headers["authorization"]})
         text = question.partition("Answer: ")[2].strip()
-        answer = json.dumps({"choices": [{"message": {"content": f"It is 1, no, {len(text)},0."}}]})
+        said = {"minus": "\u2212{}", "of": "**{}/10**", "apart": "{} / 10"}.get(wrong, "no, {},0.")
+        ended = "length" if wrong == "cut" else "stop"
+        choice = {"message": {"content": said.format(len(text))}, "finish_reason": ended}
+        answer = json.dumps({"choices": [choice]})
         status = 200
-        if wrong != "none" and len(text) % int(every) == 0 and not again:
+        fails = wrong.isdigit() or wrong in ("html", "silent", "slow")
+        if fails and len(text) % int(every) == 0 and not again:
             status = int(wrong) if wrong.isdigit() else 200
             answer = {"html": "<html>", "silent": '{"choices": []}'}.get(wrong, wrong)
             time.sleep(3 * (wrong == "slow"))
@@ -499,6 +524,20 @@ def test_a_judge_that_fails(model: str, told: str, service: str, tmp_path: Path)
         assert re.search(told, fails(rewards, "abc", who="me"))
 
 
+@pytest.mark.parametrize(
+    ("model", "reward"), [("minus/1", -0.3), ("of/1", 0.3), ("apart/1", 0.3), ("cut/1", None)]
+)
+def test_scores_as_judges_write_them(model, reward, service: str, tmp_path: Path) -> None:
+    with Rewards.of(rubric(tmp_path, service, model)) as rewards:
+        assert rewards(judged("abc", who="me"))[0] == [reward]
+
+
+def test_a_time_to_wait_is_a_number_or_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < seconds_of(date) <= 60
+    assert [seconds_of(text) for text in ("1.5", "", "\u00b2", "soon")] == [1.5, 0, 0, 0]
+
+
 def test_a_judge_without_a_number_has_no_reward(service: str, tmp_path: Path) -> None:
     with Rewards.of(rubric(tmp_path, service, more="pattern: '[A-F]$'")) as rewards:
         assert rewards(judged("abc", who="me"))[0] == [None]
@@ -513,11 +552,14 @@ def test_a_judge_without_a_number_has_no_reward(service: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("url: u\nmodel: m", "rubric: Field required, in judge.yaml"),
-        ("url: u\nmodel: m\nrubric: x\nprompt: y", "prompt: Extra inputs are not permitted"),
-        ("url: u\nmodel: m\nrubric: '{{'", "judge.yaml can't be used: unexpected"),
-        ("url: u\nmodel: m\nrubric: x\npattern: '('", "judge.yaml can't be used: missing"),
-        ("url: u\nmodel: m\nrubric: x\nkey: NO_SUCH", "the environment has no variable NO_SUCH"),
+        ("url: u\nmodel: m\nrubric: x", "url: String should match pattern"),
+        ("url: http://u\nmodel: m\nrubric: x", r"rubric: found no \{\{ completion \}\} in judge"),
+        ("url: http://u\nmodel: m\nrubric: '{{ completion }}'\npattern: (a)(b)", "found 2 groups"),
+        ("url: http://u\nmodel: m", "rubric: Field required, in judge.yaml"),
+        ("url: http://u\nmodel: m\nrubric: x\nprompt: y", "prompt: Extra inputs are not permitted"),
+        ("url: http://u\nmodel: m\nrubric: '{{'", "judge.yaml can't be used: unexpected"),
+        ("url: http://u\nmodel: m\nrubric: x\npattern: '('", "judge.yaml can't be used: missing"),
+        ("url: http://u\nmodel: m\nrubric: x\nkey: NO_SUCH", "key: found no environment var"),
         ("- url", "the file: Input should be a valid dictionary"),
         ("url: [", "judge.yaml can't be used: while parsing"),
         (None, "judge.yaml can't be used: .*No such file"),

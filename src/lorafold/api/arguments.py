@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError, truncate
 from lorafold.files.terminal import print_lines
 from lorafold.objectives import DEFAULT, OBJECTIVES
 from lorafold.recipe.parsing import check_trackers
-from lorafold.rewards.reward import DirectReward, check_names
+from lorafold.rewards.reward import check_names, weighted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,7 +145,7 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     is_single = isinstance(rewards, str) or callable(rewards) or not isinstance(rewards, Iterable)
     given: list[Any] = [rewards] if is_single else [*cast(Iterable[Any], rewards)]
     is_pair = len(given) == 2 and isinstance(given[0], int | float)
-    reward_list = [*map(_weighted, [tuple(given)] if is_pair else given)]
+    reward_list = [*map(weighted, [tuple(given)] if is_pair else given)]
     if wrong := [entry for entry in reward_list if not (isinstance(entry, str) or callable(entry))]:
         raise LorafoldError(
             f"rewards: found {truncate(repr(wrong[0]), 80)}, expected functions or names, or pairs"
@@ -154,15 +154,6 @@ def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:
     if names := [entry for entry in reward_list if isinstance(entry, str)]:
         check_names(names)
     return reward_list
-
-
-def _weighted(reward: Any) -> Any:
-    match reward:
-        case (int() | float() as weight, str() as name):
-            return f"{weight}*{name}"
-        case (int() | float() as weight, function) if callable(function):
-            return DirectReward(function, weight)
-    return reward
 
 
 def as_prompts(data: Data, reading: Reading = AS_IS) -> list[Row]:

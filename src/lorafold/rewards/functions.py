@@ -20,7 +20,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import starmap
 from numbers import Real
@@ -30,8 +30,10 @@ from typing import Any, NamedTuple, TypeVar
 from lorafold.errors import truncate
 
 J = TypeVar("J")
+T = TypeVar("T")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
 BACKOFF = 0.25  # seconds before the first retry; twice as many before each further one
+SAMPLED = {"tokens", "ended", "step"}
 MAX_LEN = 300  # maximum characters of a message or value
 LARGEST = 1e150  # the largest reward: its square, means and intervals must be finite
 
@@ -79,6 +81,7 @@ class Problem(Exception):
 class Function:
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
+        self._runner: asyncio.Runner | None = None  # one, because clients stay with their loop
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -89,7 +92,7 @@ class Function:
         self.batched = bool(names & BATCHED)
         kind: Any = type(function)  # of an object with an asynchronous __call__
         self.asynchronous = any(map(inspect.iscoroutinefunction, (function, kind.__call__)))
-        if self.batched == bool(names & SINGLE):
+        if self.batched == bool(names & (SINGLE if self.batched else SINGLE | SAMPLED)):
             text = ", ".join(map(str, parameters)) or "none"
             raise Problem(
                 f"found the parameters {truncate(text, MAX_LEN)}; expected prompt or completion or"
@@ -130,9 +133,10 @@ class Function:
                     if problem.retry_after is None:
                         return Problem(problem.message, at)
                     message, wait = problem.message, max(wait, problem.retry_after)
-                except (KeyboardInterrupt, asyncio.CancelledError):
-                    raise
                 except BaseException as error:  # includes exits
+                    task = asyncio.current_task()
+                    if isinstance(error, KeyboardInterrupt) or (task and task.cancelling()):
+                        raise
                     message = f"raised {error_text(error, self._file)}"
                     if isinstance(error, TimeoutError) and not str(error):
                         message = f"took more than {calls.seconds:g} s"
@@ -145,11 +149,25 @@ class Function:
             return await task
 
         free = asyncio.Semaphore(calls.concurrency)
-        with asyncio.Runner() as runner:
-            for task in runner.run(start()):
-                if isinstance(found := runner.run(result(task)), Problem):
+        tasks = self._run(start())
+        try:
+            for task in tasks:
+                if isinstance(found := self._run(result(task)), Problem):
                     raise found
                 yield [found]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self._runner = self._runner or asyncio.Runner()
+        return self._runner.run(coroutine)
+
+    def close(self) -> None:
+        """Ends the function's event loop, if any."""
+        if self._runner:
+            self._runner.close()
+            self._runner = None
 
     def _rewards_of_batch(
         self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]
@@ -186,7 +204,10 @@ class Function:
     def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
         call = self._bind(at, given)
         try:
-            result = asyncio.run(call()) if self.asynchronous else call()
+            result = self._run(call()) if self.asynchronous else call()
+            if inspect.iscoroutine(result):
+                result.close()
+                raise Problem("returned a coroutine; declare the function with async def")
             plain = isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable)
             return result if plain or not as_list else list(result)
         except KeyboardInterrupt:

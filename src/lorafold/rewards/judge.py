@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx2
 import jinja2
 import yaml
+from jinja2.meta import find_undeclared_variables
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import truncate
@@ -24,19 +27,19 @@ class Rubric(BaseModel):
     url: the API, such as http://127.0.0.1:8000/v1.
     rubric: the judge's prompt in Jinja; it may contain prompt, completion and the row's fields.
     key: the environment variable with the API key.
-    pattern: the score in the judge's answer, as a regular expression; the last match counts, and
-        an answer without a match has no score.
+    pattern: the score in the judge's answer, as a regular expression with at most one group; the
+        last match counts. An answer without a match, or that was truncated, has no score.
     scale: the number by which scores are divided.
     options: further fields of the request, such as temperature.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    url: str
+    url: Annotated[str, Field(pattern="^https?://")]
     model: str
     rubric: str
     key: str = ""
-    pattern: str = r"[-+]?\d+(?:[.,]\d+)?"
+    pattern: str = r"(?<!/ )(?<![\d.,/])[-+\u2212]?\d+(?:[.,]\d+)?"  # 8 of 8/10; U+2212 is a minus
     scale: Annotated[float, Field(gt=0)] = 1.0
     options: dict[str, Any] = {}
 
@@ -52,15 +55,23 @@ def judge(text: str) -> Function:
         field = ".".join(map(str, first["loc"])) or "the file"
         raise Problem(f"{field}: {first['msg']}, in {Path(text).name}") from None
     except KeyError:
-        raise Problem(f"key: the environment has no variable {rubric.key}") from None
+        raise Problem("key: found no environment variable of this name") from None
     except (OSError, yaml.YAMLError, jinja2.TemplateError, re.error) as error:
         raise Problem(f"{Path(text).name} can't be used: {error}") from None
+    if "completion" not in find_undeclared_variables(template.environment.parse(rubric.rubric)):
+        raise Problem(f"rubric: found no {{{{ completion }}}} in {Path(text).name}")
+    if pattern.groups > 1:
+        raise Problem(f"pattern: found {pattern.groups} groups, expected at most one")
     context = httpx2.create_ssl_context()
     url, headers = f"{rubric.url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"}
 
-    async def ask(prompt: Any, completion: str, **row: Any) -> float | None:
+    async def ask(
+        prompt: Any, completion: str, tokens: Any = None, ended: Any = None, step: Any = None,
+        **row: Any,
+    ) -> float | None:  # fmt: skip
+        known = {"tokens": tokens, "ended": ended, "step": step}
         try:
-            question = template.render({**row, "prompt": prompt, "completion": completion})
+            question = template.render(row | known | {"prompt": prompt, "completion": completion})
         except Exception as error:  # the template may call anything
             raise Problem(f"rubric: {error}") from None
         content = {"model": rubric.model, "messages": [{"role": "user", "content": question}]}
@@ -73,18 +84,33 @@ def judge(text: str) -> Function:
             raise Problem(f"{url}: {error or type(error).__name__}", retry_after=0) from None
         problem = f"{url} answered {answer.status_code}: {truncate(answer.text, 80)!r}"
         if answer.status_code in BUSY or answer.status_code >= 500:
-            asked = answer.headers.get("retry-after", "")
-            raise Problem(problem, retry_after=int(asked) if asked.isdigit() else 0)
+            raise Problem(problem, retry_after=seconds_of(answer.headers.get("retry-after", "")))
         try:
             if not answer.is_success:
                 raise ValueError
-            text = answer.json()["choices"][0]["message"]["content"] or ""
-            scores = pattern.findall(text)
-        except (ValueError, LookupError, TypeError):
+            choice = answer.json()["choices"][0]
+            is_cut = choice.get("finish_reason") == "length"
+            scores = pattern.findall("" if is_cut else choice["message"]["content"] or "")
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise Problem(f"{problem}, expected a chat completion") from None
         try:
-            return float(scores[-1].replace(",", ".")) / rubric.scale if scores else None
-        except (ValueError, AttributeError):  # a tuple, if the pattern has groups
+            number = scores[-1].replace(",", ".").replace("\u2212", "-") if scores else ""
+            return float(number) / rubric.scale if scores else None
+        except ValueError:
             raise Problem(f"pattern: found {scores[-1]!r}, expected a number") from None
 
     return Function(ask)
+
+
+def seconds_of(retry_after: str) -> float:
+    """The time in seconds that an HTTP header Retry-After asks for; 0 if it is neither a number nor
+    a date.
+    """
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0

@@ -316,7 +316,18 @@ class DirectReward:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
-        """Does nothing, because a direct reward has no process."""
+        self._function.close()
+
+
+def weighted(reward: Any) -> Any:
+    """The reward of a pair of a weight and a name or function; anything else is returned as it is.
+    """
+    match reward:
+        case (int() | float() as weight, str() as name):
+            return f"{weight}*{name}"
+        case (int() | float() as weight, function) if callable(function):
+            return DirectReward(function, weight)
+    return reward
 
 
 class Rewards(AbstractContextManager["Rewards"]):
@@ -347,15 +358,15 @@ class Rewards(AbstractContextManager["Rewards"]):
                 reward.calls = calls
 
     @classmethod
-    def of(cls, *given: str | Callable[..., Any] | Reward, calls: Calls = DEFAULT_CALLS) -> Self:
-        """Creates `Rewards` from names (see `reward_of`), functions and rewards. Functions run in
-        this process, without a time limit unless they are asynchronous; functions with the same
-        name are numbered.
+    def of(cls, *given: Any, calls: Calls = DEFAULT_CALLS) -> Self:
+        """Creates `Rewards` from names (see `reward_of`), functions, rewards, and pairs of a weight
+        and a name or function. Functions run in this process, without a time limit unless they are
+        asynchronous; functions with the same name are numbered.
         """
         rewards = []
         names = Counter[str]()
         try:
-            for one in given:
+            for one in map(weighted, given):
                 reward = reward_of(one) if isinstance(one, str) else one
                 reward = reward if isinstance(reward, Reward) else DirectReward(reward)
                 rewards.append(reward)
