@@ -15,6 +15,7 @@ import lorafold as lf
 from interrupted_runs import interrupted
 from lorafold.api.arguments import as_rewards
 from lorafold.core.attach import only
+from lorafold.data.examples import Example
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts
@@ -34,6 +35,7 @@ from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 PROMPTS = ((5, 6, 7), (8, 9, 10, 11), (12,))
+GIVEN = [TokenizedPrompt(ids, {"prompt": "ask"}, "row 1") for ids in PROMPTS]
 ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
 
 
@@ -91,10 +93,11 @@ def rollouts_of(rollouts: Rollouts) -> list[Rollout]:
     generator = torch.Generator().manual_seed(0)
     return [
         Rollout.of(
-            prompt, [one.tokens for one in group], [one.logprobs for one in group],
+            [Example(tuple(one.ids), tuple(one.labels)) for one in group], group[0].start,
+            [one.logprobs for one in group],
             torch.randn(len(group), generator=generator).tolist(), [True] * len(group),
         )
-        for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, 0), strict=True)
+        for group in rollouts.sample(GIVEN, 0)
     ]  # fmt: skip
 
 
@@ -139,10 +142,10 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
     model.train()
     with drawing(model, tokenizer) as rollouts:
         for step in range(2):
-            for prompt, group in zip(PROMPTS, rollouts.sample(PROMPTS, step), strict=True):
+            for prompt, group in zip(PROMPTS, rollouts.sample(GIVEN, step), strict=True):
                 assert len(group) == 3
                 for one in group:
-                    ids = torch.tensor([[*prompt, *one.tokens]])
+                    ids = torch.tensor([one.ids])
                     logits = model(ids).logits[0, len(prompt) - 1 : -1]
                     expected = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])
                     assert one.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-4)

@@ -170,8 +170,8 @@ def test_a_process_lives_over_calls_and_is_started_again_after_its_end(one: Rewa
         ("1 +", r"raised SyntaxError: .* \(line 13 of given.py: return eval"),
         ("read", "raised EOFError: EOF when reading a line"),
         ("stop", r"raised SystemExit: 4 \(line 9 of given.py"),
-        ("exit", "the reward's process ended with exit code 3$"),
-        ("killed", "the reward's process was killed by SIGKILL, perhaps because memory ran out"),
+        ("exit", "its process ended with exit code 3$"),
+        ("killed", "its process was killed by SIGKILL, perhaps because memory ran out"),
         ("-1e200", r"returned -1e\+200 .float., expected at most 1e\+150 in magnitude"),
     ],
 )
@@ -243,7 +243,7 @@ def test_rows_that_lack_a_field_or_cannot_be_sent(batch: Rewards) -> None:
         ("a.py:f", "def f(:", r"a.py can't be run: SyntaxError: .* \(line 1 of a.py\)"),
         ("b.py:f", "\nimport none_such", r"b.py can't be run: ModuleNotFound.*\(line 2 of b.py"),
         ("c.py:f", "exit(3)", r"c.py can't be run: SystemExit: 3 \(line 1 of c.py"),
-        ("d.py:f", "import os; os._exit(5)", r"while loading, the reward's process ended with ex"),
+        ("d.py:f", "import os; os._exit(5)", r"while loading, its process ended with ex"),
         ("given.py:no", None, "expected a function no in given.py, found none; the file has one"),
         ("given.py:NUMBER", None, "expected a function NUMBER in given.py, found a int"),
         ("given.py:other", None, "found the parameters text; expected prompt or completion or"),
@@ -591,7 +591,6 @@ def test_rewards_of_others_and_what_is_wrong_with_several(one: Rewards) -> None:
     assert fails(rewards, "ab", "").endswith("returned 1 rewards, expected 2, one per completion")
     assert rewards(judged("ab", "a"))[0] == [4.0, None]
     for make, told in [
-        (lambda: Rewards([]), "rewards: found none"),
         (lambda: Rewards.of(len, len), "found the parameters obj"),
         (lambda: Rewards([Lengths(), Lengths()]), "rewards: found lengths more than once"),
         (lambda: Rewards([Lengths()], calls=Calls(0)), "rewards: found a time limit of 0 s"),

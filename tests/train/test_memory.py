@@ -307,7 +307,8 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
     before = allocated(CPU)
     rollouts = Rollouts(model, make_tokenizer(), group=12, max_new_tokens=DRAWN.max_new_tokens)
     rollouts.open(DRAWN.prompt, DRAWN.slots)
-    prompts = [[*range(5, 5 + DRAWN.prompt)]] * 2
+    ids = tuple(range(5, 5 + DRAWN.prompt))
+    prompts = [TokenizedPrompt(ids, {"prompt": "ask"}, "row 1")] * 2
     held = []
     rollouts.sample(prompts, 0, progress=lambda *_: held.append(cached(rollouts)))
     mapped = sum(pool.nbytes for pool in rollouts.engine._runner.cache._pools())  # type: ignore[attr-defined]

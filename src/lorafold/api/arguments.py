@@ -125,20 +125,25 @@ def train_and_test(
 
 
 def with_rewards(
-    recipe: Recipe, rewards: RewardSources
-) -> tuple[Recipe, tuple[Callable[..., Any], ...]]:
-    """Adds rewards given by name to the recipe; returns it and the rewards that are functions."""
+    recipe: Recipe, rewards: RewardSources, environment: Any = ""
+) -> tuple[Recipe, tuple[Callable[..., Any], ...], Any]:
+    """Adds rewards and an environment that are names to the recipe; returns it, and those that are
+    Python objects.
+    """
     reward_list = as_rewards(rewards)
-    if reward_list and not OBJECTIVES[recipe.objective].draws:
+    if (reward_list or environment) and not OBJECTIVES[recipe.objective].draws:
         sampling = " or ".join(name for name, one in OBJECTIVES.items() if one.draws)
+        what = "rewards" if reward_list else "environment"
         raise LorafoldError(
-            f"rewards: not used by the objective {recipe.objective}; choose objective {sampling}"
+            f"{what}: not used by the objective {recipe.objective}; choose objective {sampling}"
         )
+    options = {**recipe.objective_options}
     if names := [one for one in reward_list if isinstance(one, str)]:
-        options = recipe.objective_options
-        options = {**options, "rewards": [*options.get("rewards", ()), *names]}
-        recipe = recipe.model_copy(update={"objective_options": options})
-    return recipe, tuple(one for one in reward_list if not isinstance(one, str))
+        options["rewards"] = [*options.get("rewards", ()), *names]
+    if isinstance(environment, str) and environment:
+        options["environment"], environment = environment, ""
+    recipe = recipe.model_copy(update={"objective_options": options})
+    return recipe, tuple(one for one in reward_list if not isinstance(one, str)), environment
 
 
 def as_rewards(rewards: RewardSources) -> list[str | Callable[..., Any]]:

@@ -88,7 +88,7 @@ def compare(
     html_path, study = args.as_html_path(html), args.as_study_path(out)
     console = args.console_or_quiet(console)
     recipe = args.as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
-    recipe, functions = args.with_rewards(recipe, rewards)
+    recipe, functions, _ = args.with_rewards(recipe, rewards)
     if functions:
         raise LorafoldError(
             f"rewards: found {functions[0]!r:.80}, expected names such as rewards.py:score, because"

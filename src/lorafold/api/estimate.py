@@ -227,7 +227,7 @@ def setting_on_rows(
     from lorafold.memory.presets import check_fields, recipe_for_mode
 
     check_fields(recipe, MEMORY_FIELDS | ROW_FIELDS | {"batch", "max_length"})
-    recipe, functions = with_rewards(recipe_for_mode(mode, recipe), rewards)
+    recipe, functions, _ = with_rewards(recipe_for_mode(mode, recipe), rewards)
     rows = as_rows(data, reading, console, recipe=recipe)
     from lorafold.training.inputs import RunRequest
     from lorafold.training.setup import largest_memory_setting, set_up

@@ -7,7 +7,7 @@ from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.rewards import Calls, Rewards
-from lorafold.rewards.reward import FORMS
+from lorafold.rewards.reward import FORMS, environment_of
 
 if TYPE_CHECKING:
     from lorafold.evaluation import Evaluation, RewardEvaluation
@@ -39,6 +39,7 @@ def evaluate(
             panel=REWARDS,
         ),
     ] = (),
+    environment: opt.Environment = None,
     group: Annotated[int | None, opt.Option(panel=REWARDS, min=1)] = None,
     temperature: Annotated[float | None, opt.Option(panel=REWARDS, min=0)] = None,
     seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
@@ -71,7 +72,8 @@ def evaluate(
             training.
         seed: The seed for sampling. The seed of a training run reproduces the completions that it
             sampled for held-out rows. Default: 0.
-        reward_seconds: The time limit of a reward for each completion, in seconds. Default: 30.
+        reward_seconds: The time limit in seconds of a reward for each completion, and of an
+            environment for each turn. Default: 30.
 
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not match
     the rows, for a loss that is not finite, and for a reward that fails.
@@ -91,16 +93,17 @@ def evaluate(
     }  # fmt: skip
     sampling = {name: value for name, value in sampling.items() if value is not None}
     rewards = as_rewards(rewards)
-    if sampling and not rewards:
+    is_rewarded = bool(rewards or environment)
+    if sampling and not is_rewarded:
         raise LorafoldError(
             f"{', '.join(sampling)}: used only for completions that rewards judge; pass --reward"
         )
-    if rewards and not completions:
+    if is_rewarded and not completions:
         raise LorafoldError("completions: found False, expected True: rewards judge completions")
-    objective = SAMPLING if rewards else None
+    objective = SAMPLING if is_rewarded else None
     rows = as_rows(data, as_reading(base_options), console, objective=objective)
     wrong = [one for one in rows.formats if one is None or PROMPTS not in one.provides]
-    if rewards and wrong:
+    if is_rewarded and wrong:
         raise LorafoldError(
             f"data: found rows of {wrong[0]}, expected rows with a prompt for rewards, such as"
             f" {PROMPT_ONLY} with or without a completion"
@@ -109,17 +112,21 @@ def evaluate(
     from lorafold.api.model_arguments import load_with_adapters, resolve_model, truncation_length
 
     base, saved = resolve_model(model, adapters, console, **base_options)
-    labels = rows.provides(LABELS) and not rewards
+    labels = rows.provides(LABELS) and not is_rewarded
     length = truncation_length(base, max_length, saved, console, head=labels)
-    if rewards:
+    if is_rewarded:
         from lorafold.objectives.algorithm_options import SamplingOptions
 
         calls = Calls()._replace(seconds=sampling.pop("reward_seconds", Calls().seconds))
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
-        options = evaluation.RewardSettings(length, longest, **sampling)
-        with Rewards.of(*rewards, calls=calls) as judge:
-            loaded, tokenizer = load_with_adapters(base, saved, tokenizer, console=console)
-            return evaluation.evaluate_rewards(loaded, tokenizer, rows, judge, options, console)
+        turns = SamplingOptions.turns if environment else 1
+        options = evaluation.RewardSettings(length, longest, turns=turns, **sampling)
+        with (
+            Rewards.of(*rewards, calls=calls) as judge,
+            environment_of(environment, calls) as played,
+        ):
+            model, words = load_with_adapters(base, saved, tokenizer, console=console)
+            return evaluation.evaluate_rewards(model, words, rows, judge, options, console, played)
     loaded, tokenizer = load_with_adapters(base, saved, tokenizer, classify=labels, console=console)
     algorithm = preference_algorithm(saved)
     settings = evaluation.EvaluationSettings(completions, max_new_tokens, algorithm)

@@ -371,6 +371,20 @@ Rewards = Annotated[
         ),
     ),
 ]
+Environment = Annotated[
+    Any,
+    Option(
+        "For objectives that sample completions, an environment: FILE.py:NAME of a class or of a"
+        " function rollout(policy, row). In Python, also the class, the function, or a list of"
+        " functions as tools.",
+        kind=str,
+        rare=True,
+        second_flag=(
+            "--tools",
+            "A Python file with functions that the model may call, with type hints and docstrings.",
+        ),
+    ),
+]
 Completions = Annotated[
     bool, Option("Generate completions to measure exact match; otherwise, measure only the loss.")
 ]

@@ -33,6 +33,7 @@ class RunInputs(opt.DataOptions, opt.StackOptions, total=False):
         opt.Option("Held-out rows. Default: hold out `eval_fraction` of the rows.", kind=str),
     ]
     rewards: opt.Rewards
+    environment: opt.Environment
     init_adapter: Annotated[
         str | Path | None,
         opt.Option("Initialize from this saved adapter, with its method and targets.", rare=True),
@@ -175,8 +176,9 @@ def build_request(
     run_recipe, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
     if (template := run_recipe.chat_template) and template not in BUILT_IN:
         read_template(template)  # before anything that takes long
-    if rewards := inputs.pop("rewards", ()):
-        run_recipe, functions = with_rewards(run_recipe, rewards)
+    environment = inputs.pop("environment", None) or ""
+    if (rewards := inputs.pop("rewards", ())) or environment:
+        run_recipe, functions, environment = with_rewards(run_recipe, rewards, environment)
     reading, held_out = as_reading(inputs), inputs.pop("eval_data", None)
     rows = (
         as_stream(data, reading, console, run_recipe.objective)
@@ -210,5 +212,6 @@ def build_request(
         init_adapter,
         over=over,
         rewards=functions,
+        environment=environment,
         **fields,
     )

@@ -186,9 +186,16 @@ def _rewards(names: list[str] | None, adapters: Sequence[str] | None = ()) -> li
     return [*(names or ()), *(f"{ADAPTER}{path}" for path in adapters or ())]
 
 
+def _environment(name: str | None, tools: Path | None = None) -> str | None:
+    if name and tools:
+        raise LorafoldError("--environment: found --tools, too, expected one of them")
+    return f"tools:{tools}" if tools else name
+
+
 # argument of a function -> conversion from the values of its options
 READERS: dict[str, Callable[..., Any]] = {
     "columns": parse_columns,
+    "environment": _environment,
     "methods": lambda texts: [name.strip() for text in texts or () for name in text.split(",")],
     "rewards": _rewards,
     "tools": _tools,

@@ -154,11 +154,14 @@ PROMPT_KEYS = ("prompt", "messages", "conversations")  # keys that may contain t
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """`ids` (T,) are the tokens of the row's prompt. `where` names the row in messages."""
+    """`ids` (T,) are the tokens of the row's prompt, and `room` is the number of tokens by which
+    the longest accepted prompt is longer. `where` names the row in messages.
+    """
 
     ids: tuple[int, ...]
     row: Mapping[str, Any]
     where: str
+    room: int = 0
 
     @property
     def question(self) -> Any:
@@ -218,19 +221,20 @@ class PromptEncoder(Encoder):
 
 
 class PromptExamples(TableExamples[TokenizedPrompt]):
-    def __init__(self, table: pa.Table, rows: Rows) -> None:
+    def __init__(self, table: pa.Table, rows: Rows, max_tokens: int) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
-        self._rows, self.compared_by = rows, (self._ids,)
+        self._rows, self._max_tokens, self.compared_by = rows, max_tokens, (self._ids,)
 
     def item(self, index: int) -> TokenizedPrompt:
         number = int(self.rows[index])
         [place] = self._rows.origins.places([number])
-        return TokenizedPrompt(tuple(self._ids[index].tolist()), self._rows[number], str(place))
+        ids = tuple(self._ids[index].tolist())
+        return TokenizedPrompt(ids, self._rows[number], str(place), self._max_tokens - len(ids))
 
 
 def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
     """Raises if a prompt has more than `max_tokens` tokens."""
-    examples = PromptExamples(table, rows)
+    examples = PromptExamples(table, rows, max_tokens)
     longest = int(examples.lengths.max(initial=0))
     if longest > max_tokens:
         raise LorafoldError(

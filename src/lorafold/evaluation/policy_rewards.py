@@ -26,14 +26,16 @@ from lorafold.data.row_store import Rows
 from lorafold.data.tokenizing import tokenize_rows
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed, truncate
+from lorafold.evaluation.episodes import Episode
 from lorafold.evaluation.intervals import Interval, mean_interval
-from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts
+from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Rollouts
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import interval_text, render_text
 from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bar
 from lorafold.generation import positions_left
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Judged, Rewards
+from lorafold.rewards.environments import Environment, single_turn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +85,7 @@ class RewardedRollouts:
     """Groups of k completions for n prompts, and their rewards (n, k); NaN if no reward applies."""
 
     judged: Sequence[Judged]  # n * k
-    groups: Sequence[Sequence[Completion]]
+    groups: Sequence[Sequence[Episode]]
     rewards: Tensor
     each: Mapping[str, Tensor]
 
@@ -91,7 +93,7 @@ class RewardedRollouts:
     def of(
         cls,
         prompts: Sequence[TokenizedPrompt],
-        groups: Sequence[Sequence[Completion]],
+        groups: Sequence[Sequence[Episode]],
         rewards: Rewards,
         at_once: int | None = None,
         progress: Progress = no_progress,
@@ -106,9 +108,10 @@ class RewardedRollouts:
                 prompt.question, one.text, prompt.other_fields, f"{prompt.where}, completion {n}",
                 prompt.conversation,
                 {
-                    "tokens": len(one.tokens), "ended": "stop" if one.ended else "length",
-                    "step": step,
+                    "tokens": len(one.logprobs), "ended": "stop" if one.ended else "length",
+                    "step": step, "messages": [*one.shown],
                 },
+                one.rewards, one.refused,
             )
             for prompt, group in zip(prompts, groups, strict=True)
             for n, one in enumerate(group, 1)
@@ -118,7 +121,12 @@ class RewardedRollouts:
         for start in range(0, len(judged), size):
             total, by_name = rewards(judged[start : start + size])
             sums += total
-            by_reward = {name: [*by_reward.get(name, []), *x] for name, x in by_name.items()}
+            by_reward = {
+                name: [
+                    *by_reward.get(name, [None] * start), *by_name.get(name, [None] * len(total))
+                ]
+                for name in by_reward | by_name
+            }  # fmt: skip
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
             raise RewardFailed(
@@ -139,12 +147,12 @@ class RewardedRollouts:
         return RewardedRollouts(judged, groups, rewards, each)
 
     @property
-    def completions(self) -> list[Completion]:
+    def completions(self) -> list[Episode]:
         return [one for group in self.groups for one in group]
 
     @property
     def tokens(self) -> int:
-        return sum(len(one.tokens) for one in self.completions)
+        return sum(len(one.logprobs) for one in self.completions)
 
     @property
     def interval(self) -> Interval | None:
@@ -162,7 +170,8 @@ class RewardedRollouts:
         it applies to, the length and the entropy; also the share of groups with equal rewards.
         """
         completions, tokens = self.completions, self.tokens
-        n = len(completions)
+        n, turns = len(completions), sum(one.turns for one in completions)
+        refused = sum(bool(one.refused) for one in completions)
         means = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {
@@ -171,6 +180,8 @@ class RewardedRollouts:
             **({"without a reward": without} if without else {}),
             "tokens a completion": tokens / n,
             "cut off": sum(not one.ended for one in completions) / n,
+            **({"turns": turns / n} if turns > n else {}),
+            **({"refused": refused / n} if refused else {}),
             "entropy": sum(-sum(one.logprobs) for one in completions) / max(1, tokens),
             "groups without signal": float(self.alike.double().mean()),
         }
@@ -208,7 +219,8 @@ def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
 @dataclass(frozen=True)
 class RewardSettings:
     """Sampling of `group` completions for each held-out prompt, with at most `max_length` tokens
-    including the prompt. Temperature 1 samples as in training; 0 is greedy.
+    including the prompt, of at most `turns` turns. Temperature 1 samples as in training; 0 is
+    greedy.
     """
 
     max_length: int
@@ -216,9 +228,10 @@ class RewardSettings:
     group: int = 1
     temperature: float = 1.0
     seed: int = 0
+    turns: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_new_tokens", "group", "seed"):
+        for name in ("max_length", "max_new_tokens", "group", "seed", "turns"):
             if not isinstance(value := getattr(self, name), int):
                 raise LorafoldError(f"{name}: found {value!r:.40}, expected an integer")
         checks = {
@@ -290,6 +303,7 @@ def evaluate_rewards(
     rewards: Rewards,
     settings: RewardSettings,
     console: Console | None = None,
+    environment: Environment = single_turn,
 ) -> RewardEvaluation:
     """Generates completions with the model's active adapters, and computes their rewards. The model
     is not changed.
@@ -305,10 +319,12 @@ def evaluate_rewards(
     if console:
         print_lines(console, data.report)
     prompts, k = data.examples, settings.group
-    rollouts = Rollouts(model, tokenizer, k, settings.max_new_tokens, settings.sampling)
+    new, turns = settings.max_new_tokens, settings.turns
+    rollouts = Rollouts(model, tokenizer, k, new, settings.sampling, False, environment, turns)
+    longest = length - new if turns > 1 else max(lengths_of(prompts))
     with closing(rollouts), progress_bar(console, "completions") as step:
-        rollouts.open(max(lengths_of(prompts)), min(SLOTS, len(prompts) * k))
-        groups = rollouts.sample([p.ids for p in prompts], key_of(settings.seed, HELD_OUT), k, step)
+        rollouts.open(longest, min(SLOTS, len(prompts) * k))
+        groups = rollouts.sample(prompts, key_of(settings.seed, HELD_OUT), k, step)
     with progress_bar(console, "rewards") as step:
         judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()

@@ -11,6 +11,7 @@ afterwards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,33 +21,25 @@ from torch.autograd.graph import increment_version
 
 from lorafold.core.attach import only, selection_of
 from lorafold.core.shared_tensors import twin
+from lorafold.data.prompts import TokenizedPrompt
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.episodes import Episode, Over
 from lorafold.files.terminal import Progress, no_progress
-from lorafold.generation import decode, end_tokens
+from lorafold.generation import end_tokens
 from lorafold.ops.dropout import key_of
+from lorafold.rewards.environments import Environment, Told, single_turn
 from lorafold.runtime.memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 POLICY = "policy"  # the engine's name of the active adapters
 SLOTS = 64  # completions sampled at a time
 HELD_OUT = 2**62  # the step number in the random keys of held-out prompts
 AS_TRAINED = Sampling(temperature=1.0)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A sampled completion: its tokens (with the end token if it `ended`), their log-probabilities
-    in nats at the time of sampling, and its text.
-    """
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    ended: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,8 @@ class Rollouts:
         max_new_tokens: int,
         sampling: Sampling = AS_TRAINED,
         exact: bool = False,
+        environment: Environment = single_turn,
+        turns: int = 1,
     ) -> None:
         self.shell, self.names = twin(model), selection_of(model).names
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -77,6 +72,7 @@ class Rollouts:
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
         self.group, self.max_new_tokens = group, max_new_tokens
         self.sampling, self.exact = sampling, exact
+        self.environment, self.turns, self.has_continued = environment, turns, False
         self._stack = ExitStack()
         self._engine: Engine | None = None
 
@@ -111,42 +107,79 @@ class Rollouts:
 
     def sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenizedPrompt],
         key: int,
         group: int | None = None,
         progress: Progress = no_progress,
-    ) -> list[list[Completion]]:
+    ) -> list[list[Episode]]:
         """Samples a group of completions for each prompt with the current weights. The random
         numbers depend only on the key and on the indices of prompt and completion.
+
+        Episodes are sampled turn by turn: all that go on together, so that the result does not
+        depend on how long an environment takes.
         """
         # fused optimizers don't change tensor versions, by which methods detect stale caches
         increment_version(self.trainable)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
-        requests = [
-            Request(
-                str(n), tuple(prompts[n // k]), self.max_new_tokens, POLICY,
-                replace(self.sampling, logprobs=0, seed=key_of(key, n)), self.ends, keep_end=True,
-            )
-            for n in range(len(prompts) * k)
-        ]  # fmt: skip
-        streams = [*map(self.engine.submit, requests)]
+        rollouts = [
+            Episode(self.tokenizer, prompt, self.turns, self.max_new_tokens)
+            for prompt in prompts
+            for _ in range(k)
+        ]
+        told = {n: one.beginning(key_of(key, n // k)) for n, one in enumerate(rollouts)}
+        streams = dict[int, EventStream]()
 
         def report_progress() -> None:
-            progress(sum(stream.ended is not None for stream in streams), len(streams))
+            left = len(told) + sum(stream.ended is None for stream in streams.values())
+            progress(len(rollouts) - left, len(rollouts))
 
-        self.engine.run(report_progress)
+        while told:
+            items = [
+                Told(f"{rollouts[n].prompt.where}, completion {n % k + 1}", n, content)
+                for n, content in sorted(told.items())
+            ]
+            told, streams = {}, {}
+            for (_, n, _), said in zip(items, self.environment(items), strict=True):
+                one = rollouts[n]
+                try:
+                    if (asked := one.ask(said)) is not None:
+                        seed = key_of(key, n + (one.turns << 32))
+                        streams[n] = self._submit(n, *asked, seed)
+                except Over as over:
+                    one.ended = False
+                    told[n] = {"over": str(over)}
+                except LorafoldError as error:
+                    told[n] = {"error": str(error)}
+            self.engine.run(report_progress)
+            told |= {n: rollouts[n].answer(*_sampled(stream)) for n, stream in streams.items()}
         # frees the KV cache, and makes later samples independent of these
         self.engine.forget()
-        completions = [*map(self._completion, streams)]
-        return [completions[i : i + k] for i in range(0, len(completions), k)]
+        self._check(rollouts)
+        return [rollouts[i : i + k] for i in range(0, len(rollouts), k)]
 
-    def _completion(self, stream: EventStream) -> Completion:
-        end = stream.result()
-        if end.reason == "failed":
-            raise LorafoldError(f"sampling a completion failed: {end.message}")
-        tokens = [event for event in stream.so_far() if isinstance(event, Token)]
-        logprobs = tuple(float(token.drawn_logprob or 0.0) for token in tokens)
-        return Completion(
-            end.tokens, logprobs, decode(self.tokenizer, end.tokens), end.reason == "end"
+    def _submit(self, n: int, ids: tuple[int, ...], most: int, seed: int) -> EventStream:
+        sampling = replace(self.sampling, logprobs=0, seed=seed)
+        return self.engine.submit(
+            Request(str(n), ids, most, POLICY, sampling, self.ends, keep_end=True)
         )
+
+    def _check(self, rollouts: Sequence[Episode]) -> None:
+        """Raises if an environment asked nothing, or if no rollout could ever be continued."""
+        for one in rollouts:
+            if not one.turns:
+                raise LorafoldError(f"{one.prompt.where}: the environment asked the model nothing")
+        refused = [one for one in rollouts if one.refused]
+        self.has_continued = self.has_continued or any(one.turns > 1 for one in rollouts)
+        if refused and not self.has_continued:
+            raise LorafoldError(f"{refused[0].prompt.where}: {refused[0].refused}")
+        if refused:
+            log.warning("%s: left out: %s", refused[0].prompt.where, refused[0].refused)
+
+
+def _sampled(stream: EventStream) -> tuple[tuple[int, ...], list[float], bool]:
+    end = stream.result()
+    if end.reason == "failed":
+        raise LorafoldError(f"sampling a completion failed: {end.message}")
+    tokens = [event for event in stream.so_far() if isinstance(event, Token)]
+    return end.tokens, [float(one.drawn_logprob or 0.0) for one in tokens], end.reason == "end"

@@ -55,7 +55,10 @@ class SamplingOptions:
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
     exact: make sampling and training log-probabilities bit-identical, which is slower.
     rewards: names for `lorafold.rewards.reward_of`.
-    reward_seconds: the time limit of a reward for each completion.
+    environment: FILE.py:NAME or tools:FILE.py (see `lorafold.rewards.environments`).
+    turns: the maximum number of the model's turns in an environment.
+    reward_seconds: the time limit of a reward for each completion, and of an environment for each
+        turn.
     reward_concurrency: the number of concurrent calls of an asynchronous reward.
     reward_retries: how often a failed call of an asynchronous reward is retried.
     """
@@ -67,6 +70,8 @@ class SamplingOptions:
     truncated: Literal["counted", "masked"] = "counted"
     exact: bool = False
     rewards: tuple[str, ...] = ()
+    environment: str = ""
+    turns: Annotated[int, Field(ge=1)] = 16
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
     reward_concurrency: Annotated[int, Field(ge=1)] = 16
     reward_retries: Annotated[int, Field(ge=0)] = 2

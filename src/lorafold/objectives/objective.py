@@ -58,7 +58,7 @@ class Data(Protocol):
 class ObjectiveRequest:
     """The request for an objective: its name, the rows, the model and the saved adapters that will
     be loaded on it, the recipe's `beta` (None: the default) and `objective_options`, Python reward
-    functions, and the recipe's seed.
+    functions, the recipe's seed, and an environment as a Python object.
     """
 
     name: str
@@ -69,6 +69,7 @@ class ObjectiveRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     rewards: Sequence[Callable[..., Any]] = ()
     seed: int = 0
+    environment: Any = ""
 
     @property
     def start(self) -> str:

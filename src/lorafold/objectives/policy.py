@@ -21,7 +21,7 @@ from rich.console import Console
 from lorafold.core.contexts import without_dropout
 from lorafold.data.arrow import lengths_of
 from lorafold.data.batches import BatchFeed, StoredFeed
-from lorafold.data.examples import WHOLE
+from lorafold.data.examples import NO_LOSS, WHOLE, Example
 from lorafold.data.formats import PROMPTS
 from lorafold.data.json_input import Row
 from lorafold.data.prompts import PromptEncoder, TokenizedPrompt, prompt_data
@@ -31,9 +31,10 @@ from lorafold.data.rows import to_rows
 from lorafold.data.tokenizing import Encoded, Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
+from lorafold.evaluation.episodes import Episode
 from lorafold.evaluation.policy_rewards import RewardedRollouts
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Completion, Rollouts, RolloutSize
+from lorafold.evaluation.rollouts import HELD_OUT, SLOTS, Rollouts, RolloutSize
 from lorafold.files.model_card import JUDGED_BY
 from lorafold.files.templates import interval_text
 from lorafold.files.terminal import print_lines
@@ -43,7 +44,13 @@ from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Calls, RewardName, Rewards
-from lorafold.rewards.reward import REWARDS, DirectReward, qualname
+from lorafold.rewards.reward import (
+    REWARDS,
+    DirectReward,
+    environment_name,
+    environment_of,
+    qualname,
+)
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -94,11 +101,17 @@ class PolicyObjective(OnPolicy):
     functions: tuple[Callable[..., Any], ...] = ()  # rewards in Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by reward name
+    environment: Any = ""  # a name or a Python object
 
     @classmethod
     def of(cls, request: ObjectiveRequest) -> Self:
         algorithm, sampling = policy_options(request.name, request.beta, request.options)
-        if not (sampling.rewards or request.rewards):
+        if sampling.environment and request.environment:
+            raise LorafoldError("environment: found two, expected one")
+        environment = sampling.environment or request.environment
+        if isinstance(environment, str) and environment:
+            environment_name(environment)  # before the model loads
+        if not (sampling.rewards or request.rewards or environment):
             raise LorafoldError(
                 f"objective {request.name}: found no reward, expected at least one: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
@@ -109,7 +122,8 @@ class PolicyObjective(OnPolicy):
             for text, name in parsed.items()
             if name.is_adapter
         }
-        return cls(algorithm, sampling, tuple(request.rewards), request.seed, adapters)
+        functions = tuple(request.rewards)
+        return cls(algorithm, sampling, functions, request.seed, adapters, environment)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
@@ -131,6 +145,10 @@ class PolicyObjective(OnPolicy):
         ]
         files = {text: RewardName.parse(text).digest for text in self.sampling.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
+        if isinstance(self.environment, str) and self.environment:
+            files[self.environment] = RewardName.parse(self.environment).digest
+        elif self.environment:
+            names.append(qualname(self.environment))
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
@@ -157,14 +175,19 @@ class PolicyObjective(OnPolicy):
         assert isinstance(feed, StoredFeed)
         lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
         slots = min(SLOTS, feed.batch * self.sampling.group)
-        return RolloutSize(slots, self.sampling.group, max(lengths), self.sampling.max_new_tokens)
+        first = feed.examples[0]
+        longest = len(first.ids) + first.room if self.environment else max(lengths)
+        return RolloutSize(slots, self.sampling.group, longest, self.sampling.max_new_tokens)
 
     def trained(self, example: TokenizedPrompt) -> Rollout:
         """A group of completions of the prompt that all have the maximum length, for the memory
         estimate.
         """
-        ids, k = (0,) * self.sampling.max_new_tokens, self.sampling.group
-        return Rollout.of(example.ids, [ids] * k, [()] * k, [0.0] * k, [True] * k)
+        n, k = self.sampling.max_new_tokens, self.sampling.group
+        ids = (0,) * (n + example.room if self.environment else n)
+        document = Example((*example.ids, *ids), ((NO_LOSS,) * len(example.ids)) + ids)
+        prompt = len(example.ids)
+        return Rollout.of([document] * k, prompt, [()] * k, [0.0] * k, [True] * k)
 
     def preview(self, example: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
@@ -184,8 +207,10 @@ class PolicyObjective(OnPolicy):
         with ExitStack() as stack:
             rewards = stack.enter_context(self._rewards(model, packing, console))
             rollouts = Rollouts(
-                model, tokenizer, sampling.group, sampling.max_new_tokens, exact=sampling.exact
-            )
+                model, tokenizer, sampling.group, sampling.max_new_tokens, exact=sampling.exact,
+                environment=stack.enter_context(environment_of(self.environment, self._calls)),
+                turns=self._turns,
+            )  # fmt: skip
             stack.callback(rollouts.close)
             if dropped := stack.enter_context(without_dropout(model)):
                 dropout = f"dropout: {dropped:g} in the model or its adapters is set to 0"
@@ -245,10 +270,11 @@ class PolicyObjective(OnPolicy):
         reason = "" if bool(has_signal.any()) else self._no_signal_reason(scored, loss)
         rollouts = [
             Rollout.of(
-                prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], row,
+                [Example(tuple(one.ids), tuple(one.labels)) for one in group],
+                min(one.start for one in group), [one.logprobs for one in group], row,
                 [self._counts(one) for one in group],
             )
-            for prompt, group, row in zip(planned, scored.groups, advantages.tolist(), strict=True)
+            for group, row in zip(scored.groups, advantages.tolist(), strict=True)
         ]  # fmt: skip
         if not reason:
             loss.counts.pop(LOWEST_SINCE_SIGNAL, None)
@@ -261,7 +287,7 @@ class PolicyObjective(OnPolicy):
         evaluations use the same random numbers. The loss is the negative mean reward.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.sample([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        groups = rollouts.sample(prompts, key_of(self.seed, HELD_OUT), 1)
         scored = RewardedRollouts.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = scored.figures["reward"], scored.interval
         # a group of one completion never has a signal
@@ -277,9 +303,15 @@ class PolicyObjective(OnPolicy):
         training.
         """
         max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
-        config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed)
-        with self._rewards(model, "auto", Console(quiet=True)) as rewards:
-            result = evaluate_rewards(model, tokenizer, to_rows(rows, PROMPTS), rewards, config)
+        config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed, turns=self._turns)
+        with (
+            self._rewards(model, "auto", Console(quiet=True)) as rewards,
+            environment_of(self.environment, self._calls) as environment,
+        ):
+            prompts = to_rows(rows, PROMPTS)
+            result = evaluate_rewards(
+                model, tokenizer, prompts, rewards, config, None, environment
+            )
         if None in result.prompt_rewards:
             row = result.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")
@@ -287,19 +319,23 @@ class PolicyObjective(OnPolicy):
 
     def _rewards(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.sampling.rewards, *self.functions]
-        calls = Calls(
-            self.sampling.reward_seconds,
-            self.sampling.reward_concurrency,
-            self.sampling.reward_retries,
-        )
-        return rewards_over(model, given, self.adapters, calls, packing, console)
+        return rewards_over(model, given, self.adapters, self._calls, packing, console)
+
+    @property
+    def _turns(self) -> int:
+        return self.sampling.turns if self.environment else 1
+
+    @property
+    def _calls(self) -> Calls:
+        own = self.sampling
+        return Calls(own.reward_seconds, own.reward_concurrency, own.reward_retries)
 
     def _sample(
         self, step: int, loss: RolloutLoss, seconds: dict[str, float],
         prompts: Sequence[TokenizedPrompt], key: int,
     ) -> RewardedRollouts:  # fmt: skip
         start = time.perf_counter()
-        groups = loss.rollouts[0].sample([prompt.ids for prompt in prompts], key)
+        groups = loss.rollouts[0].sample(prompts, key)
         sampled = time.perf_counter()
         scored = RewardedRollouts.of(prompts, groups, loss.rewards, step=step)
         seconds["drawing"] += sampled - start
@@ -322,8 +358,8 @@ class PolicyObjective(OnPolicy):
         counts = torch.tensor([[self._counts(one) for one in group] for group in scored.groups])
         return advantages, (counts & (advantages != 0)).any(1)
 
-    def _counts(self, one: Completion) -> bool:
-        return one.ended or self.sampling.truncated == "counted"
+    def _counts(self, one: Episode) -> bool:
+        return not one.refused and (one.ended or self.sampling.truncated == "counted")
 
     def _no_signal_reason(self, scored: RewardedRollouts, loss: RolloutLoss) -> str:
         if not any(self._counts(one) for group in scored.groups for one in group):

@@ -21,10 +21,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from concurrent.futures import Future
+from functools import cached_property, partial
 from itertools import starmap
 from numbers import Real
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from lorafold.errors import truncate
@@ -33,7 +36,7 @@ J = TypeVar("J")
 T = TypeVar("T")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
 BACKOFF = 0.25  # seconds before the first retry; twice as many before each further one
-SAMPLED = {"tokens", "ended", "step"}
+SAMPLED = {"tokens", "ended", "step", "messages"}
 MAX_LEN = 300  # maximum characters of a message or value
 LARGEST = 1e150  # the largest reward: its square, means and intervals must be finite
 
@@ -78,10 +81,44 @@ class Problem(Exception):
         return items if self.at is None else items[self.at : self.at + 1]
 
 
+class EventLoop:
+    """An event loop in a thread of its own, from the first coroutine on."""
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        async def contained() -> T:
+            try:
+                return await coroutine
+            except (KeyboardInterrupt, SystemExit) as error:  # which would end the loop
+                raise Problem(f"raised {error_text(error, None)}") from None
+
+        return asyncio.run_coroutine_threadsafe(contained(), self._loop)
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        Thread(target=loop.run_forever, daemon=True).start()
+        return loop
+
+    def close(self) -> None:
+        """Cancels what runs, and ends the loop."""
+        if (loop := self.__dict__.pop("_loop", None)) is not None:
+            asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 class Function:
+    item = Item
+
     def __init__(self, function: Callable[..., Any], file: str | None = None) -> None:
         self._function, self._file = function, file
-        self._runner: asyncio.Runner | None = None  # one, because clients stay with their loop
+        self._loop = EventLoop()  # one, because clients stay with their loop
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -134,40 +171,27 @@ class Function:
                         return Problem(problem.message, at)
                     message, wait = problem.message, max(wait, problem.retry_after)
                 except BaseException as error:  # includes exits
-                    task = asyncio.current_task()
-                    if isinstance(error, KeyboardInterrupt) or (task and task.cancelling()):
+                    if (task := asyncio.current_task()) and task.cancelling():
                         raise
                     message = f"raised {error_text(error, self._file)}"
                     if isinstance(error, TimeoutError) and not str(error):
                         message = f"took more than {calls.seconds:g} s"
             return Problem(f"{message} (tries: {calls.retries + 1})", at)
 
-        async def start() -> list[asyncio.Task[float | Problem | None]]:
-            return [asyncio.create_task(reward(at)) for at in range(len(bound))]
-
-        async def result(task: asyncio.Task[float | Problem | None]) -> float | Problem | None:
-            return await task
-
         free = asyncio.Semaphore(calls.concurrency)
-        tasks = self._run(start())
+        futures = [self._loop.start(reward(at)) for at in range(len(bound))]
         try:
-            for task in tasks:
-                if isinstance(found := self._run(result(task)), Problem):
+            for future in futures:
+                if isinstance(found := future.result(), Problem):
                     raise found
                 yield [found]
         finally:
-            for task in tasks:
-                task.cancel()
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        self._runner = self._runner or asyncio.Runner()
-        return self._runner.run(coroutine)
+            for future in futures:
+                future.cancel()
 
     def close(self) -> None:
         """Ends the function's event loop, if any."""
-        if self._runner:
-            self._runner.close()
-            self._runner = None
+        self._loop.close()
 
     def _rewards_of_batch(
         self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]
@@ -182,7 +206,7 @@ class Function:
         given |= {"prompts": prompts, "completions": completions}
         rewards = self._call(None, given, as_list=True)
         if not isinstance(rewards, list):
-            raise Problem(f"returned {_text(rewards)}, expected a list of {len(items)} numbers")
+            raise Problem(f"returned {shown(rewards)}, expected a list of {len(items)} numbers")
         if len(rewards) != len(items):
             raise Problem(
                 f"returned {len(rewards)} rewards, expected {len(items)}, one per completion"
@@ -204,7 +228,7 @@ class Function:
     def _call(self, at: int | None, given: Mapping[str, Any], as_list: bool = False) -> Any:
         call = self._bind(at, given)
         try:
-            result = self._run(call()) if self.asynchronous else call()
+            result = self._loop.start(call()).result() if self.asynchronous else call()
             if inspect.iscoroutine(result):
                 result.close()
                 raise Problem("returned a coroutine; declare the function with async def")
@@ -231,9 +255,9 @@ def number(value: Any, at: int | None) -> float | None:
     except OverflowError:
         reward = math.inf
     if not math.isfinite(reward):
-        raise Problem(f"returned {_text(value)}, expected a finite number", at)
+        raise Problem(f"returned {shown(value)}, expected a finite number", at)
     if abs(reward) > LARGEST:
-        raise Problem(f"returned {_text(value)}, expected at most {LARGEST:g} in magnitude", at)
+        raise Problem(f"returned {shown(value)}, expected at most {LARGEST:g} in magnitude", at)
     return reward
 
 
@@ -256,7 +280,7 @@ def _missing_fields(names: Sequence[str], fields: Iterable[str], at: int | None)
     return Problem(f"needs the fields {', '.join(names)}; the row has {known}", at)
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
     try:
         text = truncate(repr(value), 80)
     except Exception:  # for example, an integer with too many digits
@@ -264,12 +288,10 @@ def _text(value: Any) -> str:
     return f"{text} ({type(value).__name__})"
 
 
-def function_in_file(text: str) -> Function:
-    """The function with the name `/path/FILE.py:fn`, which can import modules next to the file."""
-    path, _, name = text.rpartition(":")
-    file = Path(path)
+def load_module(file: Path) -> ModuleType:
+    """Runs a Python file, which can import modules next to it."""
     if not file.is_file():
-        raise Problem(f"there is no file {path}")
+        raise Problem(f"there is no file {file}")
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
@@ -280,13 +302,24 @@ def function_in_file(text: str) -> Function:
         spec.loader.exec_module(module)
     except BaseException as error:  # includes exits
         raise Problem(f"{file.name} can't be run: {error_text(error, str(file))}") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        found = f"a {type(function).__name__}" if hasattr(module, name) else "none"
+    return module
+
+
+def load_object(text: str) -> tuple[Any, str]:
+    """The function or class with the name `/path/FILE.py:NAME`, and its file."""
+    path, _, name = text.rpartition(":")
+    file = Path(path)
+    module = load_module(file)
+    if not callable(found := getattr(module, name, None)):
+        what = f"a {type(found).__name__}" if hasattr(module, name) else "none"
         own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == file.stem]
         there = f"; the file has {', '.join(own)}" if own else ""
-        raise Problem(f"expected a function {name} in {file.name}, found {found}{there}")
-    return Function(function, str(file))
+        raise Problem(f"expected a function {name} in {file.name}, found {what}{there}")
+    return found, path
+
+
+def function_in_file(text: str) -> Function:
+    return Function(*load_object(text))
 
 
 def pattern(text: str) -> Function:

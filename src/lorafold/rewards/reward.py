@@ -10,7 +10,6 @@ A weight may stand before each of them, as in 0.5*FILE.py:fn.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import pickle
@@ -18,9 +17,8 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -29,12 +27,12 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
+from lorafold.rewards.environments import NOUN, Environment, Environments, Told, single_turn
 from lorafold.rewards.functions import (
     DEFAULT_CALLS,
     LARGEST,
     Calls,
     Function,
-    Item,
     Problem,
     number,
     pattern,
@@ -51,6 +49,7 @@ FORMS = (
     " adapter:DIR"
 )
 ADAPTER = "adapter:"
+TOOLS = "tools"
 REWARDS = "rewards"  # in the identity of a run: the digests of its rewards' files, by their names
 
 
@@ -65,8 +64,10 @@ class Judged:
         where: the location that messages show, for example "rows.jsonl row 7, completion 3".
         conversation: the conversation used for generation, for rewards that render it; None if only
             the prompt was used.
-        sampled: its number of `tokens`, whether it `ended` with "stop" or "length", and the `step`
-            of training, from 0 on, or None in evaluations.
+        sampled: its number of `tokens`, whether it `ended` with "stop" or "length", the `messages`
+            of its conversation, and the `step` of training, from 0 on, or None in evaluations.
+        given: numbers that its environment gave, by name.
+        refused: why it has no reward, or empty.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -75,6 +76,12 @@ class Judged:
     where: str
     conversation: Conversation | None = None
     sampled: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, float | None] = field(default_factory=dict)
+    refused: str = ""
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return self.prompt, self.completion, dict(self.row), dict(self.sampled)
 
 
 @runtime_checkable
@@ -96,10 +103,11 @@ class Reward(Protocol):
         """Ends the reward's processes; a later call starts them again."""
 
 
-def failure(name: str, message: str, judged: Sequence[Judged] = ()) -> RewardFailed:
+def failure(name: str, message: str, judged: Sequence[Judged | Told] = ()) -> RewardFailed:
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return RewardFailed(escape_unprintable(f"reward {name}: {where}{message}"))
+    noun = "" if " " in name.partition(":")[0] else "reward "
+    return RewardFailed(escape_unprintable(f"{noun}{name}: {where}{message}"))
 
 
 class SeparateReward:
@@ -114,7 +122,7 @@ class SeparateReward:
         self._first_message = json.dumps({"kind": kind, "text": text}).encode()
         self._process = self._start()
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+    def __call__(self, judged: Sequence[Judged | Told]) -> list[Any]:
         if not judged:
             return []
         items = [self._serialize(one) for one in judged]
@@ -122,7 +130,7 @@ class SeparateReward:
         if not self._process.is_alive:
             self.close()
             self._process = self._start()
-        rewards: list[float | None] = []
+        rewards: list[Any] = []
         calls, n = self.calls, len(judged)
         if not self._batched and self._asynchronous:  # each try waits for its turn
             n = 2 * (calls.retries + 1) * math.ceil(n / calls.concurrency)
@@ -144,8 +152,8 @@ class SeparateReward:
                 raise failure(self.name, _exit_message(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
-                f"took more than {limit:g} s ({done}{len(judged)} completions); make the"
-                " reward faster, or set a longer time limit (reward_seconds)"
+                f"took more than {limit:g} s ({done}{len(judged)} completions); make it"
+                " faster, or set a longer time limit (reward_seconds)"
             )
             raise failure(self.name, why, at_work) from None
         return rewards
@@ -171,21 +179,21 @@ class SeparateReward:
         self._batched, self._asynchronous = answer["batched"], answer["asynchronous"]
         return process
 
-    def _serialize(self, one: Judged) -> bytes:
+    def _serialize(self, one: Judged | Told) -> bytes:
         try:
-            return pickle.dumps((one.prompt, one.completion, dict(one.row), dict(one.sampled)))
+            return pickle.dumps(one.content)
         except Exception as error:  # pickling a field may raise anything
             raise failure(
-                self.name, f"the row can't be pickled for the reward's process: {error}", [one]
+                self.name, f"the row can't be pickled for its process: {error}", [one]
             ) from None
 
 
 def _exit_message(code: int) -> str:
     if code >= 0:
-        return f"the reward's process ended with exit code {code}"
+        return f"its process ended with exit code {code}"
     known = {int(number): number.name for number in signal.Signals}
     memory = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
-    return f"the reward's process was killed by {known.get(-code, f'signal {-code}')}{memory}"
+    return f"its process was killed by {known.get(-code, f'signal {-code}')}{memory}"
 
 
 class RewardName(NamedTuple):
@@ -210,7 +218,7 @@ class RewardName(NamedTuple):
         file, _, function = name.rpartition(":")
         if rest and kind in ("regex", "reasoning-gym", "adapter"):
             return cls(weight, name, kind, rest)
-        if rest and kind in ("schema", "judge"):
+        if rest and kind in ("schema", "judge", TOOLS):
             return cls(weight, name, kind, str(Path(rest).expanduser().absolute()))
         if file.endswith(".py") and function.isidentifier():
             return cls(weight, name, "file", f"{Path(file).expanduser().absolute()}:{function}")
@@ -225,7 +233,7 @@ class RewardName(NamedTuple):
     @property
     def file(self) -> Path | None:
         file = self.text.rpartition(":")[0] if self.kind == "file" else self.text
-        return Path(file) if self.kind in ("file", "schema", "judge") else None
+        return Path(file) if self.kind in ("file", "schema", "judge", TOOLS) else None
 
     @property
     def digest(self) -> str:
@@ -234,13 +242,13 @@ class RewardName(NamedTuple):
         return sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
-def check_names(texts: Iterable[str]) -> None:
+def check_names(texts: Iterable[str], noun: str = "reward") -> None:
     """Checks reward names, their files and patterns without running anything."""
     for text in texts:
         parsed = RewardName.parse(text)
         if (file := parsed.file) and not file.is_file():
             near = nearest_name(file)
-            raise LorafoldError(f"reward {text}: there is no file {file}{near}")
+            raise LorafoldError(f"{noun} {text}: there is no file {file}{near}")
         if parsed.kind == "regex":
             try:
                 pattern(parsed.text)
@@ -253,6 +261,8 @@ def reward_of(text: str) -> Reward:
     separate process until it is closed.
     """
     parsed = RewardName.parse(text)
+    if parsed.kind == TOOLS:
+        raise LorafoldError(f"reward {text}: tools give no reward; pass them as the environment")
     if parsed.is_adapter:
         raise LorafoldError(
             f"reward {text}: a reward model needs the base in memory, as in policy training and"
@@ -273,50 +283,67 @@ def qualname(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def in_event_loop() -> bool:
-    """Whether this thread runs an event loop, as in notebooks, so that it can't run another."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 class DirectReward:
     """A reward that calls a function in this process (see `functions.py`)."""
 
     calls = DEFAULT_CALLS
 
-    def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
+    def __init__(
+        self, function: Any, weight: float = 1.0, kind: Callable[..., Any] = Function
+    ) -> None:
         self.name = str(getattr(function, "__name__", type(function).__name__))
         self.weight, self.qualname = weight, qualname(function)
         code = getattr(function, "__code__", None)
         if not math.isfinite(weight):
             raise failure(self.name, f"found weight {weight}, expected a finite number")
         try:
-            self._function = Function(function, code and code.co_filename)
+            self._function = kind(function, code and code.co_filename)
         except Problem as wrong:
             raise failure(self.name, wrong.message) from None
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+    def __call__(self, judged: Sequence[Judged | Told]) -> list[Any]:
         if not judged:
             return []
-        items = [Item(one.prompt, one.completion, one.row, one.sampled) for one in judged]
-
-        def judge() -> list[float | None]:
-            parts = self._function.rewards(items, self.calls)
-            return [reward for part in parts for reward in part]
+        items = [self._function.item(*one.content) for one in judged]
 
         try:
-            if not (self._function.asynchronous and in_event_loop()):
-                return judge()
-            with ThreadPoolExecutor(1) as other:
-                return other.submit(judge).result()
+            parts = self._function.rewards(items, self.calls)
+            return [reward for part in parts for reward in part]
         except Problem as wrong:
             raise failure(self.name, wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
         self._function.close()
+
+
+def environment_name(text: str) -> RewardName:
+    """The parts of an environment's name, FILE.py:NAME or tools:FILE.py, whose file exists."""
+    parsed = RewardName.parse(text) if re.fullmatch(r"tools:.+\.py|.+\.py:\w+", text) else None
+    if parsed is None or parsed.kind not in ("file", TOOLS) or parsed.weight != 1:
+        raise LorafoldError(f"environment {text!r}: expected FILE.py:NAME or tools:FILE.py")
+    check_names([text], "environment")
+    return parsed
+
+
+@contextmanager
+def environment_of(given: Any, calls: Calls) -> Iterator[Environment]:
+    """Yields the environment with this name, in a separate process, or of a Python object (see
+    `environments.py`); if there is none, that of a single turn.
+    """
+    if not given:
+        yield single_turn
+        return
+    if isinstance(given, str):
+        parsed = environment_name(given)
+        kind = TOOLS if parsed.kind == TOOLS else NOUN
+        environment: Any = SeparateReward(f"{NOUN} {given}", kind, parsed.text)
+    else:
+        environment = DirectReward(given, kind=Environments.of)
+        own = TOOLS if isinstance(given, list | tuple) else environment.name
+        environment.name = f"{NOUN} {own}"
+    environment.calls = calls
+    with closing(environment):
+        yield environment
 
 
 def weighted(reward: Any) -> Any:
@@ -344,8 +371,6 @@ class Rewards(AbstractContextManager["Rewards"]):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise LorafoldError(f"rewards: found {', '.join(repeated)} more than once")
-        if not names:
-            raise LorafoldError("rewards: found none, expected at least one")
         if not isinstance(limit, int | float) or isinstance(limit, bool):
             raise LorafoldError(f"rewards: found a time limit of {limit!r}, expected a number")
         if not 0 < limit < math.inf:
@@ -390,10 +415,13 @@ class Rewards(AbstractContextManager["Rewards"]):
         None if the reward does not apply to the completion; a sum is None if no reward applies.
         """
         each = {reward.name: _judge(reward, judged) for reward in self._rewards}
-        weights, sums = self.weights.values(), []
-        for numbers in zip(*each.values(), strict=True):
+        given = [name for one in judged for name, x in one.given.items() if x is not None]
+        for name in dict.fromkeys(given):
+            each[name] = [one.given.get(name) for one in judged]
+        weights, sums = [self.weights.get(name, 1.0) for name in each], []
+        for one, numbers in zip(judged, zip(*each.values(), strict=True), strict=True):
             applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
-            sums.append(sum(applied) if applied else None)
+            sums.append(sum(applied) if applied and not one.refused else None)
         for one, total in zip(judged, sums, strict=True):
             if total is not None and not abs(total) <= LARGEST:
                 why = f"the weighted sum is {total:g}, expected at most {LARGEST:g} in magnitude"

@@ -22,21 +22,14 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
-from lorafold.rewards.functions import (
-    Function,
-    Item,
-    Problem,
-    function_in_file,
-    pattern,
-    schema,
-    verifier,
-)
+from lorafold.rewards.environments import environment_in_file, tools_in_file
+from lorafold.rewards.functions import Problem, function_in_file, pattern, schema, verifier
 from lorafold.rewards.judge import judge
 from lorafold.runtime.killable_process import framed, read_message
 
-KINDS: Mapping[str, Callable[[str], Function]] = {
+KINDS: Mapping[str, Callable[[str], Any]] = {
     "file": function_in_file, "regex": pattern, "schema": schema, "reasoning-gym": verifier,
-    "judge": judge,
+    "judge": judge, "environment": environment_in_file, "tools": tools_in_file,
 }  # fmt: skip
 GRACE_SECONDS = 1.0  # time that a call may take after the parent has ended
 
@@ -78,13 +71,13 @@ def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _judge(function: Function, message: bytes) -> Iterator[Any]:
+def _judge(function: Any, message: bytes) -> Iterator[Any]:
     items = []
     try:
         calls, contents = pickle.loads(message)
         for at, content in enumerate(contents):
             try:
-                items.append(Item(*pickle.loads(content)))
+                items.append(function.item(*pickle.loads(content)))
             except Exception as error:
                 raise Problem(f"the row can't be unpickled: {error}", at) from None
         yield from function.rewards(items, calls)

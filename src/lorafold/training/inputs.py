@@ -43,7 +43,8 @@ class RunRequest:
     `out` must not exist unless `overwrite` or `resume` is set. Without `eval_rows`, the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded frozen, in this order,
     below the trained one. `day` is the date in chat templates, by default the day the run begins.
-    `rewards` are Python functions that are used in addition to the recipe's rewards.
+    `rewards` are Python functions that are used in addition to the recipe's rewards, and
+    `environment` is a Python object (see `lorafold.rewards.environments`).
     """
 
     base: Base
@@ -58,6 +59,7 @@ class RunRequest:
     over: tuple[Path, ...] = ()
     day: str = ""
     rewards: tuple[Callable[..., Any], ...] = ()
+    environment: Any = ""
 
     @property
     def over_names(self) -> tuple[str, ...]:
@@ -97,7 +99,7 @@ def objective_of(request: RunRequest, saved: Sequence[SavedAdapter] = ()) -> Obj
     check_formats(request.data.formats, recipe.objective)
     objective_request = ObjectiveRequest(
         recipe.objective, rows, request.base, saved, recipe.beta, recipe.objective_options,
-        request.rewards, recipe.seed,
+        request.rewards, recipe.seed, request.environment,
     )  # fmt: skip
     return OBJECTIVES[recipe.objective].kind.of(objective_request)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.contexts import evaluating
-from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.chat_template import prefix_of
+from lorafold.data.examples import Example
 from lorafold.data.preference_examples import BranchedRow
 from lorafold.errors import LorafoldError
 from lorafold.ops.host_tensors import send, send_all
@@ -42,18 +43,19 @@ class Rollout(BranchedRow):
     @classmethod
     def of(
         cls,
-        prompt: Sequence[int],
-        completions: Sequence[Sequence[int]],
+        documents: Sequence[Example],
+        prompt: int,
         logprobs: Sequence[Sequence[float]],
         advantages: Sequence[float],
         counted: Sequence[bool],
     ) -> Rollout:
-        """A rollout from token ids. Each branch begins with the prompt's last token, because this
-        token predicts the first sampled one.
+        """A rollout of documents, whose first `prompt` tokens may be shared. Each branch begins
+        with the last shared token, because it predicts the first sampled one.
         """
-        branches = tuple(Example((prompt[-1], *ids), (NO_LOSS, *ids)) for ids in completions)
+        n = len(prefix_of(*(one.ids[:prompt] for one in documents))) - 1
+        branches = tuple(Example(one.ids[n:], one.labels[n:]) for one in documents)
         return cls(
-            tuple(prompt[:-1]), branches, logprobs=tuple(map(tuple, logprobs)),
+            documents[0].ids[:n], branches, logprobs=tuple(map(tuple, logprobs)),
             advantages=tuple(advantages), counted=tuple(counted),
         )  # fmt: skip
 
