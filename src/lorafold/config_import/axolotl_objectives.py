@@ -141,8 +141,7 @@ def beta_of(key: str) -> Reader:
             return None
         values = {k: settings.config.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
         values["trl"] = values["trl"].get("beta") if isinstance(values["trl"], dict) else None
-        first = next((k for k, v in values.items() if v is not None), "rl_beta")
-        if key != first:
+        if key != next((k for k, v in values.items() if v is not None), "rl_beta"):
             return None
         return mapped(beta=number(values["trl"] if key == "trl" else value))
 

@@ -244,10 +244,7 @@ def updates_per_sample(factor: str) -> Reader:
     return read
 
 
-REFERENCE: Table = {
-    "sync_ref_model": _sync_ref_model,
-    **static_rows("grpo_reference"),
-}
+REFERENCE: Table = {"sync_ref_model": _sync_ref_model, **static_rows("grpo_reference")}
 SHARED: Table = {
     "reward_funcs": (_reward_funcs, ()),
     "reward_weights": lambda value, settings: (

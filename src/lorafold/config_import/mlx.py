@@ -13,7 +13,7 @@ from math import ceil, sqrt
 from pathlib import PurePath
 from typing import Any
 
-from lorafold.config_import import trainer
+from lorafold.config_import import grpo, trainer
 from lorafold.config_import.rules import (
     KEYS,
     Outcome,
@@ -62,15 +62,9 @@ def flatten_lora(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
 
 
-def accumulation_steps(settings: ToolSettings) -> int:
-    steps = settings.read("grad_accumulation_steps", integer)
-    if steps < 1:
-        raise LorafoldError(f"grad_accumulation_steps: found {steps}, expected 1 or more")
-    return steps
-
-
 def steps_of(key: str, settings: ToolSettings) -> int:
-    return max(1, ceil(settings.read(key, integer) / accumulation_steps(settings)))
+    accumulated = grpo.count("grad_accumulation_steps", settings)
+    return max(1, ceil(settings.read(key, integer) / accumulated))
 
 
 def in_steps(name: str, key: str) -> Reader:
@@ -166,7 +160,7 @@ def _lr_schedule(value: Any, settings: ToolSettings) -> Outcome:
 
 
 def _batch(value: Any, settings: ToolSettings) -> Outcome:
-    steps = accumulation_steps(settings)
+    steps = grpo.count("grad_accumulation_steps", settings)
     fields = {"batch": integer(value) * steps, "accumulate": steps}
     note = "; mlx-lm weights micro-batches equally, lorafold tokens" if steps > 1 else ""
     return mapped(

@@ -342,8 +342,7 @@ def _without_adapter_fields(entries: Sequence[TranslatedKey]) -> Iterator[Transl
         if rest or not fields:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            outcome = unmapped("set by the adapter of --init-adapter")
-            yield replace(entry, outcome=outcome)
+            yield replace(entry, outcome=unmapped("set by the adapter of --init-adapter"))
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,7 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
         return unsloth.arguments_of(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", code), str(path)), ""
     if path.suffix == ".py" or kind == "unsloth":
         return unsloth.arguments_of(text, str(path)), ""
-    is_json = path.suffix == ".json"
-    return (read_object(path) if is_json else parse_fields(text, path, SETTINGS)), ""
+    return read_object(path) if path.suffix == ".json" else parse_fields(text, path, SETTINGS), ""
 
 
 def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:

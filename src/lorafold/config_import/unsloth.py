@@ -223,9 +223,7 @@ def _arguments(call: ast.Call, names: Sequence[str]) -> Iterator[tuple[str, ast.
 def _literals(tree: ast.Module) -> Mapping[str, Any]:
     """The names to which the script assigns exactly once, with a literal, and these values."""
     assigned: dict[str, list[ast.expr]] = {}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]:
         for target in node.targets:
             value = node.value if isinstance(target, ast.Name) else target
             for one in ast.walk(target):
