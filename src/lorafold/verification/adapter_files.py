@@ -161,11 +161,10 @@ def _check_time(field: str, start: float, seconds: float) -> None:
 
 
 def _regexes(field: str, pattern: str) -> tuple[str, ...]:
-    whole = rf"(?:{pattern})\Z"
     return {
         "layers_pattern": (rf"(?:^|.*?\.){pattern}\.(\d+)\.",),
         "modules_to_save": (rf"(^|.*\.){pattern}($|\..*)",),
-    }.get(field, (whole, rf"(.*\.)?({pattern})$"))
+    }.get(field, (rf"(?:{pattern})\Z", rf"(.*\.)?({pattern})$"))
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

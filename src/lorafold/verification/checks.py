@@ -22,8 +22,7 @@ from lorafold.verification.worker_pool import CheckFailed, WorkerPool
 MAX_VERIFIERS, MAX_RENDERERS, MAX_COMPILERS = 3, 3, 2
 CPU_SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
 SECONDS_PER_BYTE = 5e-9  # additional CPU seconds to verify a byte of the files
-MEMORY_BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
-         "compile": 512 << 20}  # fmt: skip
+MEMORY_BYTES = dict.fromkeys(CPU_SECONDS, 512 << 20) | {"open": 2 << 30}
 MAX_VERDICTS = 4096  # cached results of compiling grammars
 
 

@@ -68,9 +68,7 @@ class AdapterTokenizers:
         each = texts.values() if isinstance(texts, dict) else (texts,)
         if not all(isinstance(text, str) for text in each):
             raise LorafoldError("chat_template: expected a string, or an object of strings")
-        if (size := sum(map(len, each))) > MAX_TEMPLATE:
-            found = f"chat_template: found {size:,} characters"
-            raise LorafoldError(f"{found}, expected at most {MAX_TEMPLATE:,}")
+        _check_limit(sum(map(len, each)), MAX_TEMPLATE, "characters", "chat_template: ")
         special = tokenizer.special_tokens_map
         if len(json.dumps(special)) > MAX_NEW_CHARACTERS:
             raise LorafoldError(
@@ -92,13 +90,12 @@ class AdapterTokenizers:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self.opened(files)
-        special = tokenizer.special_tokens_map
         rendered = render_jinja_template(
             [messages],
             tools=tools,
             chat_template=tokenizer.get_chat_template(tools=tools),
             add_generation_prompt=add_generation_prompt,
-            **special | dict(variables),
+            **tokenizer.special_tokens_map | dict(variables),
         )
         text = str(rendered[0][0])
         _check_limit(len(text), MAX_CHARACTERS, "rendered characters")
