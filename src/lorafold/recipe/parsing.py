@@ -19,7 +19,6 @@ from lorafold.files.record import NAMES, RENAMED, current_names
 from lorafold.recipe.recipe import RAW_ERRORS, Recipe, explain
 
 log = logging.getLogger(__name__)
-CONVERT_HINT = "to convert another tool's file, run lorafold recipe --from {}"
 ALL = "all"  # accelerate's name for all installed trackers
 PACKAGES = {"comet_ml": "comet-ml"}  # trackers with another package name
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
@@ -85,8 +84,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = read_failure(error)
-        raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
+        raise LorafoldError(f"{path}: can't be read as {what}: {read_failure(error)}") from error
 
 
 class _Yaml(yaml.SafeLoader):
@@ -133,7 +131,7 @@ def parse_fields(text: str, source: Path, what: str) -> dict[str, Any]:
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    hint = CONVERT_HINT.format(config)
+    hint = f"to convert another tool's file, run lorafold recipe --from {config}"
     fields = parse_fields(read_text(config, "a recipe"), config, f"a recipe; {hint}")
     if not fields:
         log.warning("%s: the file is empty, so the defaults apply", config)

@@ -47,6 +47,7 @@ from lorafold.peft.provenance import ALLOW_OPTION, RecordedBase
 from lorafold.runtime.devices import choose_device, native_bf16
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.models.checkpoint import MappedModel
@@ -260,9 +261,6 @@ def check_language_model(base: Base, adapters: Sequence[SavedAdapter], advice: s
             f" model{advice}"
         )
 
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HUB_PREFIX = "models--"  # prefix of a model's directory in the Hub cache
 LIMIT = 44  # characters of a name or path, so that messages stay below 300
