@@ -106,9 +106,7 @@ def relations_of(changes: Mapping[int, Change]) -> dict[tuple[int, int], UpdateR
     return relations
 
 
-def overlaps(
-    a: Change, b: Change
-) -> tuple[float | None, float | None, float | None, float | None]:
+def overlaps(a: Change, b: Change) -> tuple[float | None, float | None, float | None, float | None]:
     """The overlaps (0 to 1) of output and of input subspaces, and the overlaps expected for random
     subspaces; all None unless both updates have factors.
     """
@@ -135,17 +133,16 @@ def overall(sites: Sequence[UpdateRelation]) -> UpdateRelation | None:
         return None
     squares = ([norm**2 for norm in of] for of in zip(*(m.norms for m in sites), strict=True))
     first, second = (sum(of) ** 0.5 for of in squares)
-    norms = (first, second)
 
     def mean(name: str) -> float | None:
         known = [(value, m.weight) for m in sites if (value := getattr(m, name)) is not None]
         total = sum(weight for _, weight in known)
         return sum(value * weight for value, weight in known) / total if total else None
 
-    cosine = sum(m.cosine * m.weight for m in sites) / ((norms[0] * norms[1]) or 1)
+    cosine = sum(m.cosine * m.weight for m in sites) / (first * second or 1)
     shared = ("shared_output", "shared_input", "chance_output", "chance_input")
     means, conflict = {name: mean(name) for name in shared}, mean("sign_conflict") or 0.0
-    return UpdateRelation(cosine, **means, sign_conflict=conflict, norms=norms)
+    return UpdateRelation(cosine, **means, sign_conflict=conflict, norms=(first, second))
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,12 @@ class Updates:
     @cached_property
     def sites(self) -> tuple[ModuleUpdates, ...]:
         """All modules that an adapter changes, in the model's order."""
-        by_adapter = [adapter.own_deltas for adapter in self.adapters]
+        by_adapter: list[Any] = [adapter.own_deltas for adapter in self.adapters]
         modules = Anatomy.of(self.model).modules
         paths = [path for path, _ in modules if any(path in own for own in by_adapter)]
-        numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
-        updates: dict[str, Any] = {path: tuple(o.get(path) for o in by_adapter) for path in paths}
+        names = {p: matrix_names(p, layer_of(module_at(self.model, p)).matrices) for p in paths}
         return tuple(
-            ModuleUpdates(path, tuple(matrix_names(path, numbers[path])), updates[path])
+            ModuleUpdates(path, tuple(names[path]), tuple(own.get(path) for own in by_adapter))
             for path in paths
         )
 

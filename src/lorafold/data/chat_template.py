@@ -181,8 +181,7 @@ class Template:
         special = "|".join(map(re.escape, known)) or r"(?!)"
         self.specials = re.compile(special)
         # <think>, <|think|> or <|open|>think<|sep|> at the end of a prompt
-        mark = rf"(?:(?:{special})\w+)?(?:{special}|[<\[][\w:]+[>\]])\s*\Z"
-        self.open_mark = re.compile(mark)
+        self.open_mark = re.compile(rf"(?:(?:{special})\w+)?(?:{special}|[<\[][\w:]+[>\]])\s*\Z")
         self.has_generation = bool(GENERATION.search(self.text))  # contains {% generation %} blocks
 
     @cached_property

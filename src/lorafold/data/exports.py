@@ -230,9 +230,7 @@ def cut_chats(numbered: Numbered, me: str, note: Callable[[str], None]) -> Numbe
         note("--me is not used, because this is not a chat")
 
 
-def _cut(
-    chat: Row, me: str, names: Counter[str], left: Counter[str]
-) -> Iterator[list[Message]]:
+def _cut(chat: Row, me: str, names: Counter[str], left: Counter[str]) -> Iterator[list[Message]]:
     """Yields the messages of each conversation."""
     turns, last, size = list[Message](), datetime.min, 0
     for index, message in enumerate(chat.get("messages") or (), 1):

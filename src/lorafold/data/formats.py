@@ -267,8 +267,8 @@ class RowFormat:
         return Conversation([*before, *answer], len(before) if prompt else 0, tools)
 
     def conversation(self, row: Row) -> Conversation:
-        conversation = self.extract(CONVERSATIONS, row) if CONVERSATIONS in self.provides else None
-        return conversation or Conversation([])
+        known = CONVERSATIONS in self.provides
+        return self.extract(CONVERSATIONS, row) if known else Conversation([])
 
     def has_answers(self, row: Row) -> bool:
         """Whether all answers or, in a conversation, at least one assistant turn have content. An

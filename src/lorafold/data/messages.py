@@ -99,9 +99,7 @@ def _calls(message: Message) -> list[Any]:
     return message.get("tool_calls") or [single] * (single is not None)
 
 
-def _content_problems(
-    name: str, value: Any, optional: bool, kinds: Sequence[str]
-) -> Problems:
+def _content_problems(name: str, value: Any, optional: bool, kinds: Sequence[str]) -> Problems:
     if not isinstance(value, list):
         if value is not None or not optional:
             yield from text_problems(name, value)

@@ -278,8 +278,7 @@ def preference_data(table: pa.Table, rows: Rows, max_length: int, kind: str) -> 
         f" prompt); mean completion length: {', '.join(means)} tokens; the longest sequence has"
         f" {examples.full_lengths.max()}"
     )
-    truncated = len(np.unique(examples.rows[cut]))
-    report = Report(line, max_length, truncated, examples.marked)
+    report = Report(line, max_length, len(np.unique(examples.rows[cut])), examples.marked)
     return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 

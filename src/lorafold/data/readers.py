@@ -159,10 +159,9 @@ def read_numbered(path: Path, warn: Warn, encoding: str = "", me: str = "") -> N
         hint = nearest_name(path) or several
         raise LorafoldError(f"{path}: there is no such file{hint}") from error
     except READ_ERRORS as error:
-        known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        message = reason if known else f"can't be read: {reason}"
-        raise LorafoldError(f"{path}: {message}") from error
+        what = "" if isinstance(error, Unreadable) else "can't be read: "
+        raise LorafoldError(f"{path}: {what}{reason}") from error
 
 
 def _read_file(file: io.BufferedReader, path: Path, warn: Warn, encoding: str) -> Numbered:
@@ -299,8 +298,7 @@ def _read_csv(file: io.BufferedReader, warn: Warn, delimiter: str = "") -> Numbe
             reason = f"invalid UTF-8 soon after line {last_line}; save the whole file as UTF-8"
             raise Unreadable(reason) from error
         except csv.Error as error:
-            what = str(error)
-            reason = "a quote is not closed" if "unexpected end" in what else what
+            reason = "a quote is not closed" if "unexpected end" in str(error) else str(error)
             raise Unreadable(f"not CSV after line {last_line}: {reason}") from error
 
 

@@ -223,8 +223,7 @@ class ConversationRenderings:
         """Returns turn i as the model generates it, or None if it can't be reconstructed."""
         if i == 0:
             return None  # the first message has no prompt
-        earlier = self.formatted[:i]
-        prompt = apply_template(earlier, self.tokenizer, self.tools, for_generation=True)
+        prompt = apply_template(self.formatted[:i], self.tokenizer, self.tools, for_generation=True)
         is_last = i == len(self.formatted) - 1
         after, marks = whole if whole and is_last else self.render_marked(self.formatted[: i + 1])
         text, reasoning = after, self.messages[i].get("reasoning_content", "")
@@ -310,12 +309,11 @@ def render_trained(
         trained.add(i)
         example[1].extend(spans)
         example[2].append(turn.start)
-    rendered = [
+    shown = tuple(
         Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
         for text, spans, starts in reversed(examples)
         if spans
-    ]
-    shown = tuple(rendered) or (Rendered(whole, ()),)
+    ) or (Rendered(whole, ()),)
     return TrainedRenderings(shown, len(turns) - len(trained), num_hidden, frozenset(trained))
 
 

@@ -188,8 +188,7 @@ class DataSource:
         """
         columns, me, encoding = self.reading
         if self._is_file:
-            name = self.name
-            rows = read_numbered(self._path, lambda text: warn(f"{name}: {text}"), encoding, me)
+            rows = read_numbered(self._path, lambda s: warn(f"{self.name}: {s}"), encoding, me)
         else:
             data = _dataset(self.name, self._path, True) if streaming else self._dataset
             rows = enumerate(data, 1)

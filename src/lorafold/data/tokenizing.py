@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
 from lorafold.data.control_tokens import ROWS_REMARK
+from lorafold.data.json_input import Row
 from lorafold.data.row_store import CHUNK_ROWS, MAX_IN_MEMORY, Rows, SourcePart, row_names
 from lorafold.data.rows import check_provided
 from lorafold.errors import MAX_ITEMS, LorafoldError, listed
@@ -87,10 +88,7 @@ def tokenize_rows(rows: Rows, encoder: Encoder, console: Console | None = None) 
         table = _cached_table(rows, encoder, console)
     else:
         with closing(_chunks(rows.rows, len(rows), console)) as chunks:
-            batches = [
-                encoder.encode(rows.extract(encoder.row_content, chunk, first), first)
-                for first, chunk in chunks
-            ]
+            batches = [_encode(rows, encoder, first, chunk) for first, chunk in chunks]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
     # comparing with "" would import pandas
     failed = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
@@ -108,7 +106,7 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
     import pyarrow as pa
 
     def write(directory: Path) -> None:
-        first = encoder.encode(rows.extract(encoder.row_content, rows[:CHUNK_ROWS]), 0)
+        first = _encode(rows, encoder, 0, rows[:CHUNK_ROWS])
         size = first.nbytes * len(rows) // min(CHUNK_ROWS, len(rows))
         free = shutil.disk_usage(directory).free
         if free < size:
@@ -138,9 +136,12 @@ def _cached_table(rows: Rows, encoder: Encoder, console: Console | None) -> pa.T
     return open_table(cache_entry("tokens", key, write, partial(print_lines, console)) / TOKENS)
 
 
-def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
-    chunk = [*map(json.loads, texts)]
+def _encode(rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]) -> pa.RecordBatch:
     return encoder.encode(rows.extract(encoder.row_content, chunk, first), first)
+
+
+def _encode_texts(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
+    return _encode(rows, encoder, first, [*map(json.loads, texts)])
 
 
 def _chunks(
