@@ -50,10 +50,8 @@ def joined_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def bos_expression(tokenizer: PreTrainedTokenizerBase) -> str:
     """A Jinja expression for the BOS token; empty if the tokenizer does not add BOS to texts."""
-    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-    return "{{ bos_token }}" if starts_with_bos else ""
+    first = tokenizer("a").input_ids[:1] if tokenizer.bos_token is not None else []
+    return "{{ bos_token }}" if first == [tokenizer.bos_token_id] else ""
 
 
 def tools_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,9 +94,7 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
     rewrite_templates(tokenizer, before.__add__)
 
 
-def rewrite_templates(
-    tokenizer: PreTrainedTokenizerBase, rewritten: Callable[[str], str]
-) -> None:
+def rewrite_templates(tokenizer: PreTrainedTokenizerBase, rewritten: Callable[[str], str]) -> None:
     template = tokenizer.chat_template
     tokenizer.chat_template = (
         {name: rewritten(text) for name, text in template.items()}

@@ -130,8 +130,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         config = checkpoint.source.hf_config()
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
-        if not isinstance(settings, dict) or not can_read(settings):
-            named = isinstance(settings, dict)
+        if not ((named := isinstance(settings, dict)) and can_read(settings)):
             method = settings.get("quant_method", "unknown") if named else settings
             raise LorafoldError(
                 f"{checkpoint.path}: the weights are quantized ({method}); use the"

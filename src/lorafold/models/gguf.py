@@ -66,8 +66,7 @@ def check_unread(model: Any, report: Any, readers: Sequence[GGUFReader], what: s
     names = [tensor.name for tensor in _tensors(readers)]
     unread = [n for n in names if not {n, n.removesuffix(".weight")} & known]
     blocks = model.config.get_text_config().num_hidden_layers
-    inside = [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]
-    if inside:
+    if inside := [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]:
         raise LorafoldError(
             f"{what}: {type(model).__name__} has no weights for tensors of the file's layers"
             f" ({listed(inside)}); use the model in Hugging Face's format"
@@ -285,7 +284,7 @@ def join_files(readers: Sequence[GGUFReader], out: Path, *, values: bool = True)
     """
     import numpy as np
 
-    first, tensors = readers[0], [tensor for reader in readers for tensor in reader.tensors]
+    first, tensors = readers[0], [*_tensors(readers)]
     count = first.fields["GGUF.tensor_count"].parts[0]
     metadata = max(f.offset + sum(p.nbytes for p in f.parts) for f in first.fields.values())
     alignment = int(first.alignment)

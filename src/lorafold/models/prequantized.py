@@ -105,8 +105,7 @@ def match_scale_dtypes(model: nn.Module, entries: Mapping[str, TensorEntry], wha
     """Gives the scales of a model on the meta device the files' dtypes, after `make_quantized`.
     Raises if tensors are missing or misshapen.
     """
-    problems = [*tensor_problems(model, entries)]
-    if problems:
+    if problems := [*tensor_problems(model, entries)]:
         raise LorafoldError(f"{what}: {join_problems(problems)}")
     for path, module in _compressed(model):
         entry = entries[f"{path}.{module.fmt.scale}"]

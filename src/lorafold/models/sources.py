@@ -184,8 +184,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
         except unreachable:
             return ()
         names = [file.relative_to(cached).as_posix() for file in cached.rglob(f"*{SUFFIX}")]
-    models = group_by_model(names)
-    if len(models) > 1:
+    if len(models := group_by_model(names)) > 1:
         raise LorafoldError(
             f"model {repo}: found {len(models)} GGUF models in the repository; pass the path of"
             f" one as --model (hf download {repo} FILE prints the path):"

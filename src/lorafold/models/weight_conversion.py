@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -77,14 +77,12 @@ class Conversion:
         """The files' tensors by name, computed from the values (any shape) of all parameters."""
         tensors: dict[str, Tensor] = {}
         names, renamed = {s.renamed: s.entry for s in self.sources}, ""
-        try:
+        with suppress(NotImplementedError):
             back: Any = self.converter.reverse_transform()
             for name, tensor in values.items():
                 renamed, pattern = back.rename_source_key(name)
                 back.add_tensor(renamed, name, pattern, tensor)
             tensors = {names[n].name: t for n, t in self._run(back, renamed).items() if n in names}
-        except NotImplementedError:
-            pass
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         if shapes != {e.name: e.shape for e in self.entries}:
             raise LorafoldError(
@@ -153,10 +151,8 @@ class Conversion:
 
     def parameter(self, name: str) -> nn.Parameter:
         """One of the parameters, whose values are computed on demand."""
-        lone = len(self.like) == 1
-        values = LazyTensor(
-            self.like[name], lambda: self.values()[name], self.elements if lone else None
-        )
+        elements = self.elements if len(self.like) == 1 else None
+        values = LazyTensor(self.like[name], lambda: self.values()[name], elements)
         return nn.Parameter(values, requires_grad=False)
 
 

@@ -80,8 +80,7 @@ class Weights(ABC):
         ends = (".".join(parts[i:]) for i in range(len(parts) - 1))
         if shorter := next((end for end in ends if end in self.names), None):
             return shorter
-        longer = [n for n in self.names if n.endswith(f".{name}")]
-        if longer:
+        if longer := [n for n in self.names if n.endswith(f".{name}")]:
             return longer[0] if len(longer) == 1 else None
         if (alone := ".".join((first, *parts[1:]))) in self.names:
             return alone
@@ -226,11 +225,9 @@ class TensorEntry:
     size: int
 
     def shaped(self, shape: tuple[int, ...]) -> TensorEntry:
-        return (
-            self
-            if shape == self.shape
-            else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
-        )
+        if shape == self.shape:
+            return self
+        return replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
 
 
 @dataclass(frozen=True)
@@ -259,9 +256,7 @@ def read_container(path: Path) -> Container:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as e:
-        raise LorafoldError(
-            f"{path}: can't be read as safetensors: {e}"
-        ) from None
+        raise LorafoldError(f"{path}: can't be read as safetensors: {e}") from None
     metadata, entries = header.pop("__metadata__", {}), {}
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         (start, end), shape = tensor["data_offsets"], tuple(tensor["shape"])
@@ -303,8 +298,7 @@ def write_container(
     with path.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name, entry in layout:
-            values = changed(name)
-            if values is None:
+            if (values := changed(name)) is None:
                 _copy_bytes(entry, out)
             else:
                 out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -336,7 +330,5 @@ def _copy_bytes(entry: TensorEntry, out: BinaryIO) -> None:
         left = entry.size
         while left:
             if not (block := source.read(min(left, BLOCK))):
-                raise LorafoldError(
-                    f"{entry.file}: truncated inside the tensor {entry.name}"
-                )
+                raise LorafoldError(f"{entry.file}: truncated inside the tensor {entry.name}")
             left -= out.write(block)
