@@ -264,8 +264,7 @@ def add_tokenizer(
 
 def _check_byte_tokens(vocabulary: Collection[str]) -> None:
     """Checks that every byte has a token, because llama.cpp looks them up without a check."""
-    missing = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
-    if missing:
+    if missing := [word for n in range(256) if (word := f"<0x{n:02X}>") not in vocabulary]:
         raise LorafoldError(
             f"the tokenizer has no token for {listed(missing)}, but llama.cpp requires one for each"
             " of the 256 bytes"
@@ -298,9 +297,8 @@ def _token_texts(
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = next(iter(ends), None)
+    own = tokenizer.eos_token_id
+    eos = next(iter(ends), None) if own is None else own
     if eos is None:
         raise LorafoldError("the tokenizer and the configuration define no end-of-sequence token")
     bos = tokenizer.bos_token_id
@@ -315,9 +313,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> Non
         writer.add_pad_token_id(tokenizer.pad_token_id)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bos is not None and ids[0] == bos)
-    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
+    writer.add_add_eos_token(len(ids) > 1 and ids[-1] == own)
+    templates = tokenizer.chat_template
+    if template := templates.get("default") if isinstance(templates, dict) else templates:
         writer.add_chat_template(template)

@@ -99,13 +99,11 @@ def swap_close_experts(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[T
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
     with ExitStack() as hooks:
         for router in routers:
-            hooks.callback(router.register_forward_hook(partial(_note_near_ties, close)).remove)
+            hooks.enter_context(router.register_forward_hook(partial(_note_near_ties, close)))
         if routers:
             last_logprobs(model, ids)
     for _, router, at, step in sorted(close, key=itemgetter(0))[:4]:
-        with ExitStack() as hooks:
-            hook = router.register_forward_pre_hook(partial(_shift_hidden, at, step))
-            hooks.callback(hook.remove)
+        with router.register_forward_pre_hook(partial(_shift_hidden, at, step)):
             answer = last_logprobs(model, ids)
         yield answer
 

@@ -156,9 +156,7 @@ def lora_module_option(name: str, request: Mapping[str, object], out: str) -> st
     return f"{name}={path}"
 
 
-def with_zeros(
-    subject: Subject, factors: SiteFactors, paths: Iterable[str]
-) -> dict[str, Factors]:
+def with_zeros(subject: Subject, factors: SiteFactors, paths: Iterable[str]) -> dict[str, Factors]:
     return {
         **factors,
         **{path: zero_factors(subject, path) for path in paths if path not in factors},
@@ -190,8 +188,7 @@ class ToSglang(Target):
             reasons.append(
                 f"{experts[0]}: SGLang's order of gate and up is known for {known}, not for {kind}"
             )
-        other = [p for p in update.factors if last_part(p) not in SGLANG_MODULES]
-        if other:
+        if other := [p for p in update.factors if last_part(p) not in SGLANG_MODULES]:
             reasons.append(f"{other[0]}: SGLang supports no LoRA on modules of this name")
         if tied := tied_heads(subject):
             reasons.append(f"{tied[0]}: SGLang can't adapt a tied embedding and head separately")
@@ -248,10 +245,9 @@ def lora_path_option(name: str, out: str) -> str:
 
 def with_packed_modules(subject: Subject, factors: SiteFactors) -> dict[str, Factors]:
     modules = {path for path, _ in subject.model.named_modules()}
-    places = [path.rpartition(".") for path in factors]
     packs = [
         f"{parent}.{other}"
-        for parent, _, name in places
+        for parent, _, name in (path.rpartition(".") for path in factors)
         for pack in SGLANG_PACKS
         if name in pack
         for other in pack

@@ -183,9 +183,8 @@ def _quote_word(word: Word, out: str) -> str:
 
 def window_notes(engine: str, config: Any) -> tuple[str, ...]:
     window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return ()
-    if getattr(config, "use_sliding_window", True) is False:
+    unused = getattr(config, "use_sliding_window", True) is False
+    if unused or window is None or window >= config.max_position_embeddings:
         return ()
     return (
         f"{engine} attends to all positions, but the model only to the last {window:,}; outputs"

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 
@@ -39,13 +39,12 @@ from lorafold.models.loading import prequantized_storage
 ADAPTER_FILE = "adapter.gguf"
 BASE_DIR = "base-gguf"  # the directory of the base in launch lines
 JOB = {"adapter": f"{{out}}/{ADAPTER_FILE}"}
-ADAPTER_TOLERANCE: Mapping[str, float | None] = {"Q8_0": 0.02}
 
 
 class GgufAdapter(Target):
     engine = "llamacpp"
     tensors = ("F32", "F16", "BF16", "Q8_0")
-    tolerance = ADAPTER_TOLERANCE
+    tolerance: ClassVar[Mapping[str, float | None]] = {"Q8_0": 0.02}
 
     @abstractmethod
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
@@ -90,10 +89,8 @@ class GgufAdapter(Target):
         return {"base": str(base)}
 
     def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
-        gguf = subject.base.source.gguf
-        if gguf is None:
-            return {}
-        return {f"over {gguf.files[0].name}": {"base": str(gguf.files[0])}}
+        files = subject.base.source.gguf.files[:1] if subject.base.source.gguf else ()
+        return {f"over {file.name}": {"base": str(file)} for file in files}
 
 
 class ToGguf(GgufAdapter):

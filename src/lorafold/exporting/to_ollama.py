@@ -217,10 +217,7 @@ class ToOllama(GgufModel):
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = (subject.adapter_name or Path(subject.base.name).name).lower()
         name = re.sub(r"[^a-z0-9_-]", "-", name).strip("-_")[:80] or "model"
-        launch = (
-            ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
-            ("ollama", "run", name),
-        )
+        launch = (("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"), ("ollama", "run", name))
         if subject.adapters:
             notes.insert(
                 0,

@@ -140,12 +140,11 @@ def choose_merge_target(
 
 def check_savable(model: nn.Module, quantization: str) -> None:
     """Checks that no experts would be quantized, because transformers can't save them."""
-    experts = [
+    if experts := [
         path
         for path in quantizable_paths(model)  # type: ignore[arg-type]
         if isinstance(module_at(model, path), Matrices)
-    ]
-    if experts:
+    ]:
         raise LorafoldError(
             f"into {quantization}: found experts ({listed(experts)}), which"
             f" transformers can't save as {quantization}; merge into original or"
