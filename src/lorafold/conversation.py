@@ -106,8 +106,7 @@ class Chat:
         """Selects the adapters of further answers: one name, `none` (the base model) or `all`."""
         choices = {NONE: (), ALL: tuple(self.adapters), **{n: (n,) for n in self.adapters}}
         if name not in choices:
-            names = ", ".join(choices)
-            raise LorafoldError(f"found no adapter {name}, expected one of {names}")
+            raise LorafoldError(f"found no adapter {name}, expected one of {', '.join(choices)}")
         self.active = choices[name]
 
     def speakers(self) -> list[tuple[str, ...]]:

@@ -91,15 +91,14 @@ def inference(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Callab
 
 @contextmanager
 def loss_of(model: PreTrainedModel, setting: MemorySetting) -> Iterator[Loss]:
-    if setting.classes and setting.packed:
-        with sharing_prefixes(model) as support:
-            yield Preferences(model, BradleyTerry(), support, 0)
-        return
     if not setting.packed:
         yield Classification(model, 0) if setting.classes else CompletionLoss(model, False, 0)
-        return
-    with packed(model) as packs:
-        yield CompletionLoss(model, packs, 0)
+    elif setting.classes:
+        with sharing_prefixes(model) as support:
+            yield Preferences(model, BradleyTerry(), support, 0)
+    else:
+        with packed(model) as packs:
+            yield CompletionLoss(model, packs, 0)
 
 
 def examples(model: PreTrainedModel, setting: MemorySetting) -> list[Any]:

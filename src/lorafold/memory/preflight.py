@@ -144,10 +144,9 @@ def choose_checkpointing(
         print_lines(console, f"memory: {peak}; {format_bytes(free)} free{reason}")
         print_lines(console, "16-bit matmuls run in fp32" * setting.widened, detail=True)
         if needed.total > limit:
-            remedy = "try a smaller batch, max_length or model"
             changes = [n for n, s in changes_of(setting) if estimate(config, s).total <= limit]
-            if changes:
-                remedy = f"it would fit with {' or '.join(changes)}"
+            helps = f"it would fit with {' or '.join(changes)}"
+            remedy = helps if changes else "try a smaller batch, max_length or model"
             print_lines(console, f"warning: a step may not fit in memory; {remedy}")
     except LorafoldError as error:
         if isinstance(error, NoTarget):

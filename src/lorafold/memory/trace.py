@@ -413,9 +413,7 @@ def trace_engine(model: PreTrainedModel, size: RolloutSize, ledger: Ledger) -> t
 
 def _kv_cache_bytes(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
-    ids = token_ids(1, tokens)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
-    del ids
+    cache = model(input_ids=token_ids(1, tokens), use_cache=True, logits_to_keep=1).cache
     size = ledger.now - start
     del cache
     return size
