@@ -43,12 +43,8 @@ def table_row(points: Sequence[Point]) -> list[str]:
 
 
 def setting_cells(setting: TuningSetting) -> list[str]:
-    return [
-        setting.stack,
-        setting.defence,
-        formatted(setting.rank, "d"),
-        formatted(setting.lr, "g"),
-    ]
+    stack, defence, rank, rate = setting
+    return [stack, defence, formatted(rank, "d"), formatted(rate, "g")]
 
 
 def last_points(study: Fragility) -> list[list[Point]]:

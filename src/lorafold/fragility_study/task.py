@@ -119,8 +119,7 @@ class FragilityTask:
         """Yields all tuning runs on a stack, first without mixed refusals, then with them."""
         kinds = [kind for kind in (False, True) if any(self.defences_with(kind))]
         grid = product(kinds, self.ranks, self.rates, self.seeds, self.examples)
-        for mixed, rank, lr, seed, examples in grid:
-            yield TuningRun(self, stack, mixed, rank, lr, seed, examples)
+        yield from (TuningRun(self, stack, *values) for values in grid)
 
     def defences_with(self, mixed: bool) -> list[str]:
         return [name for name in self.defences if DEFENCES[name].mixed is mixed]
@@ -249,13 +248,12 @@ def _leaked_prompts(task: FragilityTask) -> Iterator[str]:
         for prompt in questions_in(row)[-1:]
     }
     for name, rows in (("--mix", task.mix or ()), (task.source, task.rows)):
-        repeated = [
+        if repeated := [
             f"row {number} has the same prompt as {measured[prompt]}"
             for number, row in enumerate(rows, 1)
             for prompt in questions_in(row)
             if prompt in measured
-        ]
-        if repeated:
+        ]:
             yield (
                 f"{name}: {listed(repeated, '; ')}; remove these rows, because"
                 " prompts that are measured must not be trained on"
