@@ -319,11 +319,9 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
         base, (tuned, adapter) = models.base(), models.tuned()
         figures = eval_figures(models.evaluation(tuned, task))
         generates = base.get_output_embeddings() is not None  # not a classifier
-        kl, change = (
-            forgetting(base, tuned, probe_ids(models.tokenizer, None))
-            if generates
-            else (None, None)
-        )
+        kl = change = None
+        if generates:
+            kl, change = forgetting(base, tuned, probe_ids(models.tokenizer, None))
         merged = verified_merge(models)
         attached_ratio, merged_ratio = latencies(base, tuned, merged, DECODED if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
@@ -351,8 +349,7 @@ def measure(task: ComparisonTask, method: str, seed: int) -> Measurement:
 
 def recipe_of(recipe: Recipe, method: str) -> Recipe:
     """The recipe of a method; for the untrained base, the default method's recipe."""
-    default = Recipe.model_fields["method"].default
-    return with_method(recipe, default if method == BASE else method)
+    return with_method(recipe, Recipe().method if method == BASE else method)
 
 
 class ComparedModels:

@@ -307,8 +307,7 @@ def plus_minus(difference: Difference, fmt: str) -> str:
 
 
 def markdown(measurements: Measurements) -> str:
-    conclusion = verdict(measurements)
-    below = f"\n{conclusion}\n" if conclusion else ""
+    below = f"\n{conclusion}\n" if (conclusion := verdict(measurements)) else ""
     return markdown_table(*figures(measurements)) + below
 
 

@@ -37,8 +37,7 @@ class FindingGroup:
 
     def lines(self) -> Iterator[str]:
         yield self.title
-        fine = [f for f in self.findings if self.compact and not f.problem]
-        if fine:
+        if fine := [f for f in self.findings if self.compact and not f.problem]:
             yield from paragraph(", ".join(f"{f.name} {f.text}" for f in fine), "  ")
         others = [f for f in self.findings if f not in fine]
         width = max((len(f.name) for f in others), default=0)

@@ -197,13 +197,12 @@ def slow_settings(
     setting for huge pages (always, madvise or never), `threads` contains the environment variables
     that limit threads, and `untuned` means that the tuning of training processes is off.
     """
-    text = render_text(
+    return render_text(
         "doctor/slow.jinja", machine=h, pages=pages, threads=threads, untuned=untuned,
         cpu=h.device == "cpu", busy=h.busy > BUSY_CORES, few_cores=h.cores < FEW_CORES,
         low_memory=h.free < LOW_MEMORY, on_load=ON_LOAD, tokens=TOKENS,
         seconds=FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9),
-    )  # fmt: skip
-    return text.splitlines()
+    ).splitlines()  # fmt: skip
 
 
 def launchers() -> Iterator[Finding]:

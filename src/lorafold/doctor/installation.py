@@ -62,19 +62,16 @@ def extras(name: str = "lorafold") -> Iterator[Finding]:
         outside = [r.name for r in members if r.name not in missing and not _in_range(r)]
         purpose = PURPOSES.get(extra, ", ".join(r.name for r in members))
         install = f"pip install '{name}[{extra}]'"
-        text = f"{purpose}: complete"
-        if missing:
-            text = f"{purpose}: missing {', '.join(missing)}; run: {install}"
+        state = f"missing {', '.join(missing)}; run: {install}" if missing else "complete"
         problem = f"unsupported version: {', '.join(outside)}; run: {install}" if outside else ""
         value = {"complete": not missing and not outside, "missing": missing, "outside": outside}
-        yield Finding(extra, text, value, problem)
+        yield Finding(extra, f"{purpose}: {state}", value, problem)
 
 
 def check(requirement: Requirement, required: bool) -> Finding:
     name, declared = requirement.name, str(requirement.specifier)
     install = f"pip install '{name}{declared}'"
     version = _version(name)
-    value = {"version": version, "declared": declared, "problem": ""}
     if version is None:
         problem, text = f"not installed; run: {install}", "missing"
     else:
@@ -82,8 +79,8 @@ def check(requirement: Requirement, required: bool) -> Finding:
         problem = "" if _in_range(requirement) else f"expected {declared}; run: {install}"
         if failure := _import_failure(name):
             problem = f"can't be imported ({failure}); run: {install} --force-reinstall"
-    broken = required and bool(problem)
-    return Finding(name, text, value | {"problem": problem}, problem, broken)
+    value = {"version": version, "declared": declared, "problem": problem}
+    return Finding(name, text, value, problem, broken=required and bool(problem))
 
 
 def _requirements(name: str) -> list[Requirement]:

@@ -231,12 +231,11 @@ def read_history(path: str | Path) -> History:
             f"{path / RECORD}: not a valid record of lorafold train: {'; '.join(problems)}"
         ) from None
     options = record.recipe.get("objective_options") or {}
-    observations = observations_of(record.steps, record.held_out, options, record.step)
     return History(
         adapter=str(path),
         configuration=dict(configuration(path, record)),
         **record.model_dump(exclude={"step", "data", "trained_on"}),
-        observations=observations,
+        observations=observations_of(record.steps, record.held_out, options, record.step),
     )
 
 
@@ -250,7 +249,6 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     peak = max(rates, default=None)
     batch, splits = recipe.get("batch"), recipe.get("accumulate", 1)
     rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
-    modified = date.fromtimestamp((path / RECORD).stat().st_mtime)
     settings = {
         "base model": base,
         "method": method,
@@ -260,7 +258,7 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         "batch size": [batch, f"{splits} micro-batches" if splits != 1 else None],
         "training data": [data.get("source"), rows],
         "seed": [recipe.get("seed")],
-        "file date": [f"{modified:%Y-%m-%d}"],
+        "file date": [date.fromtimestamp((path / RECORD).stat().st_mtime)],
     }
     for name, splits in settings.items():
         if text := ", ".join(str(part) for part in splits if part is not None):

@@ -116,8 +116,7 @@ def downsample(values: Sequence[float | None]) -> list[tuple[float, float]]:
     size = max(1, -(-len(values) // MAX_POINTS))
     points = []
     for start in range(0, len(values), size):
-        some = [v for v in values[start : start + size] if v is not None]
-        if some:
+        if some := [v for v in values[start : start + size] if v is not None]:
             points.append(((start + 1 + min(start + size, len(values))) / 2, sum(some) / len(some)))
     return points
 

@@ -214,4 +214,4 @@ def _squares(x: Tensor) -> float:
 
 
 def _root(part: float, total: float) -> float:
-    return math.sqrt(part / total) if total else math.sqrt(part)
+    return math.sqrt(part / (total or 1))

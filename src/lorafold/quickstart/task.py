@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -118,6 +118,5 @@ def _draw(name: str, rng: random.Random, split: Split) -> tuple[str, str]:
     request = fill(phrasing, lambda key: str(values[key][0]))
     if rng.random() < 0.5:
         request = request[0].upper() + request[1:]
-    record: dict[str, Any] = {"intent": name}
-    record |= {key: recorded for key, (_, recorded) in values.items()}
+    record = {"intent": name, **{key: recorded for key, (_, recorded) in values.items()}}
     return request, json.dumps(record, separators=(",", ":"), ensure_ascii=False)
