@@ -63,10 +63,22 @@ def tiny(tiny_model_dir) -> tuple[Any, Any, Path]:
     ("law", "theirs"),
     [
         (Dpo(beta=0.3), {"loss_type": "sigmoid", "beta": 0.3}),
+        (
+            Dpo(beta=0.3, label_smoothing=0.1, loss_type="robust"),
+            {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.1},
+        ),
+        (
+            Dpo(beta=0.3, loss_type="exo"),
+            {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 1e-3},
+        ),
+        (
+            Dpo(beta=0.3, label_smoothing=0.2, loss_type="exo"),
+            {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.2},
+        ),
         (preference_algorithm("hinge", 0.3, {}), {"loss_type": "hinge", "beta": 0.3}),
         (Ipo(beta=0.4), {"loss_type": "ipo", "beta": 0.4}),
     ],
-    ids=["dpo", "hinge", "ipo"],
+    ids=["dpo", "robust", "exo", "smoothed exo", "hinge", "ipo"],
 )
 def test_losses_and_gradients_are_those_of_trl(
     law: Law, theirs: dict[str, Any], way: str, tiny: Any, tmp_path: Path

@@ -8,7 +8,8 @@ completion w (column 0) and the rejected completion l (column 1).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, NamedTuple, TypeVar, dataclass_transform
+from math import log
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
+EXO_SMOOTHING = 1e-3  # the paper's value
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -103,15 +105,30 @@ class Dpo(Law):
     share e of the labels is wrong. sft_weight a > 0 adds the supervised loss of the chosen
     completion (Pang et al. 2024, arXiv 2404.19733, eq. 1), which keeps its probability from
     falling.
+
+    loss_type=robust is unbiased under a share e of wrong labels (Chowdhury et al. 2024, arXiv
+    2403.00409, eq. 9); exo is the reverse KL to smoothed labels, with e = 1e-3 unless it is set (Ji
+    et al. 2024, arXiv 2402.00856, eq. 16):
+
+        robust = (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)
+        exo    = s(beta d) log(s(beta d) / (1 - e)) + s(-beta d) log(s(-beta d) / e)
     """
 
     beta: Positive = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    loss_type: Literal["sigmoid", "robust", "exo"] = "sigmoid"
     sft_weight: Weight = 0.0
 
     def loss(self, scored: Scored) -> Tensor:
         margin, e = self.beta * scored.margins, self.label_smoothing
-        loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
+        right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
+        if self.loss_type == "exo":
+            e = e or EXO_SMOOTHING
+            loss = right.exp() * (right - log(1 - e)) + wrong.exp() * (wrong - log(e))
+        elif self.loss_type == "robust":
+            loss = (e * wrong - (1 - e) * right) / (1 - 2 * e)
+        else:
+            loss = -(1 - e) * right - e * wrong
         return loss + self.sft_weight * scored.nll if self.sft_weight else loss
 
 
