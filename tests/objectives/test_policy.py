@@ -1,6 +1,7 @@
 """Training a policy: its samples, its loss, resumption, and runs that can't learn."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -543,3 +544,22 @@ def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> 
     found = TokenizedPrompt((1,), row, "row 1")
     assert found.question == prompt
     assert found.other_fields.get("answer") == answer
+
+
+def test_long_prompts_are_refused_or_left_out(run, told, tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt": "Say it again. " * 40, "word": "it"}]
+    with pytest.raises(LorafoldError, match="drop such prompts \\(long_prompts=dropped\\)"):
+        run("a", asked(), data=rows)
+    recipe = asked(options={"long_prompts": "dropped"})
+    said = told("left", recipe, data=rows)
+    assert "4 prompts; the longest has" in said
+    assert "left out 1 longer than 90 tokens" in said
+    run("without", asked(), data=ROWS)
+    assert same_bytes(tmp_path / "left", tmp_path / "without")
+
+
+def test_a_run_says_what_history_would_say(told) -> None:
+    said = told("a", asked(steps=8, options={"max_new_tokens": 2}))
+    found = [line for line in said.splitlines() if "were cut off at max_new_tokens=2" in line]
+    assert len(found) == 1  # once
+    assert re.search(r"step [6-8]: \d+% of the completions of the last 3 steps were cut", found[0])

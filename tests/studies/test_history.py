@@ -10,7 +10,8 @@ import lorafold as lf
 from command_cases import printed
 from interrupted_runs import interrupted
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.history import History, observations_of
+from lorafold.evaluation.observations import observations_of
+from lorafold.inspecting.history import History
 from lorafold.inspecting.history_page import page
 from lorafold.training.checkpoint import Progress
 

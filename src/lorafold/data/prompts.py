@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorafold.data.arrow import TableExamples, to_batch
+from lorafold.data.arrow import Array, TableExamples, to_batch
 from lorafold.data.chat_template import apply_template, template_of
 from lorafold.data.control_tokens import is_marked, mark_as_text, rendered_ids
 from lorafold.data.examples import tokenizer_identity
@@ -29,7 +29,7 @@ from lorafold.data.formats import (
 )
 from lorafold.data.json_input import Row
 from lorafold.data.render import ConversationRenderings, check_shown, check_supported, prompt_of
-from lorafold.data.row_store import Rows
+from lorafold.data.row_store import Rows, parts_of
 from lorafold.data.tokenizing import Encoded, Encoder, Report
 from lorafold.errors import LorafoldError, listed
 
@@ -221,25 +221,32 @@ class PromptEncoder(Encoder):
 
 
 class PromptExamples(TableExamples[TokenizedPrompt]):
-    def __init__(self, table: pa.Table, rows: Rows, max_tokens: int) -> None:
-        super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
+    def __init__(self, table: pa.Table, rows: Rows, max_tokens: int, indices: Array) -> None:
+        super().__init__(table, np.iinfo(np.int32).max, indices)
         self._rows, self._max_tokens, self.compared_by = rows, max_tokens, (self._ids,)
 
     def item(self, index: int) -> TokenizedPrompt:
         number = int(self.rows[index])
         [place] = self._rows.origins.places([number])
-        ids = tuple(self._ids[index].tolist())
+        ids = tuple(self._ids[self.indices[index]].tolist())
         return TokenizedPrompt(ids, self._rows[number], str(place), self._max_tokens - len(ids))
 
 
-def prompt_data(table: pa.Table, rows: Rows, max_tokens: int) -> Encoded:
-    """Raises if a prompt has more than `max_tokens` tokens."""
-    examples = PromptExamples(table, rows, max_tokens)
-    longest = int(examples.lengths.max(initial=0))
-    if longest > max_tokens:
-        raise LorafoldError(
-            f"{examples[int(examples.lengths.argmax())].where}: found a prompt of {longest} tokens,"
-            f" expected at most {max_tokens} (max_length minus max_new_tokens); raise max_length"
-        )
-    line = f"{len(examples)} prompts; the longest has {longest} tokens"
-    return Encoded(examples, Report(line, marked=examples.marked), rows.parts)
+def prompt_data(table: pa.Table, rows: Rows, max_tokens: int, drops: bool = False) -> Encoded:
+    """Drops prompts of more than `max_tokens` tokens, or raises if there are any."""
+    examples = PromptExamples(table, rows, max_tokens, np.arange(len(table)))
+    lengths, dropped = examples.lengths, ""
+    if (longest := int(lengths.max(initial=0))) > max_tokens:
+        kept = np.flatnonzero(lengths <= max_tokens)
+        if not (drops and len(kept)):
+            raise LorafoldError(
+                f"{examples[int(lengths.argmax())].where}: found a prompt of {longest} tokens,"
+                f" expected at most {max_tokens} (max_length minus max_new_tokens); raise"
+                " max_length, or drop such prompts (long_prompts=dropped)"
+            )
+        dropped = f"; left out {len(lengths) - len(kept)} longer than {max_tokens} tokens"
+        examples = PromptExamples(table, rows, max_tokens, kept)
+        longest = int(examples.lengths.max())
+    line = f"{len(examples)} prompts; the longest has {longest} tokens{dropped}"
+    parts = parts_of(examples.rows, rows.parts)
+    return Encoded(examples, Report(line, marked=examples.marked), parts)

@@ -71,7 +71,8 @@ class Episode:
     refused: str = ""
     turns: int = 0
     _messages: Sequence[Message] = ()  # as they are rendered, without the last turn
-    _said: Sequence[Message] = ()  # messages that may render as the last turn was sampled
+    # messages that may render as the last turn was sampled
+    _said: list[Message] = field(default_factory=list)
     _tools: tuple[Tool, ...] = ()
     _rendered: str = ""  # all messages
 
@@ -164,24 +165,22 @@ class Episode:
         self.ids += tokens
         self.labels += tokens
         self.logprobs += logprobs
-        self.turns, self.ended = self.turns + 1, ended
+        self.turns, self.ended, self.text = self.turns + 1, ended, decode(self.tokenizer, tokens)
         raw, before = self._raw(tokens[:-1] if ended else tokens), self._rendered
         self._rendered += self._raw(tokens)
-        self.text, problem = decode(self.tokenizer, tokens), ""
         message: Message = {"role": "assistant", "content": self.text}
-        try:
-            if self._tools and (calls := parse_calls(raw, self.tokenizer, self._tools)):
-                numbered = enumerate(calls)
-                message["tool_calls"] = [{"id": f"{self.turns}_{n}"} | call for n, call in numbered]
-        except (LorafoldError, RecursionError) as error:
-            problem = str(error)
         block = template_of(self.tokenizer).block
-        end = block.end(raw, before)
+        end, problem = block.end(raw, before), ""
         thought = raw[:end].replace(block.opening, "").replace(block.closing, "").strip()
         parts = {"role": "assistant"} | ({"reasoning_content": thought} if thought else {})
-        calls = [parts | {"tool_calls": calls}] if (calls := message.get("tool_calls")) else []
-        whole = {"role": "assistant", "content": raw}
-        self._said = [whole, parts | {"content": raw[end:].strip()}, *calls]
+        self._said = [message | {"content": raw}, parts | {"content": raw[end:].strip()}]
+        try:
+            if self._tools and (calls := parse_calls(raw, self.tokenizer, self._tools)):
+                calls = [{"id": f"{self.turns}_{n}"} | call for n, call in enumerate(calls)]
+                message["tool_calls"] = calls
+                self._said.append(parts | {"tool_calls": calls})
+        except (LorafoldError, RecursionError) as error:
+            problem = str(error)
         self.shown = [*self.shown, message]
         return {"message": message, "ended": "stop" if ended else "length", "problem": problem}
 

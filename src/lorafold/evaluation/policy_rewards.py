@@ -143,7 +143,11 @@ class RewardedRollouts:
             judged[place * k : (place + 1) * k] = other.judged[i * k : (i + 1) * k]
         rows = torch.tensor(places)
         rewards = self.rewards.index_copy(0, rows, other.rewards)
-        each = {name: x.index_copy(0, rows, other.each[name]) for name, x in self.each.items()}
+        none = [torch.full_like(one.rewards, math.nan) for one in (self, other)]
+        each = {
+            name: self.each.get(name, none[0]).index_copy(0, rows, other.each.get(name, none[1]))
+            for name in {**self.each, **other.each}
+        }
         return RewardedRollouts(judged, groups, rewards, each)
 
     @property
@@ -272,6 +276,7 @@ class RewardEvaluation(ShownInNotebooks):
         tokens_a_completion: The mean length of the completions, in tokens.
         cut_off: The share of completions that reached max_new_tokens.
         entropy: In nats per token, estimated from the sampled tokens' log-probabilities.
+        best_of_group: The mean of each prompt's highest reward; pass@k if rewards are 0 or 1.
         groups_without_signal: The share of prompts whose completions all have the same reward; None
             with one completion per prompt.
         prompt_rewards: The mean reward of each prompt, in the order of the rows; None if no reward
@@ -288,6 +293,7 @@ class RewardEvaluation(ShownInNotebooks):
     tokens_a_completion: float
     cut_off: float
     entropy: float
+    best_of_group: float
     groups_without_signal: float | None
     prompt_rewards: tuple[float | None, ...]
     samples: tuple[PolicySample, ...]
@@ -328,6 +334,7 @@ def evaluate_rewards(
     with progress_bar(console, "rewards") as step:
         judged = RewardedRollouts.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     figures, means = judged.figures, judged.rewards.nanmean(1).tolist()
+    has_reward = ~judged.rewards.isnan().all(1)
     return RewardEvaluation(
         reward=figures["reward"],
         reward_interval=judged.interval,
@@ -340,6 +347,7 @@ def evaluate_rewards(
         tokens_a_completion=figures["tokens a completion"],
         cut_off=figures["cut off"],
         entropy=figures["entropy"],
+        best_of_group=float(judged.rewards.nan_to_num(-math.inf).max(1).values[has_reward].mean()),
         groups_without_signal=figures["groups without signal"] if k > 1 else None,
         prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
         samples=tuple(judged.samples(NUM_SAMPLES, NUM_SAMPLES)),

@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lorafold.evaluation.observations import REWARD_PREFIX, first_and_last
 from lorafold.files.html_page import render_page, write_page
 from lorafold.files.plots import tick_label, without_common
 from lorafold.files.templates import interval_text
-from lorafold.inspecting.history import REWARD_PREFIX, History, first_and_last
+from lorafold.inspecting.history import History
 from lorafold.inspecting.page_plots import curves
 
 SHARED_PLOTS = {"largest mismatch": "mismatch"}  # metrics in another metric's plot

@@ -53,6 +53,7 @@ class SamplingOptions:
     fill: the maximum number of times that a group without a learning signal is sampled again.
     updates: the number of weight updates per step.
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
+    long_prompts: whether prompts without room for `max_new_tokens` within max_length are an error.
     exact: make sampling and training log-probabilities bit-identical, which is slower.
     rewards: names for `lorafold.rewards.reward_of`.
     environment: FILE.py:NAME or tools:FILE.py (see `lorafold.rewards.environments`).
@@ -68,6 +69,7 @@ class SamplingOptions:
     fill: Annotated[int, Field(ge=0)] = 0
     updates: Annotated[int, Field(ge=1)] = 1
     truncated: Literal["counted", "masked"] = "counted"
+    long_prompts: Literal["refused", "dropped"] = "refused"
     exact: bool = False
     rewards: tuple[str, ...] = ()
     environment: str = ""

@@ -162,7 +162,8 @@ class PolicyObjective(OnPolicy):
         return PromptEncoder(tokenizer)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:
-        return prompt_data(table, rows, max_length - self.sampling.max_new_tokens)
+        drops = self.sampling.long_prompts == "dropped"
+        return prompt_data(table, rows, max_length - self.sampling.max_new_tokens, drops)
 
     def updates(
         self, examples: Sequence[Rollout], loss: RolloutLoss

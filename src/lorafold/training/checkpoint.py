@@ -79,6 +79,7 @@ class Progress:
     counts: dict[str, float] = field(default_factory=dict)  # `Loss.counts`
     skipped: list[int] = field(default_factory=list)  # steps without an update
     quiet: int = 0  # consecutive steps without a learning signal, up to now
+    warned: list[str] = field(default_factory=list)  # kinds of observations that were printed
 
     @property
     def best(self) -> int | None:

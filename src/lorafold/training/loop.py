@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from lorafold.core.attach import selection_of
 from lorafold.core.contexts import evaluating, unchanged
 from lorafold.data.batches import BatchFeed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
+from lorafold.evaluation.observations import observations_of
 from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
@@ -173,7 +175,13 @@ def record_step(
     display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
     if not math.isfinite(loss + norm):
         skip_step(plan, progress, loss, display)
-    if rollouts is not None and rollouts.no_signal_reason:
+    if rollouts is None:
+        return
+    for warning in observations_of(progress.shown, {}, plan.recipe.objective_options):
+        if (kind := re.sub(r"[\d.,=%]", "", warning)) not in progress.warned:
+            progress.warned.append(kind)
+            display.note(f"step {progress.step}: {warning}")
+    if rollouts.no_signal_reason:
         report_no_signal(plan, progress, display, rollouts.no_signal_reason)
 
 
