@@ -14,10 +14,14 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def limit(name: str) -> int:
     """A limit, with what issues have spent of their allowances."""
-    lines = sum(one["lines"] for one in BUDGET.get("spent", ()))
+    spent = BUDGET.get("spent", ())
+    lines = sum(one["lines"] for one in spent)
     more = {
         "code_lines": lines, "files": lines // LINES_A_FILE,
-        "statements": int(STATEMENTS_A_LINE * lines), "nodes": NODES_A_LINE * lines,
+        "statements": int(
+            sum(one.get("statements", STATEMENTS_A_LINE * one["lines"]) for one in spent)
+        ),
+        "nodes": sum(one.get("nodes", NODES_A_LINE * one["lines"]) for one in spent),
         "functions_of_a_train_request": lines // LINES_A_FUNCTION,
     }  # fmt: skip
     return int(BUDGET["limits"][name]) + more.get(name, 0)

@@ -19,7 +19,6 @@ from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of
 MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
 
 # weak references, so that the cache does not keep models or replaced modules alive
-Tree = list[tuple[str, ref[nn.Module]]]
 _anatomies: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
@@ -33,7 +32,7 @@ class Anatomy:
     embedding, head: the input and the output embedding, or None if the model has none.
     """
 
-    def __init__(self, model: nn.Module, tree: Tree) -> None:
+    def __init__(self, model: nn.Module, tree: list[tuple[str, ref[nn.Module]]]) -> None:
         self._model: Callable[[], Any] = ref(model)
         self._tree = tree
         self.experts: dict[str, set[int]] = {}

@@ -101,8 +101,7 @@ class StandIn(Tensor):
         name = getattr(func, "__name__", "")
         if func in STORED or name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             args, kwargs = _to_stored(args, kwargs)
-        folded = _Folded()
-        plain_args, plain_kwargs = tree_map_only(StandIn, folded, (args, kwargs))
+        plain_args, plain_kwargs = tree_map_only(StandIn, _Folded(), (args, kwargs))
         if func is Tensor.data_ptr:
             # the address is used after this returns, so the tensor must live on
             args[0].__dict__["held"] = plain_args[0]

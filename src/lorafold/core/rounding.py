@@ -99,8 +99,7 @@ class _Scattered(Function):
     def forward(ctx: Any, w: Tensor, values: Tensor, at: Tensor) -> Tensor:
         ctx.save_for_backward(at)
         ctx.dtypes = w.dtype, values.dtype
-        changed = w.clone(memory_format=torch.contiguous_format)
-        flat = changed.view(-1)
+        flat = w.clone(memory_format=torch.contiguous_format).view(-1)
         return flat.index_copy_(0, at, rounded(flat[at] + values, w.dtype)).view(w.shape)
 
     @staticmethod

@@ -170,8 +170,7 @@ class BlockView(Cache):
         position_BT = torch.tensor(starts)[:, None] + torch.arange(tokens)
         real_BT = torch.arange(tokens) < torch.tensor(counts)[:, None]
         self._real = None if real_BT.all() else send(real_BT.flatten().nonzero()[:, 0], device)
-        block_BT = table_BW.gather(1, position_BT // BLOCK)
-        self._block_n = send(block_BT[real_BT], device)
+        self._block_n = send(table_BW.gather(1, position_BT // BLOCK)[real_BT], device)
         self._offset_n = send((position_BT % BLOCK)[real_BT], device)
         self._table_BW, self._index = send(table_BW, device), dict[int, Tensor]()
         self.position_BT = send(position_BT, device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
@@ -32,7 +32,7 @@ from lorafold.engine.model_structure import MatrixShapes, Structure
 from lorafold.engine.operations import BlockMatmuls, Operations, min_matmul_rows
 from lorafold.layers import layer_class
 from lorafold.ops.arithmetic import FEW
-from lorafold.ops.decoding import Product, SlotFactors
+from lorafold.ops.decoding import Product, SlotFactors, compact_index
 from lorafold.ops.host_tensors import send
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,8 @@ class AdapterRows:
         possible.
         """
         if self._place_index is None:
-            first, n = int(self.places[0]), len(self.places)
-            if torch.equal(self.places, torch.full_like(self.places, first)):
-                self._place_index = first
-            elif torch.equal(self.places, torch.arange(first, first + n)):
-                self._place_index = slice(first, first + n)
-            else:
-                self._place_index = send(self.places, device)
+            at = compact_index(self.places)
+            self._place_index = send(at, device) if isinstance(at, Tensor) else at
         return self._place_index
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
@@ -317,10 +312,8 @@ class ActiveDeltas:
         finally:
             self.mixing = False
 
-    @contextmanager
-    def separate(self, adapter: LoadedAdapter) -> Iterator[None]:
-        with self._active(adapter.paths, adapter.key):
-            yield
+    def separate(self, adapter: LoadedAdapter) -> AbstractContextManager[None]:
+        return self._active(adapter.paths, adapter.key)
 
     def close(self) -> None:
         for adapter in list(self._num_attached):

@@ -45,11 +45,9 @@ class Operations:
     def __init__(self, device: str = "", as_trained: bool = False) -> None:
         self.name = (device or "plain") + "_as_trained" * as_trained
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
-        self.attend, self.gated = ATTEND.on(device), GATED.on(device)
-        if as_trained:
-            self.attend = attend_as_trained
+        self.attend = attend_as_trained if as_trained else ATTEND.on(device)
+        self.gated, self._scale = GATED.on(device), SCALE.on(device)
         self._norm, self._rotary = NORM.on(device), ROTARY.on(device)
-        self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         """Normalizes x (..., d) and multiplies it by the gain (d,) (`ops.elementwise.rms_norm`)."""
@@ -61,9 +59,8 @@ class Operations:
             g, c = g[:, None], None if c is None else c[:, None]
         # on CPUs, the call avoids the overhead of PyTorch's dispatcher
         fast = SCALE if y.is_cuda else self._scale
-        return (fast if y.dtype is torch.bfloat16 else plain_scale_and_add)(
-            y.contiguous(), g, c, None
-        )
+        scaled = fast if y.dtype is torch.bfloat16 else plain_scale_and_add
+        return scaled(y.contiguous(), g, c, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """RoPE of x (..., D) with `rotate_half` (`ops.elementwise.rotary`)."""

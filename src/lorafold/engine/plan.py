@@ -134,7 +134,8 @@ class StepPlan:
         self._outputs, self._vocabulary = out[2], layer_of(head).shape[0]
         self._positions = self._rotated = 0
         self.grow(POSITIONS)
-        config, attention, mlp = model.config.get_text_config(), *_parts(self._layers[0])
+        config, first = model.config.get_text_config(), self._layers[0]
+        attention, mlp = first.self_attn, first.mlp
         kinds = {*(getattr(config, "layer_types", None) or ())} - {*ATTENTION_KINDS}
         _require(not kinds, f"its layers have {', '.join(sorted(kinds))}")
         heads = config.num_attention_heads
@@ -264,8 +265,8 @@ class StepPlan:
         allowed = max(1e-5, 8 * torch.finfo(self.dtype).eps) * expected.norm()
         _require(bool((found - expected).norm() <= allowed), "its logits differ from the plan's")
 
-    def _layer(self, layer: nn.Module) -> list[int]:
-        attention, mlp = _parts(layer)
+    def _layer(self, layer: Any) -> list[int]:
+        attention, mlp = layer.self_attn, layer.mlp
         children = {name: m for name, m in layer.named_children() if not isinstance(m, nn.Dropout)}
         names = {*children} - {"self_attn", "mlp"}
         norms = next((known for known in NORMS if {*filter(None, known)} == names), None)
@@ -360,10 +361,6 @@ def packed(w: Tensor, width: int) -> Tensor:
     """Packs a matrix (out, in) in strips of `width` outputs (`kernels/tiles.h`)."""
     (out, size), each = w.shape, 4 // w.dtype.itemsize
     return w.reshape(out // width, width, size // each, each).transpose(1, 2).contiguous()
-
-
-def _parts(layer: Any) -> tuple[Any, Any]:
-    return layer.self_attn, layer.mlp
 
 
 def _width(out: int) -> int:

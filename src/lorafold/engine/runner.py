@@ -232,7 +232,7 @@ class SlotRunner(Runner):
         for row, end, (scored, n) in zip(rows, last, scores, strict=True):
             if scored:
                 row.score(logits[end + 1 - n :][:scored])
-        places = {b: n for b, n in zip(order, last, strict=True)}
+        places = dict(zip(order, last, strict=True))
         return select_rows(logits, [places[b] for b in range(len(rows))])
 
     @contextmanager

@@ -177,11 +177,10 @@ class Scheduler:
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         groups: dict[object, list[Row]] = {}
         for row in rows:
-            is_only_tenant = separate_adapter(row)
+            separate = separate_adapter(row)
+            alone = self.single or (self.invariant and separate is not None)
             # rows that need logits of all their tokens run in separate passes
-            key: tuple[object, ...] = (is_only_tenant, row.to_score(row.num_pending) > 0)
-            key = (*key, self.planned and is_planned(row))
-            if self.single or (self.invariant and is_only_tenant):
-                key = (*key, row.request.id)
+            scored, planned = row.to_score(row.num_pending) > 0, self.planned and is_planned(row)
+            key = separate, scored, planned, row.request.id if alone else None
             groups.setdefault(key, []).append(row)
         return list(groups.values())

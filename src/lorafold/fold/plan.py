@@ -28,7 +28,6 @@ from lorafold.layers import layer_of
 
 TensorShape = tuple[int, ...]
 WHOLE_MODEL = "the model as a whole"
-PARAMETER_NAMES = ("weight", "bias")
 # config switch -> path of each module that gets a bias by it -> the shape of that bias
 Switches = dict[str, dict[str, torch.Size]]
 
@@ -128,7 +127,7 @@ def changed_shapes(module: Adapted, names: Sequence[str]) -> dict[str, TensorSha
     for delta in deltas_of(module, names):
         w, b = on_meta(delta).fold(w, b)
     stored = layer.plain().encode(w, b)
-    values = zip(PARAMETER_NAMES, before, (w, b), strict=True)
+    values = zip(("weight", "bias"), before, (w, b), strict=True)
     return {name: tuple(stored[name].shape) for name, old, new in values if new is not old}
 
 

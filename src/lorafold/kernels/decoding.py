@@ -15,10 +15,7 @@ from torch import Tensor
 from lorafold.kernels.compiling import Functions, supported
 from lorafold.ops.decoding import SlotFactors, low_rank
 
-SIGNATURES = {
-    "low_rank": "2Pl2P4li",
-    "attend": "5P16lfi",
-}
+SIGNATURES = {"low_rank": "2Pl2P4li", "attend": "5P16lfi"}
 
 
 class _CppDecoding:

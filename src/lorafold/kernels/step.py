@@ -12,11 +12,9 @@ from torch import Tensor
 
 from lorafold.kernels.compiling import DTYPES, load_library, parameter_types
 
-StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int], int]
-
 
 @cache
-def step_function(dtype: torch.dtype) -> StepFunction:
+def step_function(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], int]:
     """Returns the function (decoder, batch, logits, stop, threads) -> 0, 1 if it was stopped or 2
     if memory was too small. It releases the GIL. Raises Unavailable if it can't be compiled.
     """

@@ -201,9 +201,8 @@ class Quantized(Matrix):
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
         dtype = getattr(self.module, "compute_dtype", None) or self.dtype
-        b = self.bias
         w = torch.empty(self.shape, dtype=dtype, device="meta")
-        return w, None if b is None else b.to("meta")
+        return w, None if self.bias is None else self.bias.to("meta")
 
     def plain(self) -> Linear:
         return Linear(self.module)
@@ -307,8 +306,5 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     if "fmt" in vars(module) or expert_parameters(module):
         settings.compute_dtype = dtype
     elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
-        (
-            settings.compute_dtype,
-            settings.compute_type_is_set,
-            settings.support_avx512bf16_for_cpu,
-        ) = (dtype, True, False)
+        settings.compute_dtype, settings.compute_type_is_set = dtype, True
+        settings.support_avx512bf16_for_cpu = False

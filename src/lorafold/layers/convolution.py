@@ -59,9 +59,8 @@ class Convolution(BaseLayer):
         if autocasting(x) or x.dtype is self.kernel.dtype:
             y = self.run(x)
         else:
-            b = self.bias
-            kernel, b = self.kernel.to(x.dtype), None if b is None else b.to(x.dtype)
-            y = self.bare._conv_forward(x, kernel, b)
+            b = None if self.bias is None else self.bias.to(x.dtype)
+            y = self.bare._conv_forward(x, self.kernel.to(x.dtype), b)
         if onto is None:
             return y
         return rounded(y.to(torch.promote_types(y.dtype, torch.float32)) + onto, y.dtype)

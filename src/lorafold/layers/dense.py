@@ -182,9 +182,8 @@ class Embedding(Vectors):
     def _scaled(self, y: Tensor) -> Tensor:
         # Gemma and BART scale their embeddings
         scale = getattr(self.module, "embed_scale", None)
-        return (
-            y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
-        )
+        scale = scale.to(y.dtype) if isinstance(scale, Tensor) else scale
+        return y if scale is None else y * scale
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -74,8 +74,7 @@ class LoKrDelta(Additive):
 
     def delta(self) -> Tensor:
         c, d = self.pair()
-        product = c[..., :, None, :, None] * d[..., None, :, None, :]
-        return product.flatten(-4, -3).flatten(-2)
+        return (c[..., :, None, :, None] * d[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not layer.takes_vectors:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafold.core.contexts import UnchangedScope, in_backward, scope
@@ -95,7 +94,6 @@ class _Widened(Exact):
         return F.linear(x.float(), m.float(), None if b is None else b.float()).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, m = ctx.saved_tensors
         wide = g.float()

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import HALF, matmul_dtype, override_widening
 from lorafold.ops.autocast import Exact, at_least_fp32, lower
@@ -130,7 +129,6 @@ class _DocumentAttention(Exact):
         return saved_for_replay(run) if max(docs.lens) >= SAVE_FROM_LENGTH else run()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         with override_widening(widened=ctx.widened, rows=1):  # as the forward did
             gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from lorafold.ops.checkpoint_segments import computed_once
 
@@ -54,12 +55,15 @@ def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Exact(Function):
-    """Abstract: an autograd function whose forward and backward run outside of autocast."""
+    """Abstract: an autograd function whose forward and backward run outside of autocast, and whose
+    backward can't be differentiated.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in ("forward", "backward"):
-            setattr(cls, name, staticmethod(_outside(getattr(cls, name))))
+        functions = {"forward": cls.forward, "backward": once_differentiable(cls.backward)}
+        for name, function in functions.items():
+            setattr(cls, name, staticmethod(_outside(function)))
 
     @classmethod
     def over_rows(cls, x: Tensor, *args: Any) -> Tensor:

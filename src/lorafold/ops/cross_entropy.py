@@ -212,7 +212,6 @@ class _LinearCrossEntropy(Exact):
         return KERNEL(h, targets, *head, gradient, logits, block, slab)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`

@@ -36,6 +36,16 @@ class SlotFactors(NamedTuple):
 Product = Callable[[Tensor], Tensor]  # (B, T, in) -> (B, T, out)
 
 
+def compact_index(rows: Tensor) -> int | slice | Tensor:
+    """Returns an index that selects these rows (n,) without a copy: the number if all are equal, a
+    slice if they are consecutive, otherwise the rows themselves.
+    """
+    first, n = int(rows[0]), len(rows)
+    if torch.equal(rows, torch.full_like(rows, first)):
+        return first
+    return slice(first, first + n) if torch.equal(rows, torch.arange(first, first + n)) else rows
+
+
 def stored_dtype(factors: Tensor) -> torch.dtype:
     """Returns the dtype in which `low_rank` expects stacks of factors like these (n, r, in)."""
     return torch.float32 if factors.device.type == "cpu" else factors.dtype
@@ -57,13 +67,8 @@ def _low_rank(part: SlotFactors, slots: Tensor) -> Product:
     down, up, _, width = part
     if down is None or up is None:
         return lambda x: x.new_zeros(*x.shape[:2], width)
-    first, n = int(slots[0]), len(slots)
-    if torch.equal(slots, torch.full_like(slots, first)):
-        down, up = down[first], up[first]
-    elif torch.equal(slots, torch.arange(first, first + n)):
-        down, up = down[first : first + n], up[first : first + n]
-    else:
-        down, up = down[slots], up[slots]
+    at = compact_index(slots)
+    down, up = down[at], up[at]
 
     def product(x: Tensor) -> Tensor:
         # the factors are exact in x's dtype; with one token, the stored dtype is faster

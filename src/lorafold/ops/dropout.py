@@ -52,8 +52,7 @@ def drop_elements(x: Tensor, p: float, site: DropoutSite | None = None) -> tuple
     key, names, number = (0, None, 0) if site is None else site
     if device_type(x) == "cpu":
         where = PLACES(x, p, names, key, number)
-        EMPTY(masked := x.clone(memory_format=torch.contiguous_format), where)
-        return masked, where
+        return zero_dropped(x, where), where
     return MASKED(x, p, names, key, number)
 
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.ops.autocast import Exact, at_least_fp32
 from lorafold.ops.operators import operator
@@ -60,7 +59,6 @@ class _RMSNorm(Exact):
         return NORM(x, gain, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         return NORM_BACKWARD(gy, *ctx.saved_tensors, ctx.eps), None, None
 
@@ -113,7 +111,6 @@ class _Gated(Exact):
         return GATED(gate, up, act)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
@@ -144,7 +141,6 @@ class _Rotary(Exact):
         return ROTARY(x, cos, sin, False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         return ROTARY(gy, *ctx.saved_tensors, True), None, None
 

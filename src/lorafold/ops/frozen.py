@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.core.rounding import scatter_added
 from lorafold.ops.arithmetic import matmul, matmul_dtype, scaled_as, transposed_matmul
@@ -49,7 +48,6 @@ class _FrozenLinear(Exact):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         need_x, need_residual, _ = ctx.needs_input_grad
         gx = (g.to(ctx.dtype) @ ctx.read(ctx.dtype)).to(g.dtype) if need_x else None
@@ -89,7 +87,6 @@ class _LowRankLinear(Exact):
         return (u @ b.t()).addmm_(wide, read(wide.dtype).t()).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         xd, u, a, b, where = ctx.saved_tensors
         need_x, _, need_down, need_up, _, _ = ctx.needs_input_grad
@@ -130,7 +127,6 @@ class _SparseLinear(Exact):
         return (x.to(ctx.dtype) @ w.t()).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, values, at = ctx.saved_tensors
         need_x, _, need_values, _ = ctx.needs_input_grad
@@ -169,7 +165,6 @@ class _ScaledProduct(Exact):
         return (u.to(dtype) @ scaled_matrix(m, b, d).to(dtype).t()).to(u.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         u, m, b, d = ctx.saved_tensors
         need_u, _, need_b, need_d = ctx.needs_input_grad

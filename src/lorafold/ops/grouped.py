@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.core.contexts import is_fake
 from lorafold.ops.arithmetic import matmul_dtype, out_dtype
@@ -189,7 +188,6 @@ class _Product(Exact):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, m = ctx.saved_tensors
         wide = g.to(ctx.dtype)
@@ -222,7 +220,6 @@ class _Frozen(Exact):
         return w.matmul(x.to(ctx.dtype), out, False, residual).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         need_x, need_residual, *_ = ctx.needs_input_grad
         wide = g.to(ctx.dtype)
@@ -251,7 +248,6 @@ class _LowRank(Exact):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         xd, u, a, b, where = ctx.saved_tensors
         need_x, _, need_down, need_up, *_ = ctx.needs_input_grad

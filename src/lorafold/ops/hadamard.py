@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.ops.autocast import Exact
 
@@ -23,7 +22,6 @@ class _Hadamard(Exact):
         return (a1 @ b1).mul_(a2 @ b2).mul_(s)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         a1, b1, a2, b2 = ctx.saved_tensors
         g1 = (a2 @ b2).mul_(g).mul_(ctx.s)

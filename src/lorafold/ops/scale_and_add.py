@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorafold.core.layer import add
 from lorafold.core.rounding import dithered, rounded
@@ -76,7 +75,6 @@ class _ScaleAndAdd(Exact):
         return SCALE(y, g, c, residual)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         _, _, need_c, need_residual = ctx.needs_input_grad
         gy, gg, gc = BACKWARD(grad, *ctx.saved_tensors, need_c)

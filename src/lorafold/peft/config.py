@@ -59,11 +59,9 @@ def as_patterns(value: str | list[str]) -> Patterns:
 
 
 def as_ids(value: list[int] | dict[str, list[int]]) -> TokenIds:
-    return (
-        {name: tuple(ids) for name, ids in value.items()}
-        if isinstance(value, dict)
-        else tuple(value)
-    )
+    if isinstance(value, dict):
+        return {name: tuple(ids) for name, ids in value.items()}
+    return tuple(value)
 
 
 SELECTION = (
@@ -171,9 +169,7 @@ def read_config(
             problems.append(str(e))
     marked = {key for key, mark in method.marks.items() if config.get(key) == mark}
     known = ORIGIN_FIELDS | {f.key for f in fields} | method.known | marked
-    unknown = {
-        k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(v)
-    }
+    unknown = {k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(v)}
     texts = {k: ANY_VALUE.dump_json(v).decode() for k, v in unknown.items()}
     problems += [f"{k}={truncate_middle(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:

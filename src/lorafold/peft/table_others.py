@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafold.core.anatomy import last_part
+from lorafold.methods.common.virtual_tokens import VirtualTokens
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
@@ -51,7 +52,6 @@ LOKR = Method(
     irrelevant=LYCORIS_IRRELEVANT,
     biases=False,
 )  # fmt: skip
-PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 # keys for encoder-decoders, initialization, and sizes that follow from the tensor
 IRRELEVANT = frozenset({
     "encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers",
@@ -93,21 +93,17 @@ def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
 
 
 IA3_ROW = Method(
-    IA3,
-    "IA3",
+    IA3, "IA3",
     (
         Field(
-            "feedforward_modules",
-            "feedforward",
-            Regex | list[str] | None,
-            None,
+            "feedforward_modules", "feedforward", Regex | list[str] | None, None,
             from_file=lambda value: value or (),
         ),
     ),
     irrelevant=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
     derived=feedforward_modules,
     biases=False,
-)
+)  # fmt: skip
 
 
 def ia3_tensors(site: TargetModule) -> list[FileTensor]:
@@ -148,41 +144,24 @@ def read_as_random(_: Any) -> str:
     return "random"
 
 
-TOKENS = Field("num_virtual_tokens", "tokens", int, None)
+def virtual_token_method(spec: type[VirtualTokens], peft_type: str, init: Field) -> Method:
+    """The row of prompt or prefix tuning."""
+    tokens = Field("num_virtual_tokens", "tokens", int, None)
+    return Method(
+        spec, peft_type, (tokens, init), irrelevant=IRRELEVANT, derived=virtual_token_config,
+        biases=False, preset=spec.targets,
+    )  # fmt: skip
 
+
+PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 VIRTUAL_TOKEN_METHODS = (
-    Method(
-        Prompt,
-        "PROMPT_TUNING",
-        (
-            TOKENS,
-            Field(
-                "prompt_tuning_init",
-                "init",
-                str,
-                "RANDOM",
-                PROMPT_INITS.__getitem__,
-                read_as_random,
-            ),
-        ),
-        irrelevant=IRRELEVANT,
-        derived=virtual_token_config,
-        biases=False,
-        preset=Prompt.targets,
-    ),
-    Method(
-        Prefix,
-        "PREFIX_TUNING",
-        (
-            TOKENS,
-            Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
-        ),
-        irrelevant=IRRELEVANT,
-        derived=virtual_token_config,
-        biases=False,
-        preset=Prefix.targets,
-    ),
-)
+    virtual_token_method(Prompt, "PROMPT_TUNING", Field(
+        "prompt_tuning_init", "init", str, "RANDOM", PROMPT_INITS.__getitem__, read_as_random
+    )),
+    virtual_token_method(Prefix, "PREFIX_TUNING", Field(
+        "init_weights", "init", str | None, None, lambda init: None, read_as_random
+    )),
+)  # fmt: skip
 
 TENSORS = {
     LoHaDelta: prefixed_tensors("hada"),

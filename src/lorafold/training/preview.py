@@ -84,8 +84,7 @@ def show(
     tokenizer, _ = prepare_tokenizer(request, objective, console, saved)
     findings = _findings(request, objective, tokenizer, console)
     first, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    limit = request.recipe.max_length
-    train = examples_of(objective, first, tokenizer, limit, rendering=rendering)
+    train = examples_of(objective, first, tokenizer, request.recipe.max_length, rendering=rendering)
     examples = list(_previewed(request, first, train, objective, tokenizer))
     template = [] if tokenizer.chat_template is None else describe_template(tokenizer).lines
     for example in examples:

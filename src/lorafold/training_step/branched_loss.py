@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 
 import numpy as np
@@ -141,13 +141,11 @@ class BranchedLoss(Loss):
         branch = branch * (positions >= shared)
         return send(token_names(row_at(rows, example, positions), positions, branch), device)
 
-    @contextmanager
-    def below(self) -> Iterator[None]:
+    def below(self) -> AbstractContextManager[None]:
         """Context in which the model is the reference, without its topmost adapter (which is
         trained).
         """
-        with only(self.model, *selection_of(self.model).names[:-1]):
-            yield
+        return only(self.model, *selection_of(self.model).names[:-1])
 
     def groups(self, examples: Sequence[BranchedRow]) -> list[list[int]]:
         """Batches of example indices of at most `tokens` tokens, sorted by shared prefix or by

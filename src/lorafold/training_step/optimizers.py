@@ -52,8 +52,7 @@ def choose_adamw(parameters: int, device: str, free: int) -> OptimizerChoice:
         return OptimizerChoice("adamw", f"{DEVICES.get(device, device)} does not support paging")
     if MEMORY_SHARE * state <= free:
         return OptimizerChoice("adamw", f"within {share}")
-    reason = f"fp32 state would take {format_bytes(state)}, more than {share}"
-    return OptimizerChoice(PAGED, reason)
+    return OptimizerChoice(PAGED, f"fp32 state would take {format_bytes(state)}, more than {share}")
 
 
 def choose_optimizer(

@@ -34,8 +34,7 @@ def losses_and_kl(
     h, targets, *_ = run_decoder(model, labels, inputs)
     with other():
         h_other, *_ = run_decoder(model, labels, inputs)
-    wide = at_least_fp32(h)
-    losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
+    losses, others = (h.new_empty(len(h), dtype=at_least_fp32(h)) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
         log_p = torch.log_softmax(head_logits(model, h[run]).to(kl.dtype), -1)

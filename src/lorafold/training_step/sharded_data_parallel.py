@@ -10,7 +10,7 @@ Adapters are replicated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, reduce
 from pathlib import Path
 from shutil import copytree
@@ -172,10 +172,8 @@ class Sharded(Replicated):
         """Decides which process updates each of the unsharded parameters."""
         self._moments.assign_owners(p for p in parameters if p not in self._owned)
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        with self._moments.updating():
-            yield
+    def updating(self) -> AbstractContextManager[None]:
+        return self._moments.updating()
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         self._free_current()

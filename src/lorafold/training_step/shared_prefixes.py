@@ -9,7 +9,7 @@ because masks are arguments of checkpointed layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,19 +112,16 @@ def may_share(config: PreTrainedConfig) -> bool:
     return attends and kinds <= {"full_attention", "sliding_attention"}
 
 
-@contextmanager
 def document_layout(
     support: PrefixSupport | None, lens: Tensor | None, device: torch.device
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Context in which the model's attention uses the documents of a batch. lens (n, 2) contains
     the tokens of each document, and how many it shares with the previous one.
     """
     if lens is None or support is None:
-        yield
-        return
+        return nullcontext()
     lengths, starts = on_host(lens).t().tolist()
-    with support.document_layout(Documents.with_shared_prefixes(lengths, starts, device)):
-        yield
+    return support.document_layout(Documents.with_shared_prefixes(lengths, starts, device))
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool:

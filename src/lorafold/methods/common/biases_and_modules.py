@@ -36,8 +36,8 @@ def add_biases(
     model: nn.Module, matches: Matches, bias: Bias, deltas: dict[str, list[Delta]]
 ) -> None:
     """Adds a `BiasDelta` for each bias that `bias` selects, except in experts and their routers."""
-    left_out = Anatomy.of(model).routers
-    every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
+    anatomy = Anatomy.of(model)
+    every = (path for path, _ in anatomy.modules if path not in anatomy.routers)
     for path in {"lora_only": matches.paths, "all": every}[bias]:
         own = module_at(model, path)._parameters.get("bias")
         if own is not None:
@@ -56,11 +56,10 @@ def add_token_rows(
             " added; leave out the tokens"
         )
     carry = {id(m) for _, m in adapted_modules(model) if any(token_rows_on(m))}
-    others = [path for path in deltas if path not in rows] if carry else []
-    over = [path for path in others if id(module_at(model, path)) in carry]
     problems = [
         f"{path} has token rows of another adapter, which may add rows; merge that adapter first"
-        for path in over
+        for path in deltas
+        if carry and path not in rows and id(module_at(model, path)) in carry
     ]
     for path, delta in rows.items():
         if any(not isinstance(other, BiasDelta) for other in deltas.get(path, ())):

@@ -245,8 +245,7 @@ class VirtualTokens(Spec):
 
     def random_ids(self, embedding: nn.Embedding) -> Tensor:  # (n,)
         """The ids of n random tokens of the vocabulary."""
-        ids = torch.randint(embedding.num_embeddings, (self.tokens,))
-        return ids.to(embedding.weight.device)
+        return torch.randint(embedding.num_embeddings, (self.tokens,)).to(embedding.weight.device)
 
     @abstractmethod
     def build_delta(self, layer: Layer, attentions: list[nn.Module]) -> VirtualTokenDelta:
