@@ -28,7 +28,7 @@ from lorafold.data.render import ConversationRenderings, render
 from lorafold.engine.kv_cache import BLOCK
 from lorafold.engine.operations import unsteady
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.episodes import Episode, Over
+from lorafold.evaluation.episodes import Episode, EpisodeOver
 from lorafold.evaluation.policy_rewards import RewardedRollouts
 from lorafold.evaluation.rollouts import Rollouts
 from lorafold.models.tokenizer import set_template
@@ -602,7 +602,7 @@ def test_a_family_goes_on_or_is_refused_by_name(name: str) -> None:
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     reply = episode.answer(tokens, [0.0] * len(tokens), True)
     asked["messages"] = [first, reply["message"], talk[2]]
-    with suppress(Over):
+    with suppress(EpisodeOver):
         episode.ask(asked)
     if episode.refused:
         assert "the chat template renders an earlier turn as" in episode.refused

@@ -374,15 +374,9 @@ Rewards = Annotated[
 Environment = Annotated[
     Any,
     Option(
-        "For objectives that sample completions, an environment: FILE.py:NAME of a class or of a"
-        " function rollout(policy, row). In Python, also the class, the function, or a list of"
-        " functions as tools.",
-        kind=str,
-        rare=True,
-        second_flag=(
-            "--tools",
-            "A Python file with functions that the model may call, with type hints and docstrings.",
-        ),
+        "An environment: FILE.py:NAME, or in Python a class, a function, or functions as tools.",
+        kind=str, rare=True,
+        second_flag=("--tools", "A Python file with functions that the model may call."),
     ),
 ]
 Completions = Annotated[

@@ -35,7 +35,7 @@ MARKS = str.maketrans("", "", MARK_START + MARK_END)
 SHOWN = 60  # characters of a text in a message
 
 
-class Over(LorafoldError):
+class EpisodeOver(LorafoldError):
     """The rollout can't have another turn."""
 
 
@@ -106,9 +106,9 @@ class Episode:
 
     def _continue(self, given: list[Message]) -> None:
         if not self.ended:
-            raise Over("the last turn was cut off at max_new_tokens")
+            raise EpisodeOver("the last turn was cut off at max_new_tokens")
         if self.turns == self.max_turns:
-            raise Over(f"found {self.turns} turns, expected no more (turns)")
+            raise EpisodeOver(f"found {self.turns} turns, expected no more (turns)")
         n = len(self.shown)
         for at, (found, own) in enumerate(zip(given, self.shown, strict=False)):
             if any(found.get(key) != own.get(key) for key in ("role", "content")):
@@ -143,7 +143,7 @@ class Episode:
             f"the chat template renders an earlier turn as {found}, expected {own} as it was"
             " sampled; choose a template that keeps turns (--chat-template)"
         )
-        raise Over(self.refused)
+        raise EpisodeOver(self.refused)
 
     @property
     def _limit(self) -> int:
@@ -151,7 +151,7 @@ class Episode:
 
     def _append(self, ids: Sequence[int]) -> None:
         if (n := len(self.ids) + len(ids)) >= self._limit:
-            kind = Over if self.turns else LorafoldError
+            kind = EpisodeOver if self.turns else LorafoldError
             raise kind(f"found {n} tokens, expected fewer than max_length={self._limit}")
         self.ids += ids
         self.labels += [NO_LOSS] * len(ids)

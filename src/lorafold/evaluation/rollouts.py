@@ -25,7 +25,7 @@ from lorafold.data.prompts import TokenizedPrompt
 from lorafold.engine import Engine, EventStream, Request, Sampling, Token
 from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.episodes import Episode, Over
+from lorafold.evaluation.episodes import Episode, EpisodeOver
 from lorafold.files.terminal import Progress, no_progress
 from lorafold.generation import end_tokens
 from lorafold.ops.dropout import key_of
@@ -146,7 +146,7 @@ class Rollouts:
                     if (asked := one.ask(said)) is not None:
                         seed = key_of(key, n + (one.turns << 32))
                         streams[n] = self._submit(n, *asked, seed)
-                except Over as over:
+                except EpisodeOver as over:
                     one.ended = False
                     told[n] = {"over": str(over)}
                 except LorafoldError as error:

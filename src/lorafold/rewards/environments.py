@@ -69,7 +69,7 @@ class RolloutOver(PolicyError):
     """The rollout can't have another turn."""
 
 
-class Reply(Message):
+class PolicyReply(Message):
     """The policy's message. `ended` is "stop" or, if it was cut off, "length"; `problem` describes
     tool calls that could not be parsed.
     """
@@ -99,7 +99,7 @@ def single_turn(items: Sequence[Told]) -> list[dict[str, Any]]:
     return asked or [{"reward": {}} for _ in items]
 
 
-class Policy:
+class RolloutPolicy:
     """The model in one rollout. A rollout is one conversation: each call continues the previous
     one, whose messages and reply it repeats.
 
@@ -113,7 +113,7 @@ class Policy:
         self.messages, self.seed = told["messages"], told["seed"]
         self.said = SimpleQueue[Any]()  # what it asks, and at the end its reward or a Problem
         self.is_over, self._url = False, url
-        self._future: Future[Reply] | None = None
+        self._future: Future[PolicyReply] | None = None
 
     @property
     def url(self) -> str:
@@ -121,7 +121,7 @@ class Policy:
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), max_tokens: int | None = None
-    ) -> Reply:
+    ) -> PolicyReply:
         """The model's next message. Tools are functions or their schemas. Raises PolicyError, or
         RolloutOver if there can't be another turn.
         """
@@ -131,13 +131,13 @@ class Policy:
             return self._ask(messages, tools, max_tokens).result()
         raise PolicyError("chat: called in a coroutine, expected await policy.achat(...)")
 
-    async def achat(self, *asked: Any, **named: Any) -> Reply:
+    async def achat(self, *asked: Any, **named: Any) -> PolicyReply:
         """`chat` in a coroutine."""
         return await asyncio.wrap_future(self._ask(*asked, **named))
 
     def _ask(
         self, messages: Any, tools: Sequence[Any] = (), max_tokens: Any = None
-    ) -> Future[Reply]:
+    ) -> Future[PolicyReply]:
         schemas = [tool if isinstance(tool, dict) else schema_of(tool) for tool in tools]
         if not (max_tokens is None or (isinstance(max_tokens, int) and max_tokens > 0)):
             raise PolicyError(f"max_tokens: found {max_tokens!r}, expected an integer above 0")
@@ -150,7 +150,7 @@ class Policy:
             raise RolloutOver("the rollout has ended")
         if self._future is not None:
             raise PolicyError("chat: called during another call, expected one after the other")
-        self._future = future = Future[Reply]()
+        self._future = future = Future[PolicyReply]()
         self.said.put(asked)
         return future
 
@@ -159,7 +159,7 @@ class Policy:
         if future is None:
             return
         if "message" in told:
-            reply = Reply(told["message"])
+            reply = PolicyReply(told["message"])
             reply.ended, reply.problem = told["ended"], told["problem"]
             return future.set_result(reply)
         self.is_over = "over" in told
@@ -195,7 +195,7 @@ class Environments:
     def __init__(self, rollout: Callable[..., Any], file: str | None = None) -> None:
         self._rollout, self._file = rollout, file
         self._concurrent = inspect.iscoroutinefunction(rollout)
-        self._policies, self._loop = dict[int, Policy](), EventLoop()
+        self._policies, self._loop = dict[int, RolloutPolicy](), EventLoop()
 
     @classmethod
     def of(cls, given: Any, file: str | None = None) -> Environments:
@@ -233,7 +233,7 @@ class Environments:
     def _resume(self, item: Told) -> None:
         if "row" not in item.told:
             return self._policies[item.number].answer(item.told)
-        policy = Policy(item.told, lambda: f"{self._endpoint}/{item.number}/v1")
+        policy = RolloutPolicy(item.told, lambda: f"{self._endpoint}/{item.number}/v1")
         self._policies[item.number], row = policy, item.told["row"]
         end = partial(policy.end, self._file)
         if self._concurrent:
@@ -276,7 +276,7 @@ def schema_of(tool: Callable[..., Any]) -> dict[str, Any]:
         raise Problem(f"tool {name}: {reason}") from None
 
 
-async def _episode(create: Callable[[], Any], policy: Policy, row: Mapping[str, Any]) -> Any:
+async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mapping[str, Any]) -> Any:
     environment = create()
     tools, step = getattr(environment, "tools", ()), getattr(environment, "step", None)
     if not (tools or step):
@@ -355,7 +355,9 @@ class _Endpoint(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, policies: Mapping[int, Policy], secret: str, *connection: Any) -> None:
+    def __init__(
+        self, policies: Mapping[int, RolloutPolicy], secret: str, *connection: Any
+    ) -> None:
         self.policies, self.secret = policies, secret
         super().__init__(*connection)
 
@@ -380,7 +382,7 @@ class _Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(encoded)
 
-    def _reply(self, policy: Policy, body: Mapping[str, Any]) -> Reply:
+    def _reply(self, policy: RolloutPolicy, body: Mapping[str, Any]) -> PolicyReply:
         others = {k: v for k, v in body.items() if k not in FIELDS and v is not None}
         if wrong := [name for name, value in others.items() if value != VALUES.get(name)]:
             raise PolicyError(f"{', '.join(wrong)}: the policy samples as trained; leave it out")
