@@ -92,15 +92,15 @@ def trained(out: Path, rows: Any, environment: str, rewards: Any, steps: int, **
 def compared(name: str, before: Any, after: Any, out: Path) -> dict[str, Any]:
     pairs = zip(before.prompt_rewards, after.prompt_rewards, strict=True)
     change = [y - x for x, y in pairs]
-    half = 1.96 * statistics.stdev(change) / len(change) ** 0.5
+    mean, half = statistics.mean(change), 1.96 * statistics.stdev(change) / len(change) ** 0.5
     steps = lf.history(out).steps
     found = {
         "environment": name,
         "reward before": before.reward,
         "after": after.reward,
-        "change": statistics.mean(change),
-        "95% interval": [statistics.mean(change) - half, statistics.mean(change) + half],
-        "turns in the first and last step": [steps["turns"][0], steps["turns"][-1]],
+        "change": mean,
+        "95% interval": f"{mean - half:.3f} to {mean + half:.3f}",
+        "turns in the first and last step": f"{steps['turns'][0]:.2f}, {steps['turns'][-1]:.2f}",
         "largest mismatch": max(x for x in steps["largest mismatch"] if x is not None),
     }
     print(json.dumps(found), flush=True)
