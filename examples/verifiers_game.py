@@ -59,6 +59,8 @@ async def serve():
             return [{"role": "user", "content": "Wrong. Guess again, with one digit."}]
 
     def said(completion):
+        if not completion:  # aborted
+            return ""
         last = completion[-1]
         text = last["content"] if isinstance(last, dict) else last.content
         return next((c for c in text if c.isdigit()), "")

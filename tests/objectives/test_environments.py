@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from openai import BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, OpenAI
 from transformers.utils import get_json_schema
 
 import lorafold as lf
@@ -546,6 +546,8 @@ def test_names_of_no_environment(name: str) -> None:
         pass
     with pytest.raises(LorafoldError, match=f"environment no.py:f: there is no file {Path.cwd()}"):
         lf.train(GRPO, model="none", data=ROWS, out="none", environment="no.py:f")
+    with pytest.raises(LorafoldError, match="found no reward, expected at least one"):
+        lf.train(GRPO, model="none", data=ROWS, out="none", environment=[add])
     with pytest.raises(LorafoldError, match="environment: not used by the objective sft"):
         lf.train(lf.Recipe(), model="none", data=ROWS, out="none", environment="no.py:f")
 
@@ -617,3 +619,15 @@ REFUSED = {  # although their templates keep turns: they add what the model gene
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use enable_thinking=true", "cohere2_training",
     "muse_glimmer_training",
 }  # fmt: skip
+
+
+def test_many_rollouts_ask_at_once(talker) -> None:
+    async def asks(policy: Any, row: Any) -> float:
+        client = AsyncOpenAI(base_url=policy.url, api_key="none", max_retries=0)
+        async with client:
+            found = await client.chat.completions.create(model="any", messages=policy.messages)
+        return len(found.choices)
+
+    with rollouts_of(talker, asks) as (_, tokenizer, rollouts):
+        groups = rollouts.sample(prompts(tokenizer), 0, group=50)
+        assert [one.rewards["environment"] for group in groups for one in group] == [1.0] * 200

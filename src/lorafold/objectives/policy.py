@@ -111,7 +111,8 @@ class PolicyObjective(OnPolicy):
         environment = sampling.environment or request.environment
         if isinstance(environment, str) and environment:
             environment_name(environment)  # before the model loads
-        if not (sampling.rewards or request.rewards or environment):
+        tools = isinstance(environment, list | tuple) or str(environment).startswith("tools:")
+        if not (sampling.rewards or request.rewards) and (tools or not environment):
             raise LorafoldError(
                 f"objective {request.name}: found no reward, expected at least one: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"

@@ -245,7 +245,7 @@ class Environments:
     @cached_property
     def _endpoint(self) -> str:
         handler = partial(_Endpoint, self._policies, secret := secrets.token_hex(8))
-        server = ThreadingHTTPServer((LOOPBACK, 0), handler)
+        server = _Server((LOOPBACK, 0), handler)
         Thread(target=server.serve_forever, daemon=True).start()
         return f"http://{LOOPBACK}:{server.server_port}/{secret}"
 
@@ -348,6 +348,10 @@ def _messages(value: Any, role: str) -> list[Message]:
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         return value
     raise Problem(f"returned {shown(value)}, expected text, a list of messages, or None")
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # all rollouts may connect at once
 
 
 class _Endpoint(BaseHTTPRequestHandler):
