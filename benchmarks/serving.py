@@ -21,6 +21,7 @@ writes to results/serving.json.
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -174,13 +175,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--many", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of the engine and of each server")
     parser.add_argument("--sides", default="engine,http,peers")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--invariant", action="store_true", help="the same shapes in every pass")
     parser.add_argument("--keep", action="store_true", help="write results/serving.json")
     a = parsed(parser, rounds=1, new=4)
-    torch.set_num_threads(2)
+    torch.set_num_threads(a.threads)
+    os.environ["OMP_NUM_THREADS"] = str(a.threads)  # of the servers, too
     model = load_model(resolve_model("smollm2").path, torch.bfloat16)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
