@@ -225,9 +225,9 @@ def of(folder: Path) -> bytes:
 
 def test_each_form_of_an_environment_trains_the_same_adapter(run, file: Path, tmp_path) -> None:
     turns = module(file)
-    for name in ("Talk", "written", "clients"):
+    for name in ("Talk", "clients"):
         run(name, f"{file}:{name}")
-    for name in ("Talk", "Slowly", "written", "awaited", "client", "clients"):
+    for name in ("Slowly", "written", "awaited", "client"):
         run(f"own {name}", getattr(turns, name))
     assert len({of(path) for path in tmp_path.iterdir()}) == 1
     steps = lf.history(tmp_path / "Talk").steps
@@ -631,3 +631,26 @@ def test_many_rollouts_ask_at_once(talker) -> None:
     with rollouts_of(talker, asks) as (_, tokenizer, rollouts):
         groups = rollouts.sample(prompts(tokenizer), 0, group=50)
         assert [one.rewards["environment"] for group in groups for one in group] == [1.0] * 200
+
+
+def test_a_call_that_its_caller_gave_up_ends_nothing(talker) -> None:
+    async def impatient(policy: Any, row: Any) -> float:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(policy.achat(policy.messages), 1e-9)
+        return 1.0
+
+    with rollouts_of(talker, impatient) as (_, tokenizer, rollouts):
+        [first, *_], *_ = rollouts.sample(prompts(tokenizer), 0)
+        assert first.rewards == {"environment": 1.0}
+
+
+def test_what_ignores_its_cancellation_keeps_nobody_waiting() -> None:
+    async def stubborn(policy: Any, row: Any) -> float:
+        while True:
+            with suppress(asyncio.CancelledError):
+                await policy.achat(policy.messages)
+                await asyncio.sleep(99)
+
+    start = {"row": {}, "messages": [{"role": "user", "content": "Go."}], "seed": 0}
+    with environment_of(stubborn, DEFAULT_CALLS) as played:
+        assert len(played([Told("row 1", 0, start)])) == 1

@@ -142,7 +142,8 @@ def with_rewards(
         options["rewards"] = [*options.get("rewards", ()), *names]
     if isinstance(environment, str) and environment:
         options["environment"], environment = environment, ""
-    recipe = recipe.model_copy(update={"objective_options": options})
+    if options != recipe.objective_options:
+        recipe = recipe.model_copy(update={"objective_options": options})
     return recipe, tuple(one for one in reward_list if not isinstance(one, str)), environment
 
 

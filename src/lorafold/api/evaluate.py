@@ -40,6 +40,7 @@ def evaluate(
         ),
     ] = (),
     environment: opt.Environment = None,
+    turns: Annotated[int | None, opt.Option(panel=REWARDS, min=1)] = None,
     group: Annotated[int | None, opt.Option(panel=REWARDS, min=1)] = None,
     temperature: Annotated[float | None, opt.Option(panel=REWARDS, min=0)] = None,
     seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
@@ -67,6 +68,7 @@ def evaluate(
             prompts that leave no room for `max_new_tokens` are rejected.
         max_new_tokens: The maximum number of tokens per completion. Default: 8 more than the
             longest reference has, or 256 with rewards.
+        turns: The maximum number of turns in an environment. Default: 16.
         group: Completions per prompt (num_generations). Default: 1.
         temperature: 0 takes the most likely tokens; above 0 they are sampled. Default: 1, as in
             training.
@@ -94,6 +96,8 @@ def evaluate(
     sampling = {name: value for name, value in sampling.items() if value is not None}
     rewards = as_rewards(rewards)
     is_rewarded = bool(rewards or environment)
+    if turns is not None and not environment:
+        raise LorafoldError("turns: used only in an environment; pass --environment")
     if sampling and not is_rewarded:
         raise LorafoldError(
             f"{', '.join(sampling)}: used only for completions that rewards judge; pass --reward"
@@ -119,7 +123,7 @@ def evaluate(
 
         calls = Calls()._replace(seconds=sampling.pop("reward_seconds", Calls().seconds))
         longest = SamplingOptions.max_new_tokens if max_new_tokens is None else max_new_tokens
-        turns = SamplingOptions.turns if environment else 1
+        turns = turns or (SamplingOptions.turns if environment else 1)
         options = evaluation.RewardSettings(length, longest, turns=turns, **sampling)
         with (
             Rewards.of(*rewards, calls=calls) as judge,

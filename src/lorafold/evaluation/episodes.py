@@ -108,7 +108,7 @@ class Episode:
         if not self.ended:
             raise EpisodeOver("the last turn was cut off at max_new_tokens")
         if self.turns == self.max_turns:
-            raise EpisodeOver(f"found {self.turns} turns, expected no more (turns)")
+            raise EpisodeOver(f"found another turn, expected at most {self.max_turns} (turns)")
         n = len(self.shown)
         for at, (found, own) in enumerate(zip(given, self.shown, strict=False)):
             if any(found.get(key) != own.get(key) for key in ("role", "content")):

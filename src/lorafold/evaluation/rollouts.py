@@ -72,7 +72,8 @@ class Rollouts:
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
         self.group, self.max_new_tokens = group, max_new_tokens
         self.sampling, self.exact = sampling, exact
-        self.environment, self.turns, self.has_continued = environment, turns, False
+        self.environment, self.turns = environment, turns
+        self.has_continued, self.has_warned = False, False
         self._stack = ExitStack()
         self._engine: Engine | None = None
 
@@ -173,7 +174,8 @@ class Rollouts:
         self.has_continued = self.has_continued or any(one.turns > 1 for one in rollouts)
         if refused and not self.has_continued:
             raise LorafoldError(f"{refused[0].prompt.where}: {refused[0].refused}")
-        if refused:
+        if refused and not self.has_warned:
+            self.has_warned = True
             log.warning("%s: left out: %s", refused[0].prompt.where, refused[0].refused)
 
 

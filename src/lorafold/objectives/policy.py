@@ -44,6 +44,7 @@ from lorafold.objectives.objective import ObjectiveRequest, OnPolicy, Packing
 from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Calls, RewardName, Rewards
+from lorafold.rewards.environments import NOUN
 from lorafold.rewards.reward import (
     REWARDS,
     DirectReward,
@@ -149,11 +150,14 @@ class PolicyObjective(OnPolicy):
         if isinstance(self.environment, str) and self.environment:
             files[self.environment] = RewardName.parse(self.environment).digest
         elif self.environment:
-            names.append(qualname(self.environment))
+            own = self.environment
+            names += map(qualname, own if isinstance(own, list | tuple) else [own])
         return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
         named = {one.name: one.weight for one in map(RewardName.parse, self.sampling.rewards)}
+        if self.environment:
+            named[NOUN] = 1.0
         return {JUDGED_BY: named | (Rewards.of(*self.functions).weights if self.functions else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:

@@ -156,7 +156,7 @@ class RolloutPolicy:
 
     def answer(self, told: Mapping[str, Any]) -> None:
         future, self._future = self._future, None
-        if future is None:
+        if future is None or not future.set_running_or_notify_cancel():  # as wait_for cancels it
             return
         if "message" in told:
             reply = PolicyReply(told["message"])
@@ -229,11 +229,14 @@ class Environments:
         for policy in self._policies.values():
             policy.answer({"over": "the run has ended"})
         self._loop.close()
+        if (server := self.__dict__.pop("_server", None)) is not None:
+            server.shutdown()
+            server.server_close()
 
     def _resume(self, item: Told) -> None:
         if "row" not in item.told:
             return self._policies[item.number].answer(item.told)
-        policy = RolloutPolicy(item.told, lambda: f"{self._endpoint}/{item.number}/v1")
+        policy = RolloutPolicy(item.told, lambda: f"{self._server.url}/{item.number}/v1")
         self._policies[item.number], row = policy, item.told["row"]
         end = partial(policy.end, self._file)
         if self._concurrent:
@@ -243,11 +246,10 @@ class Environments:
             Thread(target=end, args=[partial(self._rollout, policy, row)], daemon=True).start()
 
     @cached_property
-    def _endpoint(self) -> str:
-        handler = partial(_Endpoint, self._policies, secret := secrets.token_hex(8))
-        server = _Server((LOOPBACK, 0), handler)
+    def _server(self) -> _Server:
+        server = _Server(self._policies)
         Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://{LOOPBACK}:{server.server_port}/{secret}"
+        return server
 
 
 def environment_in_file(text: str) -> Environments:
@@ -352,6 +354,11 @@ def _messages(value: Any, role: str) -> list[Message]:
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 1024  # all rollouts may connect at once
+
+    def __init__(self, policies: Mapping[int, RolloutPolicy]) -> None:
+        secret = secrets.token_hex(8)
+        super().__init__((LOOPBACK, 0), partial(_Endpoint, policies, secret))
+        self.url = f"http://{LOOPBACK}:{self.server_port}/{secret}"
 
 
 class _Endpoint(BaseHTTPRequestHandler):

@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import starmap
 from numbers import Real
@@ -35,6 +36,7 @@ from lorafold.errors import truncate
 J = TypeVar("J")
 T = TypeVar("T")
 SINGLE, BATCHED = {"prompt", "completion"}, {"prompts", "completions"}
+CLOSING_SECONDS = 1.0  # for coroutines to end when they are cancelled
 BACKOFF = 0.25  # seconds before the first retry; twice as many before each further one
 SAMPLED = {"tokens", "ended", "step", "messages"}
 MAX_LEN = 300  # maximum characters of a message or value
@@ -102,7 +104,8 @@ class EventLoop:
     def close(self) -> None:
         """Cancels what runs, and ends the loop."""
         if (loop := self.__dict__.pop("_loop", None)) is not None:
-            asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
+            with suppress(TimeoutError):  # of code that blocks or ignores its cancellation
+                asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result(CLOSING_SECONDS)
             loop.call_soon_threadsafe(loop.stop)
 
 

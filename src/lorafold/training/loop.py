@@ -178,7 +178,7 @@ def record_step(
     if rollouts is None:
         return
     for warning in observations_of(progress.shown, {}, plan.recipe.objective_options):
-        if (kind := re.sub(r"[\d.,=%]", "", warning)) not in progress.warned:
+        if (kind := re.sub(r"[-\d.,=%e+]", "", warning)) not in progress.warned:
             progress.warned.append(kind)
             display.note(f"step {progress.step}: {warning}")
     if rollouts.no_signal_reason:
