@@ -137,6 +137,8 @@ def main() -> None:
             for i, path in enumerate(paths):
                 engine.load(str(i), path)
             for _ in range(asked.rounds):
+                if asked.peer:  # after it, both threads share a core for some seconds
+                    step_ms(engine, [None] * 4 * MANY, asked.new)
                 times["reading"].append(reading_ms(nbytes))
                 for case, adapters in CASES.items():
                     names = [None if i is None else str(i) for i in adapters]
