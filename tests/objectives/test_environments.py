@@ -33,7 +33,7 @@ from lorafold.evaluation.policy_rewards import RewardedRollouts
 from lorafold.evaluation.rollouts import Rollouts
 from lorafold.models.tokenizer import set_template
 from lorafold.rewards import Calls, Rewards
-from lorafold.rewards.environments import PolicyError, RolloutOver, Told
+from lorafold.rewards.environments import EnvironmentInput, PolicyError, RolloutOver
 from lorafold.rewards.functions import DEFAULT_CALLS
 from lorafold.rewards.reward import environment_of
 from process_cases import same_bytes
@@ -302,11 +302,11 @@ def test_tokens_of_all_turns_have_the_log_probabilities_of_transformers(talker, 
             expected = logps[places - 1].gather(1, labels[places, None])[:, 0]
             assert one.logprobs == pytest.approx(expected.tolist(), abs=5e-5)
             if one.ended:  # what the template would show of this conversation
-                rendered = tokenizer.apply_chat_template(one.shown)["input_ids"]
+                rendered = tokenizer.apply_chat_template(one.messages)["input_ids"]
                 shown = [tokenizer.decode(x, skip_special_tokens=True) for x in (one.ids, rendered)]
                 assert shown[0] == shown[1].removesuffix("\n")
             sampled = [label for label in one.labels if label != NO_LOSS]
-            replies = [m["content"] for m in one.shown if m["role"] == "assistant"]
+            replies = [m["content"] for m in one.messages if m["role"] == "assistant"]
             assert len(replies) == one.turns == sampled.count(one.ids[-1]) or not one.ended
             assert tokenizer.decode(sampled, skip_special_tokens=True) == "".join(replies)
         later = [one.result().cached for one in cached if len(one.request.prompt) > 80]
@@ -344,7 +344,7 @@ def test_an_environment_that_fails(act: str, talker, file: Path, monkeypatch) ->
         ("Reward", r"returned 'much' \(str\), expected a finite number"),
         ("Named", "step: found the parameter action, expected only text, calls, ended"),
         ("Nothing", "found neither step nor tools, expected one of them"),
-        ("asks_nothing", "the environment asked the model nothing"),
+        ("asks_nothing", "the environment never called the model"),
         ("one", r"found <function one .*, expected a class or fn\(policy, row\)"),
         ("no", "expected a function no in turns.py, found none; the file has question, reward, T"),
     ],
@@ -465,25 +465,33 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"id": name, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def start(messages: Any = (), **row: Any) -> list[EnvironmentInput]:
+    return [EnvironmentInput("row 1", 0, {"row": row, "messages": messages, "seed": 0})]
+
+
+def reply(content: str, calls: Any = None, problem: str = "") -> list[EnvironmentInput]:
+    message = {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
+    values = {"message": message, "ended": "stop", "problem": problem}
+    return [EnvironmentInput("row 1", 0, values)]
+
+
 def test_tools_answer_calls_and_errors_are_answers() -> None:
     first = [{"role": "user", "content": "Add 1 and 2."}]
     with environment_of([add, fail], DEFAULT_CALLS) as played:
-        [asked] = played([Told("row 1", 0, {"row": {}, "messages": first, "seed": 0})])
-        assert asked["messages"] == first
-        assert asked["tools"] == [get_json_schema(add), get_json_schema(fail)]
+        [request] = played(start(first))
+        assert request["messages"] == first
+        assert request["tools"] == [get_json_schema(add), get_json_schema(fail)]
         calls = [call("add", a=1), call("fail", text="no"), call("add", c=1), call("sub", a=1)]
-        said = {"role": "assistant", "content": "x", "tool_calls": calls}
-        [asked] = played([Told("row 1", 0, {"message": said, "ended": "stop", "problem": ""})])
-        assert [m["content"] for m in asked["messages"][2:]] == [
+        [request] = played(reply("x", calls))
+        assert [m["content"] for m in request["messages"][2:]] == [
             "3", "error: ValueError: no",
             "error: TypeError: add() got an unexpected keyword argument 'c'",
             "error: no tool sub; the tools are add, fail",
         ]  # fmt: skip
-        assert {m["role"] for m in asked["messages"][2:]} == {"tool"}
-        said = {"role": "assistant", "content": "{"}
-        [asked] = played([Told("row 1", 0, {"message": said, "ended": "stop", "problem": "bad"})])
-        assert asked["messages"][-1] == {"role": "tool", "content": "error: bad"}
-        [last] = played([Told("row 1", 0, {"message": said, "ended": "stop", "problem": ""})])
+        assert {m["role"] for m in request["messages"][2:]} == {"tool"}
+        [request] = played(reply("{", problem="bad"))
+        assert request["messages"][-1] == {"role": "tool", "content": "error: bad"}
+        [last] = played(reply("{"))
         assert last == {"reward": {"environment": None}}
 
 
@@ -508,15 +516,12 @@ class Shop:
 
 
 def test_methods_of_a_class_without_steps_are_tools() -> None:
-    first = {"row": {"word": "red"}, "messages": [{"role": "user", "content": "Go."}], "seed": 0}
-    said = {"role": "assistant", "content": "", "tool_calls": [call("buy", thing="tea")]}
     with environment_of(Shop, DEFAULT_CALLS) as played:
-        [asked] = played([Told("row 1", 0, first)])
-        assert [tool["function"]["name"] for tool in asked["tools"]] == ["buy"]
-        [asked] = played([Told("row 1", 0, {"message": said, "ended": "stop", "problem": ""})])
-        assert asked["messages"][-1]["content"] == "bought tea"
-        end = {"message": {"role": "assistant", "content": "Done."}, "ended": "stop", "problem": ""}
-        assert played([Told("row 1", 0, end)]) == [{"reward": {"environment": 2.0}}]
+        [request] = played(start([{"role": "user", "content": "Go."}], word="red"))
+        assert [tool["function"]["name"] for tool in request["tools"]] == ["buy"]
+        [request] = played(reply("", [call("buy", thing="tea")]))
+        assert request["messages"][-1]["content"] == "bought tea"
+        assert played(reply("Done.")) == [{"reward": {"environment": 2.0}}]
 
 
 @pytest.mark.parametrize(
@@ -531,12 +536,11 @@ def test_methods_of_a_class_without_steps_are_tools() -> None:
 )
 def test_files_that_have_no_tools(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "tools.py").write_text(text)
-    start = {"row": {}, "messages": [], "seed": 0}
     with (
         pytest.raises(LorafoldError, match=told),
         environment_of(f"tools:{tmp_path}/tools.py", DEFAULT_CALLS) as played,
     ):
-        played([Told("row 1", 0, start)])
+        played(start())
 
 
 @pytest.mark.parametrize("name", ["turns.py", "turns.py:", "0.5*turns.py:f", "regex:a", "tools:x"])
@@ -560,20 +564,20 @@ def test_calls_of_a_template_go_on(smollm2) -> None:
     set_template(tokenizer, "tools")
     episode = Episode(tokenizer, TokenizedPrompt((1,), {"prompt": "Go."}, "row 1", 999), 9, 50)
     first, tools = [{"role": "user", "content": "Add 1 and 2."}], [get_json_schema(add)]
-    episode.ask({"messages": first, "tools": tools, "max_tokens": None})
+    episode.next_turn({"messages": first, "tools": tools, "max_tokens": None})
     ids, problem = tuple(episode.ids), "the call of add has arguments that are not JSON"
     for arguments in ('{"a":1,  "b": 2}', '{"a": 1,'):  # spaced otherwise than the template does
         text = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call><|im_end|>'
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        reply = episode.answer(tokens, [0.0] * len(tokens), True)
+        reply = episode.add_turn(tokens, [0.0] * len(tokens), True)
         if "b" not in arguments:
             assert reply["problem"].startswith(problem)
             break
         [one] = reply["message"]["tool_calls"]
         assert one["function"] == {"name": "add", "arguments": {"a": 1, "b": 2}}
         result = {"role": "tool", "content": "<|im_end|> 3"}
-        asked = [*first, reply["message"], result]
-        new, most = episode.ask({"messages": asked, "tools": tools, "max_tokens": 7})
+        messages = [*first, reply["message"], result]
+        new, most = episode.next_turn({"messages": messages, "tools": tools, "max_tokens": 7})
         assert (most, new[: len(ids) + len(tokens)]) == (7, (*ids, *tokens))
         seen = tokenizer.decode(new[len(ids) + len(tokens) :])
         assert "<|im_end|> 3" in seen
@@ -589,23 +593,23 @@ def test_a_family_goes_on_or_is_refused_by_name(name: str) -> None:
     episode = Episode(tokenizer, TokenizedPrompt((1,), row, "row 1", 9999), 9, 50)
     first = {"role": "user", "content": "Where is Rome, then?"}
     talk = [first, {"role": "assistant", "content": "In Italy."}, first | {"content": "And Oslo?"}]
-    asked = {"messages": [first], "tools": [], "max_tokens": None}
+    request = {"messages": [first], "tools": [], "max_tokens": None}
     try:
         whole = render(talk, tokenizer, True)
     except LorafoldError:
         with pytest.raises(LorafoldError, match="chat template"):
-            episode.ask(asked)
+            episode.next_turn(request)
         return
-    episode.ask(asked)
+    episode.next_turn(request)
     rendered = ConversationRenderings(Conversation(talk), tokenizer)
     turn = rendered.turn(1)
     assert turn is not None
     text = turn.completion + rendered.end(1, turn)
     tokens = tokenizer(text, add_special_tokens=False).input_ids
-    reply = episode.answer(tokens, [0.0] * len(tokens), True)
-    asked["messages"] = [first, reply["message"], talk[2]]
+    reply = episode.add_turn(tokens, [0.0] * len(tokens), True)
+    request["messages"] = [first, reply["message"], talk[2]]
     with suppress(EpisodeOver):
-        episode.ask(asked)
+        episode.next_turn(request)
     if episode.refused:
         assert "the chat template renders an earlier turn as" in episode.refused
         assert name in REFUSED or not whole.startswith(turn.text[: turn.start] + text)
@@ -651,6 +655,5 @@ def test_what_ignores_its_cancellation_keeps_nobody_waiting() -> None:
                 await policy.achat(policy.messages)
                 await asyncio.sleep(99)
 
-    start = {"row": {}, "messages": [{"role": "user", "content": "Go."}], "seed": 0}
     with environment_of(stubborn, DEFAULT_CALLS) as played:
-        assert len(played([Told("row 1", 0, start)])) == 1
+        assert len(played(start([{"role": "user", "content": "Go."}]))) == 1

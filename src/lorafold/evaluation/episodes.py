@@ -51,7 +51,7 @@ class Episode:
         start: the number of tokens of the first prompt.
         text: the text of the last turn.
         ended: whether the last turn has an end token.
-        shown: the messages as the environment knows them.
+        messages: the messages as the environment knows them.
         rewards: the numbers that the environment gave, by name.
         refused: why the rollout can't be trained, or empty.
     """
@@ -66,13 +66,13 @@ class Episode:
     start: int = 0
     text: str = ""
     ended: bool = True
-    shown: Sequence[Message] = ()
+    messages: Sequence[Message] = ()
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     refused: str = ""
     turns: int = 0
-    _messages: Sequence[Message] = ()  # as they are rendered, without the last turn
-    # messages that may render as the last turn was sampled
-    _said: list[Message] = field(default_factory=list)
+    _earlier: Sequence[Message] = ()  # all messages but the last turn, as they are rendered
+    # forms of the last turn, of which one may render as it was sampled
+    _last_turn: list[Message] = field(default_factory=list)
     _tools: tuple[Tool, ...] = ()
     _rendered: str = ""  # all messages
 
@@ -80,28 +80,28 @@ class Episode:
         messages = self.prompt.conversation.messages
         return {"row": dict(self.prompt.row), "messages": messages, "seed": seed % 2**31}
 
-    def ask(self, said: Mapping[str, Any]) -> tuple[tuple[int, ...], int] | None:
+    def next_turn(self, request: Mapping[str, Any]) -> tuple[tuple[int, ...], int] | None:
         """The tokens from which to sample the next turn, and the maximum number of its tokens; None
         at the end.
         """
-        if "reward" in said:
-            self.rewards = said["reward"]
+        if "reward" in request:
+            self.rewards = request["reward"]
             return None
-        problems = [*message_problems("messages", said["messages"])]
-        if problems := [*problems, *tool_problems(said["tools"])]:
+        problems = [*message_problems("messages", request["messages"])]
+        if problems := [*problems, *tool_problems(request["tools"])]:
             raise LorafoldError("; ".join(problems))
-        given = normalize(said["messages"])
+        given = normalize(request["messages"])
         if self.turns:
             self._continue(given)
         else:
             own = self.prompt.conversation
-            self._tools = openai_tools(said["tools"]) or own.tools
-            self._messages, self.shown, ids = given, given, self.prompt.ids
+            self._tools = openai_tools(request["tools"]) or own.tools
+            self._earlier, self.messages, ids = given, given, self.prompt.ids
             if (given, self._tools) != (own.messages, own.tools):
                 ids = tuple(rendered_ids(self._prompt(given), self.tokenizer))
             self._append(ids)
             self.start = len(ids)
-        most = min(self.max_new_tokens, said["max_tokens"] or self.max_new_tokens)
+        most = min(self.max_new_tokens, request["max_tokens"] or self.max_new_tokens)
         return tuple(self.ids), min(most, self._limit - len(self.ids))
 
     def _continue(self, given: list[Message]) -> None:
@@ -109,8 +109,8 @@ class Episode:
             raise EpisodeOver("the last turn was cut off at max_new_tokens")
         if self.turns == self.max_turns:
             raise EpisodeOver(f"found another turn, expected at most {self.max_turns} (turns)")
-        n = len(self.shown)
-        for at, (found, own) in enumerate(zip(given, self.shown, strict=False)):
+        n = len(self.messages)
+        for at, (found, own) in enumerate(zip(given, self.messages, strict=False)):
             if any(found.get(key) != own.get(key) for key in ("role", "content")):
                 raise LorafoldError(
                     f"messages[{at}]: found {truncate(str(found.get('content')), SHOWN)!r},"
@@ -124,18 +124,18 @@ class Episode:
         # a mark before the text keeps tokenizers from inserting a space
         rest = MARK_START + text[places[len(self._rendered) - 1] + 1 :]
         self._append(rendered_ids(rest, self.tokenizer))
-        self.shown, self._rendered = given, text.translate(MARKS)
+        self.messages, self._rendered = given, text.translate(MARKS)
 
     def _prompt(self, messages: Sequence[Message]) -> str:
         return prompt_of(Conversation([*messages], tools=self._tools), self.tokenizer)
 
     def _rendering(self, new: Sequence[Message]) -> str:
         """The conversation with these messages, which begins with the text so far."""
-        for said in self._said:
-            messages = [*self._messages, said, *new]
+        for turn in self._last_turn:
+            messages = [*self._earlier, turn, *new]
             text = self._prompt(messages)
             if (plain := text.translate(MARKS)).startswith(self._rendered):
-                self._messages = messages
+                self._earlier = messages
                 return text
         n = max(0, len(prefix_of(plain, self._rendered)) - SHOWN // 4)
         found, own = (repr(truncate(x[n:], SHOWN)) for x in (plain, self._rendered))
@@ -156,12 +156,12 @@ class Episode:
         self.ids += ids
         self.labels += [NO_LOSS] * len(ids)
 
-    def answer(
+    def add_turn(
         self, tokens: Sequence[int], logprobs: Sequence[float], ended: bool
     ) -> dict[str, Any]:
-        """Appends a sampled turn; returns what the environment is told."""
+        """Appends a sampled turn, and returns the response to the environment."""
         if not self._rendered and self.max_turns > 1:
-            self._rendered = self._prompt(self._messages).translate(MARKS)
+            self._rendered = self._prompt(self._earlier).translate(MARKS)
         self.ids += tokens
         self.labels += tokens
         self.logprobs += logprobs
@@ -173,15 +173,15 @@ class Episode:
         end, problem = block.end(raw, before), ""
         thought = raw[:end].replace(block.opening, "").replace(block.closing, "").strip()
         parts = {"role": "assistant"} | ({"reasoning_content": thought} if thought else {})
-        self._said = [message | {"content": raw}, parts | {"content": raw[end:].strip()}]
+        self._last_turn = [message | {"content": raw}, parts | {"content": raw[end:].strip()}]
         try:
             if self._tools and (calls := parse_calls(raw, self.tokenizer, self._tools)):
                 calls = [{"id": f"{self.turns}_{n}"} | call for n, call in enumerate(calls)]
                 message["tool_calls"] = calls
-                self._said.append(parts | {"tool_calls": calls})
+                self._last_turn.append(parts | {"tool_calls": calls})
         except (LorafoldError, RecursionError) as error:
             problem = str(error)
-        self.shown = [*self.shown, message]
+        self.messages = [*self.messages, message]
         return {"message": message, "ended": "stop" if ended else "length", "problem": problem}
 
     def _raw(self, tokens: Sequence[int]) -> str:

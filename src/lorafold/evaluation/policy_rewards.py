@@ -109,7 +109,7 @@ class RewardedRollouts:
                 prompt.conversation,
                 {
                     "tokens": len(one.logprobs), "ended": "stop" if one.ended else "length",
-                    "step": step, "messages": [*one.shown],
+                    "step": step, "messages": [*one.messages],
                 },
                 one.rewards, one.refused,
             )

@@ -29,7 +29,7 @@ from lorafold.evaluation.episodes import Episode, EpisodeOver
 from lorafold.files.terminal import Progress, no_progress
 from lorafold.generation import end_tokens
 from lorafold.ops.dropout import key_of
-from lorafold.rewards.environments import Environment, Told, single_turn
+from lorafold.rewards.environments import Environment, EnvironmentInput, single_turn
 from lorafold.runtime.memory import free_bytes
 
 if TYPE_CHECKING:
@@ -128,32 +128,32 @@ class Rollouts:
             for prompt in prompts
             for _ in range(k)
         ]
-        told = {n: one.beginning(key_of(key, n // k)) for n, one in enumerate(rollouts)}
+        inputs = {n: one.beginning(key_of(key, n // k)) for n, one in enumerate(rollouts)}
         streams = dict[int, EventStream]()
 
         def report_progress() -> None:
-            left = len(told) + sum(stream.ended is None for stream in streams.values())
+            left = len(inputs) + sum(stream.ended is None for stream in streams.values())
             progress(len(rollouts) - left, len(rollouts))
 
-        while told:
+        while inputs:
             items = [
-                Told(f"{rollouts[n].prompt.where}, completion {n % k + 1}", n, content)
-                for n, content in sorted(told.items())
+                EnvironmentInput(f"{rollouts[n].prompt.where}, completion {n % k + 1}", n, values)
+                for n, values in sorted(inputs.items())
             ]
-            told, streams = {}, {}
-            for (_, n, _), said in zip(items, self.environment(items), strict=True):
+            inputs, streams = {}, {}
+            for (_, n, _), request in zip(items, self.environment(items), strict=True):
                 one = rollouts[n]
                 try:
-                    if (asked := one.ask(said)) is not None:
+                    if (turn := one.next_turn(request)) is not None:
                         seed = key_of(key, n + (one.turns << 32))
-                        streams[n] = self._submit(n, *asked, seed)
+                        streams[n] = self._submit(n, *turn, seed)
                 except EpisodeOver as over:
                     one.ended = False
-                    told[n] = {"over": str(over)}
+                    inputs[n] = {"over": str(over)}
                 except LorafoldError as error:
-                    told[n] = {"error": str(error)}
+                    inputs[n] = {"error": str(error)}
             self.engine.run(report_progress)
-            told |= {n: rollouts[n].answer(*_sampled(stream)) for n, stream in streams.items()}
+            inputs |= {n: rollouts[n].add_turn(*_sampled(one)) for n, one in streams.items()}
         # frees the KV cache, and makes later samples independent of these
         self.engine.forget()
         self._check(rollouts)
@@ -166,10 +166,10 @@ class Rollouts:
         )
 
     def _check(self, rollouts: Sequence[Episode]) -> None:
-        """Raises if an environment asked nothing, or if no rollout could ever be continued."""
+        """Raises if an environment never called the model, or no rollout could ever go on."""
         for one in rollouts:
             if not one.turns:
-                raise LorafoldError(f"{one.prompt.where}: the environment asked the model nothing")
+                raise LorafoldError(f"{one.prompt.where}: the environment never called the model")
         refused = [one for one in rollouts if one.refused]
         self.has_continued = self.has_continued or any(one.turns > 1 for one in rollouts)
         if refused and not self.has_continued:

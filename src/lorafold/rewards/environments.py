@@ -77,26 +77,29 @@ class PolicyReply(Message):
     ended, problem = "stop", ""
 
 
-class Told(NamedTuple):
-    """What the environment of a rollout is told: its start, or the answer to its last call."""
+class EnvironmentInput(NamedTuple):
+    """The input of a rollout's environment: its start, or the response to its last request."""
 
     where: str
-    number: int
-    told: Mapping[str, Any]
+    rollout: int
+    values: Mapping[str, Any]
 
     @property
     def content(self) -> tuple[Any, ...]:
         return tuple(self)
 
 
-Environment = Callable[[Sequence[Told]], list[Any]]
+Environment = Callable[[Sequence[EnvironmentInput]], list[Any]]
 
 
-def single_turn(items: Sequence[Told]) -> list[dict[str, Any]]:
+def single_turn(items: Sequence[EnvironmentInput]) -> list[dict[str, Any]]:
     """The environment of a single turn, which has the row's prompt and no reward."""
-    first = [told for _, _, told in items if "row" in told]
-    asked = [{"messages": x["messages"], "tools": [], "max_tokens": None} for x in first]
-    return asked or [{"reward": {}} for _ in items]
+    return [
+        {"messages": values["messages"], "tools": [], "max_tokens": None}
+        if "row" in values
+        else {"reward": {}}
+        for _, _, values in items
+    ]
 
 
 class RolloutPolicy:
@@ -109,9 +112,9 @@ class RolloutPolicy:
         url: the base URL of an OpenAI endpoint for this rollout, on this machine only.
     """
 
-    def __init__(self, told: Mapping[str, Any], url: Callable[[], str]) -> None:
-        self.messages, self.seed = told["messages"], told["seed"]
-        self.said = SimpleQueue[Any]()  # what it asks, and at the end its reward or a Problem
+    def __init__(self, start: Mapping[str, Any], url: Callable[[], str]) -> None:
+        self.messages, self.seed = start["messages"], start["seed"]
+        self.requests = SimpleQueue[Any]()  # the last is its reward or a Problem
         self.is_over, self._url = False, url
         self._future: Future[PolicyReply] | None = None
 
@@ -128,22 +131,22 @@ class RolloutPolicy:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return self._ask(messages, tools, max_tokens).result()
+            return self._request(messages, tools, max_tokens).result()
         raise PolicyError("chat: called in a coroutine, expected await policy.achat(...)")
 
-    async def achat(self, *asked: Any, **named: Any) -> PolicyReply:
+    async def achat(self, *args: Any, **kwargs: Any) -> PolicyReply:
         """`chat` in a coroutine."""
-        return await asyncio.wrap_future(self._ask(*asked, **named))
+        return await asyncio.wrap_future(self._request(*args, **kwargs))
 
-    def _ask(
+    def _request(
         self, messages: Any, tools: Sequence[Any] = (), max_tokens: Any = None
     ) -> Future[PolicyReply]:
         schemas = [tool if isinstance(tool, dict) else schema_of(tool) for tool in tools]
         if not (max_tokens is None or (isinstance(max_tokens, int) and max_tokens > 0)):
             raise PolicyError(f"max_tokens: found {max_tokens!r}, expected an integer above 0")
-        asked = {"messages": messages, "tools": schemas, "max_tokens": max_tokens}
+        request = {"messages": messages, "tools": schemas, "max_tokens": max_tokens}
         try:
-            asked = json.loads(json.dumps(asked))  # a copy
+            request = json.loads(json.dumps(request))  # a copy
         except (TypeError, ValueError) as error:
             raise PolicyError(f"messages: found a value that is not JSON: {error}") from None
         if self.is_over:
@@ -151,37 +154,37 @@ class RolloutPolicy:
         if self._future is not None:
             raise PolicyError("chat: called during another call, expected one after the other")
         self._future = future = Future[PolicyReply]()
-        self.said.put(asked)
+        self.requests.put(request)
         return future
 
-    def answer(self, told: Mapping[str, Any]) -> None:
+    def respond(self, values: Mapping[str, Any]) -> None:
         future, self._future = self._future, None
         if future is None or not future.set_running_or_notify_cancel():  # as wait_for cancels it
             return
-        if "message" in told:
-            reply = PolicyReply(told["message"])
-            reply.ended, reply.problem = told["ended"], told["problem"]
+        if "message" in values:
+            reply = PolicyReply(values["message"])
+            reply.ended, reply.problem = values["ended"], values["problem"]
             return future.set_result(reply)
-        self.is_over = "over" in told
-        error = RolloutOver(told["over"]) if self.is_over else PolicyError(told["error"])
+        self.is_over = "over" in values
+        error = RolloutOver(values["over"]) if self.is_over else PolicyError(values["error"])
         future.set_exception(error)
 
     def end(self, file: str | None, outcome: Callable[[], Any]) -> None:
         """Reports the reward that a rollout returns, or its error."""
-        said: Any = {"reward": {}}
+        result: Any = {"reward": {}}
         try:
             reward = outcome()
             parts = reward if isinstance(reward, Mapping) else {NOUN: reward}
-            said = {"reward": {str(name): number(x, None) for name, x in parts.items()}}
+            result = {"reward": {str(name): number(x, None) for name, x in parts.items()}}
         except RolloutOver:
             pass
         except Problem as problem:
-            said = problem
+            result = problem
         except BaseException as error:  # includes exits
             if not self.is_over:
-                said = Problem(f"raised {error_text(error, file)}")
+                result = Problem(f"raised {error_text(error, file)}")
         self.is_over = True
-        self.said.put(said)
+        self.requests.put(result)
 
 
 class Environments:
@@ -190,7 +193,7 @@ class Environments:
     """
 
     batched = asynchronous = False  # for the time limit: each call has its own
-    item = Told
+    item = EnvironmentInput
 
     def __init__(self, rollout: Callable[..., Any], file: str | None = None) -> None:
         self._rollout, self._file = rollout, file
@@ -210,34 +213,34 @@ class Environments:
             raise Problem(f"found {shown(given)}, expected a class or fn(policy, row)") from None
         return cls(given, file)
 
-    def rewards(self, items: Sequence[Told], calls: Calls) -> Iterator[list[Any]]:
-        """Yields for each rollout, in the order of the items, what it asks the policy next, or its
-        reward.
-        """
+    def rewards(self, items: Sequence[EnvironmentInput], calls: Calls) -> Iterator[list[Any]]:
+        """Yields the next request of each rollout, or its reward, in the order of the items."""
         if self._concurrent:
             for item in items:
                 self._resume(item)
         for at, item in enumerate(items):
             if not self._concurrent:
                 self._resume(item)
-            if isinstance(said := self._policies[item.number].said.get(), Problem):
-                raise Problem(said.message, at)
-            yield [said]
+            request = self._policies[item.rollout].requests.get()
+            if isinstance(request, Problem):
+                raise Problem(request.message, at)
+            yield [request]
 
     def close(self) -> None:
         """Ends all rollouts."""
         for policy in self._policies.values():
-            policy.answer({"over": "the run has ended"})
+            policy.respond({"over": "the run has ended"})
         self._loop.close()
         if (server := self.__dict__.pop("_server", None)) is not None:
             server.shutdown()
             server.server_close()
 
-    def _resume(self, item: Told) -> None:
-        if "row" not in item.told:
-            return self._policies[item.number].answer(item.told)
-        policy = RolloutPolicy(item.told, lambda: f"{self._server.url}/{item.number}/v1")
-        self._policies[item.number], row = policy, item.told["row"]
+    def _resume(self, item: EnvironmentInput) -> None:
+        _, rollout, values = item
+        if "row" not in values:
+            return self._policies[rollout].respond(values)
+        policy = RolloutPolicy(values, lambda: f"{self._server.url}/{rollout}/v1")
+        self._policies[rollout], row = policy, values["row"]
         end = partial(policy.end, self._file)
         if self._concurrent:
             future = self._loop.start(self._rollout(policy, row))
@@ -304,8 +307,8 @@ async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mappin
             if reply.problem:
                 seen = [{"role": "tool", "content": f"error: {reply.problem}"}]
         elif step is not None:
-            told = {"text": reply["content"], "calls": calls, "ended": reply.ended}
-            seen = await _call(step, {}, told)
+            turn = {"text": reply["content"], "calls": calls, "ended": reply.ended}
+            seen = await _call(step, {}, turn)
         if seen is None or is_cut:
             break
         messages = [*messages, reply, *_messages(seen, "tool" if calls else "user")]

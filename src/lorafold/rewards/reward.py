@@ -27,7 +27,13 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 from lorafold.data.formats import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, escape_unprintable
 from lorafold.files.paths import nearest_name
-from lorafold.rewards.environments import NOUN, Environment, Environments, Told, single_turn
+from lorafold.rewards.environments import (
+    NOUN,
+    Environment,
+    EnvironmentInput,
+    Environments,
+    single_turn,
+)
 from lorafold.rewards.functions import (
     DEFAULT_CALLS,
     LARGEST,
@@ -84,6 +90,9 @@ class Judged:
         return self.prompt, self.completion, dict(self.row), dict(self.sampled)
 
 
+Scored = Judged | EnvironmentInput
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A reward, which assigns a number to each completion.
@@ -103,26 +112,39 @@ class Reward(Protocol):
         """Ends the reward's processes; a later call starts them again."""
 
 
-def failure(name: str, message: str, judged: Sequence[Judged | Told] = ()) -> RewardFailed:
+def failure(
+    name: str, message: str, judged: Sequence[Scored] = (), noun: str = "reward"
+) -> RewardFailed:
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    noun = "" if " " in name.partition(":")[0] else "reward "
-    return RewardFailed(escape_unprintable(f"{noun}{name}: {where}{message}"))
+    return RewardFailed(escape_unprintable(f"{noun} {name}: {where}{message}"))
 
 
-class SeparateReward:
+class CodeReward:
+    """A reward or an environment (`noun`) that is Python code."""
+
+    calls = DEFAULT_CALLS
+
+    def __init__(self, name: str, weight: float, noun: str) -> None:
+        self.name, self.weight, self.noun = name, weight, noun
+
+    def failure(self, message: str, judged: Sequence[Scored] = ()) -> RewardFailed:
+        return failure(self.name, message, judged, self.noun)
+
+
+class SeparateReward(CodeReward):
     """A reward in a separate process, of a kind in `worker.KINDS`. Only one thread may call it at a
     time.
     """
 
-    calls = DEFAULT_CALLS
-
-    def __init__(self, name: str, kind: str, text: str, weight: float = 1.0) -> None:
-        self.name, self.weight = name, weight
+    def __init__(
+        self, name: str, kind: str, text: str, weight: float = 1.0, noun: str = "reward"
+    ) -> None:
+        super().__init__(name, weight, noun)
         self._first_message = json.dumps({"kind": kind, "text": text}).encode()
         self._process = self._start()
 
-    def __call__(self, judged: Sequence[Judged | Told]) -> list[Any]:
+    def __call__(self, judged: Sequence[Scored]) -> list[Any]:
         if not judged:
             return []
         items = [self._serialize(one) for one in judged]
@@ -141,7 +163,7 @@ class SeparateReward:
                 answer = json.loads(self._process.read(time.monotonic() + limit))
                 if isinstance(answer, dict):
                     wrong = Problem(answer["wrong"], answer["at"])
-                    raise failure(self.name, wrong.message, wrong.of(judged))
+                    raise self.failure(wrong.message, wrong.of(judged))
                 rewards += answer
         except (TimedOut, Exited, KeyboardInterrupt) as error:
             self.close()
@@ -149,13 +171,13 @@ class SeparateReward:
                 raise
             at_work = judged if self._batched else judged[len(rewards) : len(rewards) + 1]
             if isinstance(error, Exited):
-                raise failure(self.name, _exit_message(error.code), at_work) from None
+                raise self.failure(_exit_message(error.code), at_work) from None
             done = "" if self._batched else f"{len(rewards)} done of "
             why = (
                 f"took more than {limit:g} s ({done}{len(judged)} completions); make it"
                 " faster, or set a longer time limit (reward_seconds)"
             )
-            raise failure(self.name, why, at_work) from None
+            raise self.failure(why, at_work) from None
         return rewards
 
     def close(self) -> None:
@@ -168,24 +190,23 @@ class SeparateReward:
             process.write(framed(self._first_message), until)
             answer = json.loads(process.read(until))
             if "wrong" in answer:
-                raise failure(self.name, answer["wrong"])
+                raise self.failure(answer["wrong"])
         except BaseException as error:
             process.kill()
             if isinstance(error, TimedOut):
-                raise failure(self.name, f"loading took more than {LOADING_SECONDS:g} s") from None
+                raise self.failure(f"loading took more than {LOADING_SECONDS:g} s") from None
             if isinstance(error, Exited):
-                raise failure(self.name, f"while loading, {_exit_message(error.code)}") from None
+                raise self.failure(f"while loading, {_exit_message(error.code)}") from None
             raise
         self._batched, self._asynchronous = answer["batched"], answer["asynchronous"]
         return process
 
-    def _serialize(self, one: Judged | Told) -> bytes:
+    def _serialize(self, one: Scored) -> bytes:
         try:
             return pickle.dumps(one.content)
         except Exception as error:  # pickling a field may raise anything
-            raise failure(
-                self.name, f"the row can't be pickled for its process: {error}", [one]
-            ) from None
+            why = f"the row can't be pickled for its process: {error}"
+            raise self.failure(why, [one]) from None
 
 
 def _exit_message(code: int) -> str:
@@ -283,25 +304,28 @@ def qualname(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-class DirectReward:
+class DirectReward(CodeReward):
     """A reward that calls a function in this process (see `functions.py`)."""
 
-    calls = DEFAULT_CALLS
-
     def __init__(
-        self, function: Any, weight: float = 1.0, kind: Callable[..., Any] = Function
+        self,
+        function: Any,
+        weight: float = 1.0,
+        kind: Callable[..., Any] = Function,
+        noun: str = "reward",
     ) -> None:
-        self.name = str(getattr(function, "__name__", type(function).__name__))
-        self.weight, self.qualname = weight, qualname(function)
+        name = str(getattr(function, "__name__", type(function).__name__))
+        super().__init__(TOOLS if isinstance(function, list | tuple) else name, weight, noun)
+        self.qualname = qualname(function)
         code = getattr(function, "__code__", None)
         if not math.isfinite(weight):
-            raise failure(self.name, f"found weight {weight}, expected a finite number")
+            raise self.failure(f"found weight {weight}, expected a finite number")
         try:
             self._function = kind(function, code and code.co_filename)
         except Problem as wrong:
-            raise failure(self.name, wrong.message) from None
+            raise self.failure(wrong.message) from None
 
-    def __call__(self, judged: Sequence[Judged | Told]) -> list[Any]:
+    def __call__(self, judged: Sequence[Scored]) -> list[Any]:
         if not judged:
             return []
         items = [self._function.item(*one.content) for one in judged]
@@ -310,7 +334,7 @@ class DirectReward:
             parts = self._function.rewards(items, self.calls)
             return [reward for part in parts for reward in part]
         except Problem as wrong:
-            raise failure(self.name, wrong.message, wrong.of(judged)) from None
+            raise self.failure(wrong.message, wrong.of(judged)) from None
 
     def close(self) -> None:
         self._function.close()
@@ -336,11 +360,9 @@ def environment_of(given: Any, calls: Calls) -> Iterator[Environment]:
     if isinstance(given, str):
         parsed = environment_name(given)
         kind = TOOLS if parsed.kind == TOOLS else NOUN
-        environment: Any = SeparateReward(f"{NOUN} {given}", kind, parsed.text)
+        environment: Any = SeparateReward(given, kind, parsed.text, noun=NOUN)
     else:
-        environment = DirectReward(given, kind=Environments.of)
-        own = TOOLS if isinstance(given, list | tuple) else environment.name
-        environment.name = f"{NOUN} {own}"
+        environment = DirectReward(given, kind=Environments.of, noun=NOUN)
     environment.calls = calls
     with closing(environment):
         yield environment
@@ -379,7 +401,7 @@ class Rewards(AbstractContextManager["Rewards"]):
             )
         self._rewards = tuple(rewards)
         for reward in self._rewards:
-            if isinstance(reward, SeparateReward | DirectReward):
+            if isinstance(reward, CodeReward):
                 reward.calls = calls
 
     @classmethod
