@@ -52,7 +52,7 @@ def test_where_axolotls_beta_stands(tmp_path):
     assert (batched.batch, batched.accumulate) == (4, 4)
 
 
-DRAWN_OTHERWISE = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.1,
+DRAWN_OTHERWISE = {"top_p": 0.9, "top_k": 50, "min_p": 0.1,
                    "repetition_penalty": 1.1, "steps_per_generation": 4, "delta": 1.5,
                    "off_policy_mask_threshold": 0.5}  # fmt: skip
 
@@ -68,6 +68,7 @@ def test_what_means_something_else_here_is_told(tmp_path):
     assert "by its importance ratio" in remark(plain, "beta")
     assert remark(trl_of(tmp_path, beta=0.1), "beta") == ""
     assert trl_of(tmp_path, sync_ref_model=True).recipe.beta is None  # there is no reference
+    assert trl_of(tmp_path, temperature=0.9).recipe.objective_options["temperature"] == 0.9
     several = trl_of(tmp_path, num_iterations=4)
     assert several.recipe.objective_options["updates"] == 4
     assert "divide max_steps by 4" in remark(several, "num_iterations")

@@ -128,7 +128,9 @@ OF_TRAINERS = [
     ("trl-sft", {"chat_template_path": "a.jinja"}, {"chat_template": "a.jinja"}),
     ("trl-dpo", {"loss_type": "ipo"}, {"objective": "ipo", "beta": 0.1, "lr": 1e-6}),
     ("trl-dpo", {"loss_type": "hinge"}, {"objective": "hinge"}),
-    ("trl-dpo", {"loss_type": "robust"}, {"objective": "dpo"}),
+    ("trl-dpo", {"loss_type": "robust", "label_smoothing": 0.1},
+     {"objective": "dpo", "objective_options": {"loss_type": "robust", "label_smoothing": 0.1}}),
+    ("trl-dpo", {"loss_type": "exo_pair"}, {"objective_options": {"loss_type": "exo"}}),
     ("trl-dpo", {"disable_dropout": False}, {"dropout": 0.05}),
     ("trl-kto", {"desirable_weight": 1.5},
      {"objective": "kto", "objective_options": {"desirable_weight": 1.5}}),
@@ -177,7 +179,7 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
         ({"rl": "ppp"}, "rl: found 'ppp', expected dpo or ipo"),
         ({"rl": "dpo", "sample_packing": True}, "rl: found 'dpo' and sample_packing"),
         ({"rl": "simpo"}, "simpo_gamma missing"),
-        ({"rl": "dpo", "dpo_loss_type": ["robust"]}, "dpo_loss_type: found ['robust']"),
+        ({"rl": "dpo", "dpo_loss_type": ["aot"]}, "dpo_loss_type: found ['aot']"),
         ({"rl": "dpo", "dpo_loss_type": ["ipo", "sft"]}, "ipo does not support an SFT term"),
         ({"rl": "dpo", "dpo_loss_type": ["sigmoid", "hinge"]}, "one loss of weight 1"),
         ({"rl": "dpo", "dpo_loss_type": ["ipo"], "dpo_loss_weights": [2]}, "with weights [2.0]"),
@@ -221,7 +223,6 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
 }  # fmt: skip
 BY_TRAINERS = [
     ("trl-sft", {"loss_type": "dft"}, "loss_type: found 'dft'"),
-    ("trl-dpo", {"loss_type": "robust", "label_smoothing": 0.1}, "loss_type: found ['robust']"),
     ("trl-dpo", {"loss_type": "aot"}, "expected sigmoid or hinge or ipo"),
     ("trl-dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type: found 'js_div"),
     ("trl-dpo", {"use_weighting": True}, "use_weighting: found True"),

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from lorafold.training_step.policy_algorithms import PolicyAlgorithm, SampledTokens
 from lorafold.training_step.policy_loss import Rollout
@@ -50,13 +50,15 @@ def padded(x: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def trainer_of_trl(
-    model: Any, tokenizer: Any, out: Path, batch: int, longest: int, **settings: Any
-) -> GRPOTrainer:
-    config = GRPOConfig(
+    model: Any, tokenizer: Any, out: Path, batch: int, longest: int, rloo: bool = False,
+    **settings: Any,
+) -> Any:  # fmt: skip
+    kind, config_class = (RLOOTrainer, RLOOConfig) if rloo else (GRPOTrainer, GRPOConfig)
+    config = config_class(
         str(out), per_device_train_batch_size=batch, max_completion_length=longest,
         report_to="none", use_cpu=True, bf16=False, **settings,
     )  # fmt: skip
-    return GRPOTrainer(
+    return kind(
         model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
         train_dataset=Dataset.from_list([{"prompt": "a"}] * batch), processing_class=tokenizer,
     )  # fmt: skip
@@ -82,6 +84,7 @@ def loss_of_trl(
         "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
         "completion_mask": mask, "advantages": advantages,
         "old_per_token_logps": padded(drawn.sampled), "num_items_in_batch": mask.sum(),
+        "old_logps": padded(drawn.sampled).sum(1),
     }  # fmt: skip
     if drawn.reference is not None:
         inputs["ref_per_token_logps"] = padded(drawn.reference)

@@ -1,5 +1,6 @@
 """Training a policy: its samples, its loss, resumption, and runs that can't learn."""
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -16,18 +17,19 @@ import lorafold as lf
 from interrupted_runs import interrupted
 from lorafold.api.arguments import as_rewards
 from lorafold.core.attach import only
-from lorafold.data.examples import Example
+from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Rollouts
 from lorafold.files.model_card import JUDGED_BY
-from lorafold.objectives.algorithm_options import SamplingOptions
+from lorafold.objectives.algorithm_options import SamplingOptions, policy_options
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.training_step.policy_algorithms import (
     Cispo,
     Grpo,
     Gspo,
     PolicyAlgorithm,
+    Rloo,
     SampledTokens,
 )
 from lorafold.training_step.policy_loss import Policy, Rollout
@@ -227,7 +229,7 @@ def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, ca
 
 @pytest.mark.parametrize(("updates", "call"), [(1, 2), (3, 7)])
 def test_a_run_resumes_exactly(updates: int, call: int, run, tmp_path: Path) -> None:
-    options = {"updates": updates}
+    options = {"updates": updates, "entropy_floor": 9.0}
     run("whole", asked(options=options))
     recipe = asked(options=options, save_every=1)
     with interrupted(call) as steps:
@@ -462,7 +464,10 @@ def test_a_policy_is_measured_on_rows_with_answers(run, tiny_model_dir, tmp_path
     assert lf.evaluate(tiny_model_dir("llama"), pairs, **given).preference is not None
 
 
-@pytest.mark.parametrize("law", [Grpo(), Grpo(clip=0.01), Gspo(), Cispo(clip_high=0.01)])
+LAWS = [Grpo(), Grpo(clip=0.01), Gspo(), Cispo(clip_high=0.01), Rloo(clip=0.9)]
+
+
+@pytest.mark.parametrize("law", LAWS)
 def test_later_updates_have_ratios_to_the_first(law: PolicyAlgorithm, model, tokenizer) -> None:
     """As TRL has it with `num_iterations`: the old log-probabilities are those of the first."""
     adapter = adapted(model, SPECS["lora"])
@@ -491,6 +496,107 @@ def test_later_updates_have_ratios_to_the_first(law: PolicyAlgorithm, model, tok
     assert (figures["clipped"] > 0) == (law in (Grpo(clip=0.01), Gspo()))
 
 
+def test_later_mini_batches_have_ratios_to_sampling(model, tokenizer) -> None:
+    adapter = adapted(model, SPECS["lora"])
+    first, second = sampled(model, tokenizer)[:2]
+    loss = Policy(model, Reinforced(), None, 0, max_new_tokens=5)
+
+    def ratios(e: Rollout) -> list[float]:
+        return (loss(**loss.collate([e], loss.device)) / loss.count(e)).tolist()
+
+    loss.begin(0, 0)
+    assert ratios(first) == pytest.approx(1)
+    old = torch.cat([logps_of(model, first, ids) for ids in first.branches]).detach()
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    now = [torch.cat([logps_of(model, e, ids) for ids in e.branches]) for e in (first, second)]
+    drawn = torch.tensor([p for own in second.logprobs for p in own])
+    loss.begin(0, 1)
+    assert ratios(second) == pytest.approx(float((now[1] - drawn).exp().mean()), abs=1e-4)
+    loss.begin(1, 0)
+    assert ratios(first) == pytest.approx(float((now[0] - old).exp().mean()), abs=1e-4)
+    assert loss.figures()["largest mismatch"] < 1e-4
+
+
+class Reinforced(PolicyAlgorithm):
+    """A loss that is the mean of the importance ratios."""
+
+    def surrogate(self, tokens: SampledTokens) -> torch.Tensor:
+        return tokens.ratios
+
+
+def test_temperature_divides_the_logits(model, tokenizer) -> None:
+    e = sampled(model, tokenizer)[0]
+    heads = {"linear": model, "capped": capped(model)}
+    for head in heads.values():
+        loss = Policy(head, Reinforced(), None, 0, max_new_tokens=5, temperature=0.7)
+        loss.max_difference = 99.0
+        loss(**loss.collate([e], loss.device))
+        [(found, _)] = loss.initial_logps[0]
+        expected = []
+        for branch in e.branches:
+            ids = torch.tensor([[*e.shared, *branch.ids]])
+            logps = torch.log_softmax(head(ids).logits[0, len(e.shared) : -1] / 0.7, -1)
+            expected += logps.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0].tolist()
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def capped(model: Any) -> Any:
+    """The model with a head that isn't linear."""
+    found = copy.deepcopy(model)
+    found.lm_head.register_forward_hook(lambda module, given, z: z.tanh())
+    return found
+
+
+def test_the_gradient_of_the_entropy(model, tokenizer) -> None:
+    """The mean over all tokens of one position is the gradient of its entropy."""
+    adapter = adapted(model, SPECS["lora"])
+    prompt = (5, 9, 12)
+    p = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
+    entropy = -(p * p.log()).sum()
+    expected = torch.autograd.grad(-0.5 * entropy, list(adapter.parameters()), retain_graph=True)
+    n = len(p)
+    documents = [Example((*prompt, i), (NO_LOSS,) * 3 + (i,)) for i in range(n)]
+    rollout = Rollout.of(documents, 3, p.log()[:, None].tolist(), [0.0] * n, [True] * n)
+    loss = Policy(model, Grpo(), None, 0, max_new_tokens=5)
+    assert not loss.learns(rollout)
+    loss.entropy, loss.entropy_weight = float(entropy), 0.5
+    assert loss.learns(rollout)
+    inputs = loss.collate([rollout], loss.device) | {"weights": p.detach()}
+    found = torch.autograd.grad(loss(**inputs), list(adapter.parameters()))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
+
+
+def test_the_weight_of_the_entropy_grows_below_its_floor(run, tmp_path: Path) -> None:
+    run("low", asked(options={"entropy_floor": 99.0}))
+    assert lf.history(tmp_path / "low").steps["entropy weight"] == [0.005, 0.01, 0.015, 0.02]
+    run("high", asked(options={"entropy_floor": 1e-9}))
+    assert lf.history(tmp_path / "high").steps["entropy weight"] == [0.0] * 4
+
+
+def test_overlong_completions_cost_a_penalty(run, tmp_path: Path) -> None:
+    run("a", asked(options={"overlong": 6}), rewards=lambda completion: len(completion))
+    steps = lf.history(tmp_path / "a").steps
+    lengths = [-n / 6 for n in steps["tokens a completion"]]
+    assert steps["reward overlong"] == pytest.approx(lengths)
+    for n, environment in ((7, None), (1, [letters])):
+        with pytest.raises(LorafoldError, match=f"overlong: found {n}, expected at most"):
+            run("b", asked(options={"overlong": n}), environment=environment)
+
+
+def test_mini_batches_update_the_weights_one_after_another(run, tmp_path: Path) -> None:
+    with interrupted(4) as steps:
+        run("a", asked(options={"mini_batches": 2, "updates": 2}))
+    assert steps == [0, 0, 0, 0, 1]
+    assert options_of(fill=3).dynamic_sampling == 3
+
+
+def options_of(**options: Any) -> SamplingOptions:
+    return policy_options("grpo", None, options)[1]
+
+
 def test_groups_from_which_nothing_is_learned_are_drawn_again(told) -> None:
     seen: list[str] = []
 
@@ -498,7 +604,7 @@ def test_groups_from_which_nothing_is_learned_are_drawn_again(told) -> None:
         seen.append(word)
         return float(completion.startswith(tuple("aeiou"))) if word == "red" else 1.0
 
-    text = told("a", asked(steps=2, batch=4, options={"fill": 2}), rewards=rare)
+    text = told("a", asked(steps=2, batch=4, options={"dynamic_sampling": 2}), rewards=rare)
     counts = {word: seen.count(word) for word in ("red", "blue", "green", "gold")}
     # three groups that are always alike are drawn three times in each of two steps
     assert counts == {"red": counts["red"]} | dict.fromkeys(("blue", "green", "gold"), 24)

@@ -47,6 +47,8 @@ CASES = {
         },
     ),
     "cispo": (Cispo(clip_high=0.1), {"loss_type": "cispo", "epsilon_high": 1.1}),
+    "rloo": (Rloo(), {"rloo": True}),
+    "rloo clipped lower": (Rloo(clip=0.05), {"rloo": True, "epsilon": 0.05}),
 }  # fmt: skip
 
 
@@ -201,6 +203,7 @@ def mismatch(model: Any, out: Path, exact: bool = True, **changes: Any) -> list[
         {"method": "full", "lr": 0.01},
         {"method": "lora", "targets": ("lm_head", "q_proj")},
         {"gradient_checkpointing": True, "accumulate": 2},
+        {"options": {"temperature": 0.7, "mini_batches": 2}},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -44,7 +44,7 @@ NO_LIMIT = "no limit"  # for a file without a completion length
 MAX_NEW = 256  # tokens of a completion if there is no limit
 PROMPT = 1024  # tokens of a prompt if the file sets none
 NO_DROPOUT = "lorafold samples completions and trains on them without dropout"
-FULL_SAMPLING = "lorafold samples completions at temperature 1 from all tokens"
+FULL_SAMPLING = "lorafold samples completions from all tokens"
 SUM_FIRST = "lorafold sums rewards before it normalizes them"
 RATIOS = "with one update per step, every importance ratio is 1"
 FUNCTION = "FILE.py:FUNCTION"
@@ -144,8 +144,6 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     updates = integer(value)
     if updates == 1:
         return mapped("one update per step")
-    if is_leave_one_out(settings):
-        raise rejection(value, "lorafold's rloo does not clip ratios")
     return changed(
         f"a lorafold step makes {updates} updates, a TRL step one: divide max_steps by {updates}",
         objective_options={"updates": updates},
@@ -239,7 +237,7 @@ def updates_per_sample(factor: str) -> Reader:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
             return mapped("each step trains on the completions that it samples")
-        return changed("TRL makes several updates per sample; lorafold samples for each update")
+        return changed("TRL makes several updates per sample; for these, set batch and mini_batches")
 
     return read
 
@@ -256,18 +254,19 @@ SHARED: Table = {
     "epsilon": (
         lambda value, settings: (
             None
-            if objective_of(settings) in ("rloo", "cispo")
+            if objective_of(settings) == "cispo"
             else mapped(objective_options={"clip": number(value), "clip_high": clip_high(settings)})
         ),
         0.2,
     ),
-    "epsilon_high": lambda value, settings: {
-        "rloo": None, "cispo": read_with("loss_type")
-    }.get(objective_of(settings), read_with("epsilon")),
+    "epsilon_high": lambda value, settings: read_with(
+        "loss_type" if objective_of(settings) == "cispo" else "epsilon"
+    ),
     "num_iterations": _num_iterations,
     "steps_per_generation": updates_per_sample(""),
     "generation_batch_size": updates_per_sample("per_device_train_batch_size"),
-    "temperature top_p repetition_penalty": sampling_option(1),
+    "temperature": to_options("temperature"),
+    "top_p repetition_penalty": sampling_option(1),
     "top_k": sampling_option(0, -1),
     "min_p": sampling_option(0),
     "chat_template_kwargs": to_field("template_kwargs"),

@@ -235,7 +235,11 @@ NO_SECOND_MODEL = (
     "lorafold loads only one model: the reference is this model without the new adapter (the base,"
     " with the adapters of --over)"
 )
-DPO_LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}  # of TRL's DPOTrainer
+# the losses of TRL's DPOTrainer, and those that are a `loss_type` of lorafold's dpo
+DPO_LOSSES = {
+    "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "dpo", "exo_pair": "dpo"
+}  # fmt: skip
+LOSS_TYPES = {"robust": "robust", "exo_pair": "exo"}
 SUPERVISED = (
     "TRL averages the SFT term over the chosen tokens of a micro-batch, lorafold over the tokens of"
     " each row"
@@ -311,13 +315,18 @@ def dpo_objective(losses: Sequence[str], given: Any, key: str) -> Outcome:
     objective = DPO_LOSSES[losses[0]]
     extra = sft_term(weights[1], objective, SUPERVISED) if losses[1:] else None
     fields = extra.fields if extra else {}
-    return changed(SUPERVISED if fields else "", objective=objective, **fields)
+    if (loss := losses[0]) in LOSS_TYPES:
+        own = {"loss_type": LOSS_TYPES[loss]}
+        fields = {"objective_options": {**fields.get("objective_options", {}), **own}}
+    return changed(SUPERVISED if extra and extra.fields else "", objective=objective, **fields)
 
 
 def dpo_label_smoothing(value: Any, settings: ToolSettings) -> Outcome | None:
-    """TRL's DPOTrainer uses `label_smoothing` only for losses that lorafold does not support."""
+    """TRL's DPOTrainer uses `label_smoothing` only for some losses."""
     if not (smoothing := number(value)):
         return None
+    if LOSS_TYPES.keys() & set(names(settings["dpo_loss_type"] or settings["loss_type"])):
+        return mapped(objective_options={"label_smoothing": smoothing})
     remark = "TRL 1 ignores this key for this loss; for cDPO pass --objective-options"
     return unmapped(f"{remark} label_smoothing={smoothing:g}")
 

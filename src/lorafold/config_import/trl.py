@@ -137,12 +137,6 @@ def _chat_template_path(value: Any, settings: ToolSettings) -> Outcome:
     return unmapped(f"write the template of {value} to a file and pass it as --chat-template FILE")
 
 
-def losses(settings: ToolSettings) -> tuple[str, ...]:
-    plain = not number(settings["label_smoothing"] or 0)
-    given = settings.read("loss_type", names)
-    return tuple("sigmoid" if name == "robust" and plain else name for name in given)
-
-
 def centre(value: Any, settings: ToolSettings) -> Outcome:
     """`center_rewards_coefficient` also sets the objective, because no other key names it."""
     options = {"objective_options": {"centre": number(value)}} if number(value) else {}
@@ -227,12 +221,16 @@ TABLES: Mapping[str, Table] = {
     "trl-dpo": {
         "loss_type": (
             lambda value, settings: trainer.dpo_objective(
-                losses(settings), settings["loss_weights"], "loss_weights"
+                names(value), settings["loss_weights"], "loss_weights"
             ),
             ["sigmoid"],
         ),
         "beta": (
-            trainer.beta(lambda settings: trainer.DPO_LOSSES.get(next(iter(losses(settings)), ""))),
+            trainer.beta(
+                lambda settings: trainer.DPO_LOSSES.get(
+                    next(iter(settings.read("loss_type", names)), "")
+                )
+            ),
             0.1,
         ),
         "label_smoothing": trainer.dpo_label_smoothing,

@@ -50,8 +50,15 @@ class SamplingOptions:
 
     group: the number of completions per prompt.
     max_new_tokens: the maximum number of tokens of a completion.
-    fill: the maximum number of times that a group without a learning signal is sampled again.
-    updates: the number of weight updates per step.
+    temperature: the temperature of sampling, also in the loss.
+    dynamic_sampling: the maximum number of times that a group without a learning signal is sampled
+        again (DAPO: Yu et al. 2025, arXiv 2503.14476, section 3.2).
+    updates: how often a step updates the weights with each mini-batch.
+    mini_batches: the number of parts of a step's prompts, each of which updates the weights.
+    entropy_floor: entropy in nats per token, below which the weight of an entropy bonus grows (He
+        et al. 2025, arXiv 2505.22312, section 4.2).
+    overlong: the number of tokens before `max_new_tokens` over which a penalty grows from 0 to 1
+        (DAPO, eq. 13).
     truncated: whether completions cut off at `max_new_tokens` count in the loss.
     long_prompts: whether prompts without room for `max_new_tokens` within max_length are an error.
     exact: make sampling and training log-probabilities bit-identical, which is slower.
@@ -66,8 +73,12 @@ class SamplingOptions:
 
     group: Annotated[int, Field(ge=2)] = 8
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    fill: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     updates: Annotated[int, Field(ge=1)] = 1
+    mini_batches: Annotated[int, Field(ge=1)] = 1
+    entropy_floor: Annotated[float, Field(ge=0)] = 0.0
+    overlong: Annotated[int, Field(ge=0)] = 0
     truncated: Literal["counted", "masked"] = "counted"
     long_prompts: Literal["refused", "dropped"] = "refused"
     exact: bool = False
@@ -83,6 +94,8 @@ def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyAlgorithm, SamplingOptions]:
     given = given_options(beta, options)
+    if "fill" in given:  # its name until 0.2
+        given["dynamic_sampling"] = given.pop("fill")
     names = [field.name for field in fields(SamplingOptions)]
     sampling_options = {name: given.pop(name) for name in names if name in given}
     sampling = checked_options(SamplingOptions, sampling_options, objective)

@@ -10,8 +10,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,6 +30,7 @@ from lorafold.data.render import Rendering
 from lorafold.data.row_store import Rows
 from lorafold.data.rows import to_rows
 from lorafold.data.tokenizing import Encoded, Encoder
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.episodes import Episode
@@ -68,11 +70,12 @@ if TYPE_CHECKING:
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
 LOWEST_SINCE_SIGNAL = "lowest reward since a signal"  # since the last step with a signal
 MAX_ADVANTAGE = 1e12  # squared gradients must not overflow fp32
+ENTROPY_WEIGHT, ENTROPY_STEP = "entropy weight", 0.005
 COLLAPSED_ENTROPY = 0.1  # nats per token; at less, nearly all completions of a prompt are equal
 SOLVED_HINT = "the rows are solved, unless the reward can be higher; try harder rows"
 NO_SIGNAL_HINTS = (
     "the prompts are too hard or too easy for the model; try easier rows, a reward with partial"
-    " credit, or more completions per prompt (group, fill)",
+    " credit, or more completions per prompt (group, dynamic_sampling)",
     "the policy has collapsed; try a lower learning rate, a higher beta, or more prompts per step"
     " (batch) and completions per prompt (group)",
 )  # indexed by whether the policy has collapsed
@@ -90,7 +93,10 @@ class RolloutLoss(Policy):
         rollouts: Rollouts,
         rewards: Rewards,
     ) -> None:
-        super().__init__(model, algorithm, support, pad_id, rollouts.max_new_tokens, rollouts.exact)
+        temperature = rollouts.sampling.temperature
+        super().__init__(
+            model, algorithm, support, pad_id, rollouts.max_new_tokens, rollouts.exact, temperature
+        )
         self.rollouts, self.rewards = (rollouts,), rewards  # a tuple hides submodules
         self.processes: Processes = SINGLE_PROCESS  # set by `refer`
 
@@ -112,6 +118,11 @@ class PolicyObjective(OnPolicy):
         environment = sampling.environment or request.environment
         if isinstance(environment, str) and environment:
             environment_name(environment)  # before the model loads
+        if not 0 <= sampling.overlong <= (0 if environment else sampling.max_new_tokens):
+            raise LorafoldError(
+                f"overlong: found {sampling.overlong}, expected at most max_new_tokens, or 0 in an"
+                " environment"
+            )
         tools = isinstance(environment, list | tuple) or str(environment).startswith("tools:")
         if not (sampling.rewards or request.rewards) and (tools or not environment):
             raise LorafoldError(
@@ -171,11 +182,13 @@ class PolicyObjective(OnPolicy):
         return prompt_data(table, rows, max_length - self.sampling.max_new_tokens, drops)
 
     def updates(
-        self, examples: Sequence[Rollout], loss: RolloutLoss
+        self, examples: Any, loss: RolloutLoss
     ) -> Iterator[Sequence[Rollout]]:
-        for update in range(self.sampling.updates):
-            loss.begin(update)
-            yield examples
+        figures, parts = examples.figures, self.sampling.mini_batches
+        loss.entropy, loss.entropy_weight = figures["entropy"], figures.get(ENTROPY_WEIGHT, 0.0)
+        for update, part in product(range(self.sampling.updates), range(parts)):
+            loss.begin(update, part)
+            yield examples[part::parts]
 
     def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
         assert isinstance(feed, StoredFeed)
@@ -213,7 +226,8 @@ class PolicyObjective(OnPolicy):
         with ExitStack() as stack:
             rewards = stack.enter_context(self._rewards(model, packing, console))
             rollouts = Rollouts(
-                model, tokenizer, sampling.group, sampling.max_new_tokens, exact=sampling.exact,
+                model, tokenizer, sampling.group, sampling.max_new_tokens,
+                Sampling(temperature=sampling.temperature), sampling.exact,
                 environment=stack.enter_context(environment_of(self.environment, self._calls)),
                 turns=self._turns,
             )  # fmt: skip
@@ -263,7 +277,7 @@ class PolicyObjective(OnPolicy):
         scored = first = sample(planned, key)
         tokens = first.tokens
         advantages, has_signal = self._advantages(scored)
-        for attempt in range(1, self.sampling.fill + 1):
+        for attempt in range(1, self.sampling.dynamic_sampling + 1):
             if not (empty := (~has_signal).nonzero().flatten().tolist()):
                 break
             more = sample([planned[i] for i in empty], key_of(key, attempt))
@@ -271,8 +285,12 @@ class PolicyObjective(OnPolicy):
             tokens += more.tokens
             advantages, has_signal = self._advantages(scored)
         figures = dict(first.figures)
-        if self.sampling.fill:
+        if self.sampling.dynamic_sampling:
             figures["groups drawn again"] = num_resampled / len(planned)
+        if floor := self.sampling.entropy_floor:
+            is_low, weight = figures["entropy"] < floor, loss.counts.get(ENTROPY_WEIGHT, 0.0)
+            weight = max(0.0, weight + (ENTROPY_STEP if is_low else -ENTROPY_STEP))
+            loss.counts[ENTROPY_WEIGHT], figures[ENTROPY_WEIGHT] = weight, weight * is_low
         reason = "" if bool(has_signal.any()) else self._no_signal_reason(scored, loss)
         rollouts = [
             Rollout.of(
@@ -309,7 +327,9 @@ class PolicyObjective(OnPolicy):
         training.
         """
         max_new_tokens, k = self.sampling.max_new_tokens, self.sampling.group
-        config = RewardSettings(max_length, max_new_tokens, k, seed=self.seed, turns=self._turns)
+        config = RewardSettings(
+            max_length, max_new_tokens, k, self.sampling.temperature, self.seed, self._turns
+        )
         with (
             self._rewards(model, "auto", Console(quiet=True)) as rewards,
             environment_of(self.environment, self._calls) as environment,
@@ -344,6 +364,11 @@ class PolicyObjective(OnPolicy):
         groups = loss.rollouts[0].sample(prompts, key)
         sampled = time.perf_counter()
         scored = RewardedRollouts.of(prompts, groups, loss.rewards, step=step)
+        if window := self.sampling.overlong:
+            lengths = torch.tensor([[len(one.logprobs) for one in group] for group in groups])
+            penalty = ((self.sampling.max_new_tokens - window - lengths) / window).clamp(-1, 0)
+            each = {**scored.each, "overlong": penalty}
+            scored = replace(scored, rewards=scored.rewards + penalty, each=each)
         seconds["drawing"] += sampled - start
         seconds["judging"] += time.perf_counter() - sampled
         if rewards := scored.rewards[~scored.rewards.isnan()].tolist():

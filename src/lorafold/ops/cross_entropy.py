@@ -88,13 +88,18 @@ class _HeadCrossEntropy(Function):
         return gh, None, None, None, *(_scaled(p, g, dtype) for p, dtype in of_leaves)
 
 
-def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+def head_losses(
+    h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float = 1.0
+) -> Tensor:
     """Returns the cross-entropy of each position, (n,) in fp32 or wider, for h (n, d) and targets
     (n,). h and the tensors of the head get gradients.
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).to(at_least_fp32(h)), targets, reduction="none")
+        logits = head(h).to(at_least_fp32(h))
+        if temperature != 1:  # rounds as sampling does
+            logits = (logits - logits.amax(-1, True)) / temperature
+        return F.cross_entropy(logits, targets, reduction="none")
 
     # with no positions, an empty chunk makes the gradients 0
     parts = [

@@ -91,10 +91,13 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
             start = time.perf_counter()
             with saving_on_failure(plan, progress, f"step {progress.step + 1}"):
                 examples = objective.examples(progress.step, next(rows), plan.loss)
-            batches = objective.updates(examples, plan.loss)
-            updates = [train_step(plan, batch, progress.step) for batch in batches]
+            updates, tokens = [], 0
+            for batch in objective.updates(examples, plan.loss):
+                tokens += sum(len(e.ids) for e in batch if plan.loss.learns(e))
+                updates.append(train_step(plan, batch, progress.step))
             progress.step += 1
-            record_step(plan, progress, display, examples, updates, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            record_step(plan, progress, display, examples, updates, tokens, seconds)
             evaluate = progress.step % eval_every == 0 or is_over(plan, progress)
             if evaluate and plan.held_out is not None:
                 evaluate_held_out(plan, progress, display)
@@ -158,10 +161,10 @@ def record_step(
     display: Display,
     examples: Sequence[Any],
     updates: Sequence[tuple[float, float]],
+    tokens: int,
     seconds: float,
 ) -> None:
     loss, norm = map(fmean, zip(*updates, strict=True))
-    tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
     progress.tokens += tokens
     progress.seconds += seconds

@@ -111,17 +111,20 @@ def labelled_loss(
 
 
 def token_losses(
-    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
-) -> Tensor:
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The next-token loss in nats of each labelled position, (n,), without second derivatives. The
     backward pass recomputes the logits of a trained or adapted head, so the same adapters must be
     active. With `own`, the model itself computes the logits, in matmuls large enough to be
     bit-identical to sampling.
     """
     h, targets, linear, _ = run_decoder(model, labels, inputs)
-    if linear is not None and not own:
-        return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_logits, model, least=FEW if own else 0))
+    if linear is not None and not own and (temperature == 1 or linear.cap is None):
+        scaled = linear._replace(scale=linear.scale / temperature)
+        return linear_cross_entropy(h, targets, scaled)
+    head = partial(head_logits, model, least=FEW if own else 0)
+    return head_losses(h, targets, head, temperature)
 
 
 def document_losses(

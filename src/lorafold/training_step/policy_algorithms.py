@@ -52,12 +52,15 @@ class SampledTokens(NamedTuple):
         d = self.reference - self.logps
         return d.exp() - d - 1
 
-    def mean(self, x: Tensor) -> Tensor:
-        """For each token, the mean (n,) of x (n,) over its completion."""
+    def total(self, x: Tensor) -> Tensor:
+        """For each token, the sum (n,) of x (n,) over its completion."""
         k = int(self.of.max()) + 1 if len(self.of) else 0
-        sums = x.new_zeros(k).index_add(0, self.of, x)
-        counts = x.new_zeros(k).index_add(0, self.of, torch.ones_like(x))
-        return (sums / counts.clamp(min=1))[self.of]
+        return x.new_zeros(k).index_add(0, self.of, x)[self.of]
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens (n,) of each token's completion."""
+        return self.total(torch.ones_like(self.logps))
 
 
 def deviation(x: Tensor) -> Tensor:
@@ -124,19 +127,6 @@ class Reinforce(PolicyAlgorithm):
 
 
 @validated_dataclass
-class Rloo(Reinforce):
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7): the baseline is the
-    mean reward of the group's other completions, and a completion is one action.
-    """
-
-    average: Average = "sums"
-
-    def baseline(self, rewards: Tensor) -> Tensor:
-        others = (~rewards.isnan()).sum(1, keepdim=True) - 1
-        return (rewards.nansum(1, keepdim=True) - rewards) / others
-
-
-@validated_dataclass
 class Ppo(PolicyAlgorithm):
     """The clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7). The baseline is the
     mean reward of the group instead of a learned value, and advantages are divided by the standard
@@ -192,7 +182,28 @@ class Gspo(Grpo):
     clip_high: Positive | None = 4e-4
 
     def ratios(self, tokens: SampledTokens) -> Tensor:
-        return tokens.mean(tokens.logps - tokens.sampled).exp()
+        return (tokens.total(tokens.logps - tokens.sampled) / tokens.lengths).exp()
+
+
+@validated_dataclass
+class Rloo(Ppo):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7): the baseline is the
+    mean reward of the group's other completions, and a completion is one action. After the first
+    update, the importance ratio of a completion is clipped, as in TRL.
+    """
+
+    average: Average = "sums"
+    scale: Scale = "none"
+
+    def baseline(self, rewards: Tensor) -> Tensor:
+        others = (~rewards.isnan()).sum(1, keepdim=True) - 1
+        return (rewards.nansum(1, keepdim=True) - rewards) / others
+
+    def ratios(self, tokens: SampledTokens) -> Tensor:
+        return tokens.total(tokens.logps - tokens.sampled).exp()
+
+    def surrogate(self, tokens: SampledTokens) -> Tensor:
+        return super().surrogate(tokens) / tokens.lengths
 
 
 @validated_dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -114,14 +115,16 @@ class Policy(BranchedLoss):
         pad_id: int,
         max_new_tokens: int,
         exact: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(model, support, pad_id)
+        self.temperature, self.entropy, self.entropy_weight = temperature, 0.0, 0.0
         self.algorithm, self.pace = algorithm, algorithm.pace
         self.max_new_tokens, self.exact, self.has_warned = max_new_tokens, exact, False
-        self.statistics, self.micro_batch = StepStatistics(), 0
-        # log-probabilities (n,) of each micro-batch before the step's first update, under the
-        # policy and the reference (None if unused)
-        self.initial_logps = list[tuple[Tensor, Tensor | None]]()
+        self.statistics, self.micro_batch, self.mini_batch = StepStatistics(), 0, 0
+        # log-probabilities (n,) of each micro-batch of a mini-batch before the step's first update,
+        # under the policy and the reference (None if unused)
+        self.initial_logps = defaultdict[int, list[tuple[Tensor, Tensor | None]]](list)
         # a 16-bit base rounds the inputs of fp32 adapters, so the smallest dtype decides
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.max_difference = MAX_LOGPROB_DIFFERENCE.get(size, MAX_LOGPROB_DIFFERENCE[2])
@@ -134,7 +137,8 @@ class Policy(BranchedLoss):
 
     def learns(self, example: Rollout) -> bool:
         pairs = zip(example.advantages, example.counted, strict=True)
-        return any(counts and (advantage or self.algorithm.beta > 0) for advantage, counts in pairs)
+        regularized = self.algorithm.beta > 0 or self.entropy_weight > 0
+        return any(counts and (advantage or regularized) for advantage, counts in pairs)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
         """The tensors of `layout_tensors`; `sampled_logps` (n,), the sampling log-probability of
@@ -150,13 +154,13 @@ class Policy(BranchedLoss):
         inputs["weights"] = counted / sizes.get(self.algorithm.average, torch.ones_like(lengths))
         return send_all(inputs, device)
 
-    def begin(self, update: int) -> None:
-        """Starts update number `update` of a step; importance ratios are relative to the weights
-        before update 0.
+    def begin(self, update: int, mini_batch: int = 0) -> None:
+        """Starts an update of a step with one of its mini-batches; importance ratios are relative
+        to the weights before the step.
         """
-        self.micro_batch = 0
+        self.micro_batch, self.mini_batch = 0, mini_batch
         if not update:
-            self.initial_logps = []
+            self.initial_logps[mini_batch] = []
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """The loss in nats, (), of the tensors from `collate`."""
@@ -165,7 +169,7 @@ class Policy(BranchedLoss):
 
         def compute() -> Tensor:
             with document_layout(self.support, lens, labels.device):
-                return -token_losses(self.model, labels, inputs, self.exact)
+                return -token_losses(self.model, labels, inputs, self.exact, self.temperature)
 
         def compute_reference() -> Tensor:
             with evaluating(self), torch.no_grad(), self.below():
@@ -173,17 +177,22 @@ class Policy(BranchedLoss):
 
         logps = compute()
         of = send(at_labels(document, labels), logps.device)
-        if self.micro_batch == len(self.initial_logps):
-            self._compare(logps.detach(), sampled, compute_reference)
-            reference = compute_reference() if self.algorithm.beta else None
-            self.initial_logps.append((logps.detach(), reference))
-        tokens = SampledTokens(logps, *self.initial_logps[self.micro_batch], advantages[of], of)
+        initial = self.initial_logps[self.mini_batch]
+        if self.micro_batch == len(initial):
+            if not self.mini_batch:  # later ones begin with other weights than those of sampling
+                self._compare(logps.detach(), sampled, compute_reference)
+                sampled = logps.detach()
+            initial.append((sampled, compute_reference() if self.algorithm.beta else None))
+        tokens = SampledTokens(logps, *initial[self.micro_batch], advantages[of], of)
         self.micro_batch += 1
         self.statistics.tokens += len(logps)
         self.statistics.clipped += int(self.algorithm.clipped(tokens).sum())
         if tokens.reference is not None:
             self.statistics.kl += float(tokens.kl.detach().sum())
-        return (self.algorithm.loss(tokens) * weights[of]).sum()
+        loss = self.algorithm.loss(tokens)
+        if self.entropy_weight:  # the gradient of the entropy, estimated from the samples
+            loss = loss + self.entropy_weight * tokens.ratios * (logps.detach() + self.entropy)
+        return (loss * weights[of]).sum()
 
     def figures(self, processes: Processes = SINGLE_PROCESS) -> dict[str, float]:
         own, self.statistics = self.statistics, StepStatistics()
