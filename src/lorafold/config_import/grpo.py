@@ -237,7 +237,7 @@ def updates_per_sample(factor: str) -> Reader:
         sampled = integer(value) / (count(factor, settings) if factor else 1)
         if sampled <= count("gradient_accumulation_steps", settings):
             return mapped("each step trains on the completions that it samples")
-        return changed("TRL makes several updates per sample; for these, set batch and mini_batches")
+        return changed("TRL makes several updates per sample; for that, set mini_batches")
 
     return read
 
