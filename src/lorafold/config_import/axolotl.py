@@ -27,6 +27,7 @@ from lorafold.config_import.rules import (
     SourceDataset,
     Table,
     ToolSettings,
+    Values,
     by_value,
     changed,
     choice,
@@ -210,14 +211,14 @@ def _datasets(value: Any, settings: ToolSettings) -> Outcome:
     return data_outcome([*map(_dataset, sources)], objective)
 
 
-def _dataset(one: Mapping[str, Any]) -> SourceDataset:
+def _dataset(one: Values) -> SourceDataset:
     return dataset(
         one["path"], one.get("name"), one.get("split"), one.get("data_files"),
         columns=_columns(one), remarks=_remarks(one), kind=f" ({one.get('type', 'no type')})",
     )  # fmt: skip
 
 
-def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
+def _columns(one: Values) -> dict[str, Any]:
     kind, turns = one.get("type"), one.get("field_messages") or "messages"
     if isinstance(kind, Mapping):
         names = ("instruction", "input", "output", "system")
@@ -233,12 +234,12 @@ def _columns(one: Mapping[str, Any]) -> dict[str, Any]:
     return {name: turns, "tools": one.get("field_tools")}
 
 
-def _properties(one: Mapping[str, Any]) -> tuple[str, ...]:
+def _properties(one: Values) -> tuple[str, ...]:
     given = one.get("message_property_mappings") or {}
     return tuple(str(given.get(k) or one.get(f"message_field_{k}") or k) for k in TURN_KEYS[0])
 
 
-def _remarks(one: Mapping[str, Any]) -> Iterator[str]:
+def _remarks(one: Values) -> Iterator[str]:
     kind, template = one.get("type"), one.get("chat_template")
     format_name, known = str(kind).split(".")[0], DATASET_KEYS | {"chat_template"}
     alpaca = format_name.split(":")[0] == "alpaca"

@@ -21,6 +21,7 @@ from lorafold.config_import.rules import (
     Rule,
     Table,
     ToolSettings,
+    Values,
     changed,
     choice,
     if_else,
@@ -71,7 +72,7 @@ def objective_of(settings: ToolSettings) -> str | None:
     return rl if rl in OTHER_LOSSES else "reward" if is_reward_model(settings) else None
 
 
-def flatten(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten(config: Values) -> Values:
     block = config.get(BLOCK)
     if config.get("rl") != "grpo" or not isinstance(block, Mapping):
         return config

@@ -23,6 +23,7 @@ from lorafold.config_import.rules import (
     SourceDataset,
     Table,
     ToolSettings,
+    Values,
     by_value,
     changed,
     choice,
@@ -245,7 +246,7 @@ def _listed_dataset(name: str, info: Any, folder: Path) -> SourceDataset:
     return dataset(path, subset, split, None, name, _columns(info), _remarks(info))
 
 
-def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
+def _columns(info: Values) -> dict[str, Any]:
     given, tags = info.get("columns") or {}, info.get("tags") or {}
     judged = {name: given.get(key) for name, key in NAMES["preference_columns"].items()}
     if info.get("formatting") != "sharegpt":
@@ -256,7 +257,7 @@ def _columns(info: Mapping[str, Any]) -> dict[str, Any]:
     return turns | (judged if info.get("ranking") or "kto_tag" in given else {})
 
 
-def _remarks(info: Mapping[str, Any]) -> Iterator[str]:
+def _remarks(info: Values) -> Iterator[str]:
     tags, given = info.get("tags") or {}, info.get("columns") or {}
     yield from rename_remarks(tags.get("role_tag", "from"), tags.get("content_tag", "value"))
     others = [key for key in ("history", "images", "videos", "audios") if given.get(key)]

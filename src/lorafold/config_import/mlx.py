@@ -22,6 +22,7 @@ from lorafold.config_import.rules import (
     SourceDataset,
     Table,
     ToolSettings,
+    Values,
     changed,
     choice,
     data_outcome,
@@ -50,7 +51,7 @@ COLUMN_KEYS: Mapping[str, str] = KEYS["names"]["mlx"]["columns"]  # by lorafold'
 is_lora = setting_in("fine_tune_type", "lora", "dora")
 
 
-def flatten_lora(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten_lora(config: Values) -> Values:
     block = config.get(BLOCK)
     if block is None:
         return config

@@ -15,6 +15,7 @@ from lorafold.config_import.rules import (
     UNKNOWN_KEY,
     Outcome,
     TranslatedKey,
+    Values,
     mapped,
     pass_option,
     unmapped,
@@ -42,7 +43,7 @@ OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 ADVICE: Mapping[str, str] = KEYS["names"]["peft"]["advice"]
 
 
-def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Values) -> tuple[TranslatedKey, ...]:
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters
@@ -96,7 +97,7 @@ def _method_outcomes(method: Method, spec: Spec, start: Any) -> Iterator[tuple[s
             yield field.key, mapped(f"the default of method {full_name}")
 
 
-def _selection_outcome(field: Field, value: Any, read: Mapping[str, Any]) -> Outcome:
+def _selection_outcome(field: Field, value: Any, read: Values) -> Outcome:
     if field.key in ADVICE:
         return unmapped(ADVICE[field.key]) if value not in (None, [], {}, "") else OFF
     if field.key == PARAMETERS.key and value:

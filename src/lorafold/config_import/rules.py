@@ -27,6 +27,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import ADAPTER_FIELDS
 
 T = TypeVar("T")
+Values = Mapping[str, Any]  # the keys of a file, or of an object in it
 
 UNKNOWN_KEY = "unknown key"
 PLACEHOLDER = "--data DATA"
@@ -41,7 +42,7 @@ class Outcome:
     """
 
     status: Literal["taken", "changed", "left"]
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Values = field(default_factory=dict)
     remark: str = ""
     flag: str = ""
 
@@ -60,8 +61,8 @@ class TranslatedKey:
 class ToolSettings:
     """The value of each key in the file, or the tool's default if the key is absent or null."""
 
-    config: Mapping[str, Any]
-    defaults: Mapping[str, Any]
+    config: Values
+    defaults: Values
 
     def __getitem__(self, key: str) -> Any:
         value = self.config.get(key)
@@ -280,7 +281,7 @@ BY_VALUE: Mapping[str, Callable[[Any], Reader]] = {
 
 
 def apply_rules(
-    rules: Sequence[Rule], config: Mapping[str, Any], objects: Collection[str] = ()
+    rules: Sequence[Rule], config: Values, objects: Collection[str] = ()
 ) -> tuple[TranslatedKey, ...]:
     """Converts every key of `config`, and the tool's defaults that matter. A value that is an
     `Expression` is not read, except for keys of `objects`, nor is a batch computed from one.
@@ -303,7 +304,7 @@ def apply_rules(
     return tuple(result)
 
 
-def _apply(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def _apply(rules: Sequence[Rule], config: Values) -> tuple[TranslatedKey, ...]:
     """If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so
     the file's values are left out.
     """
@@ -349,7 +350,7 @@ def _without_adapter_fields(entries: Sequence[TranslatedKey]) -> Iterator[Transl
 class SourceDataset:
     name: str
     path: str | None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Values = field(default_factory=dict)
     remarks: Sequence[str] = ()
 
     def __str__(self) -> str:
@@ -358,7 +359,7 @@ class SourceDataset:
 
 def dataset(
     path: Any, config: Any = None, split: Any = None, files: Any = None, name: str = "",
-    columns: Mapping[str, Any] = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
+    columns: Values = MappingProxyType({}), remarks: Iterable[str] = (), kind: str = "",
 ) -> SourceDataset:  # fmt: skip
     """A dataset as the other tool loads it with `datasets`. lorafold reads only the default
     configuration and the split train, so other values become remarks. `kind` follows the path in
@@ -418,7 +419,7 @@ def expected_rows(objective: str | None) -> str:
     return f"pass --data with rows of {rows}"
 
 
-def objects_with_path(value: Any) -> list[Mapping[str, Any]]:
+def objects_with_path(value: Any) -> list[Values]:
     objects = value if isinstance(value, list) else [value]
     for one in objects:
         if not isinstance(one, dict) or not one.get("path"):

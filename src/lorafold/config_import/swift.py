@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.config_import import rules, trainer, trl
-from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
+from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, Values, mapped
 from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
 
 SFT = "sft"  # for a file without rlhf_type
-NAMES: Mapping[str, Mapping[str, Any]] = rules.KEYS["names"]["swift"]
+NAMES: Mapping[str, Values] = rules.KEYS["names"]["swift"]
 KINDS = NAMES["kinds"]
 AUTO = "auto"  # for a file without a value
 DATASET = re.compile(r"(?:(hf|ms)::)?([^#:]*):?([^#]*)#?(.*)", re.IGNORECASE)
@@ -129,7 +129,7 @@ KNOWN = frozenset(rule.key for one in RULES.values() for rule in one).union(
 )
 
 
-def read_keys(config: Mapping[str, Any]) -> tuple[rules.TranslatedKey, ...]:
+def read_keys(config: Values) -> tuple[rules.TranslatedKey, ...]:
     settings = ToolSettings(config, {"rlhf_type": SFT})
     name = settings.read("rlhf_type", lambda value: rules.choice(value, *RULES))
     renamed = NAMES["renamed"]["all"] | NAMES["renamed"].get(name, {})

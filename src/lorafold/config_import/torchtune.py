@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorafold.config_import import mlx, rules, trainer
-from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, mapped
+from lorafold.config_import.rules import Outcome, SourceDataset, Table, ToolSettings, Values, mapped
 from lorafold.errors import LorafoldError
 from lorafold.foreign_options import integer, names, number
 from lorafold.models.quantizations import bnb_storage
@@ -25,7 +25,7 @@ OBJECTIVES = NAMES["objectives"]
 COLUMNS = {"input": "prompt", "output": "completion"}
 
 
-def flatten(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def flatten(config: Values) -> Values:
     """Keys of a command line, such as model.lora_rank, follow their block and replace its keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -53,7 +53,7 @@ def is_quantized(settings: ToolSettings) -> bool:
     return component("model", settings).startswith("qlora") or bool(settings["model.quantize_base"])
 
 
-def datasets(settings: ToolSettings) -> list[Mapping[str, Any]]:
+def datasets(settings: ToolSettings) -> list[Values]:
     flat = {k.removeprefix(DATASET): v for k, v in settings.config.items() if k.startswith(DATASET)}
     several = settings["dataset"] or [flat]
     if not isinstance(several, list) or not all(isinstance(one, Mapping) for one in several):
@@ -103,7 +103,7 @@ def _dataset(value: Any, settings: ToolSettings) -> Outcome:
     return rules.data_outcome(sources, None if objective == "sft" else objective)
 
 
-def _source(one: Mapping[str, Any]) -> SourceDataset:
+def _source(one: Values) -> SourceDataset:
     builder = str(one.get("_component_")).rpartition(".")[2].removesuffix("_dataset")
     own, given = COLUMNS if builder == "instruct" else {}, one.get("column_map")
     theirs = given if isinstance(given, Mapping) else {key: key for key in own}
@@ -116,7 +116,7 @@ def _source(one: Mapping[str, Any]) -> SourceDataset:
     )  # fmt: skip
 
 
-def _remarks(one: Mapping[str, Any], builder: str) -> Iterator[str]:
+def _remarks(one: Values, builder: str) -> Iterator[str]:
     alpaca = builder.startswith("alpaca")
     if alpaca:
         yield "lorafold uses the model's chat template, not its prompt format (### Instruction:)"

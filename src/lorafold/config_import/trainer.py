@@ -4,7 +4,7 @@ to PEFT, as of transformers 5.24 and PEFT 0.21.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -16,6 +16,7 @@ from lorafold.config_import.rules import (
     Reader,
     Table,
     ToolSettings,
+    Values,
     changed,
     if_else,
     mapped,
@@ -260,7 +261,7 @@ def has_reference(objective: str | None) -> bool:
     return bool(algorithm_class(OBJECTIVES[objective], preference_algorithms).has_reference)
 
 
-def options_of(objective: str | None) -> Mapping[str, Any]:
+def options_of(objective: str | None) -> Values:
     return {} if objective is None else OBJECTIVES[objective].options()
 
 

@@ -41,6 +41,7 @@ from lorafold.config_import.rules import (
     Outcome,
     Rule,
     TranslatedKey,
+    Values,
     apply_rules,
     static_rows,
     table,
@@ -93,11 +94,11 @@ class Tool:
     known: frozenset[str] | None
 
 
-ReadKeys = Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+ReadKeys = Callable[[Values], tuple[TranslatedKey, ...]]
 
 
 def _from_rules(
-    rules: Sequence[Rule], flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    rules: Sequence[Rule], flatten: Callable[[Values], Values] = dict
 ) -> tuple[ReadKeys, frozenset[str]]:
     """Reads a file with a table of rules; `flatten` moves keys in blocks to the top level."""
     known = frozenset(name for rule in rules for name in (rule.key, rule.key.split(".")[0]))
@@ -274,7 +275,7 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
 
 
-def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
+def _read(path: Path, kind: str | None) -> tuple[Values, str]:
     """The settings of a file, and the kind of tool that a shell script starts."""
     text = read_text(path, SETTINGS)
     if not text.strip():
@@ -293,7 +294,7 @@ def _read(path: Path, kind: str | None) -> tuple[Mapping[str, Any], str]:
     return read_object(path) if path.suffix == ".json" else parse_fields(text, path, SETTINGS), ""
 
 
-def _read_shell(path: Path, text: str) -> tuple[Mapping[str, Any], str]:
+def _read_shell(path: Path, text: str) -> tuple[Values, str]:
     try:
         trainings = [(words, found) for words in _commands(text) if (found := _launch(words))]
     except ValueError as error:
@@ -440,7 +441,7 @@ def _without_fields(entry: TranslatedKey, names: Sequence[str], method: str) -> 
     return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else outcome)
 
 
-def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
+def detect_tool(path: Path, config: Values) -> str:
     if found := [name for keys, name in UNSUPPORTED_FILES.items() if {*keys.split()} <= {*config}]:
         raise LorafoldError(f"{path}: found {REASONS[found[0]]}")
     markers, unknown = {}, {}
@@ -473,7 +474,7 @@ def detect_tool(path: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
+def _has(config: Values, key: str, equals: str, value: str) -> bool:
     given = config.get(key)
     values = given if isinstance(given, list) else [given]
     return key in config and (not equals or value in values)

@@ -20,6 +20,7 @@ from lorafold.config_import.rules import (
     Rule,
     Table,
     ToolSettings,
+    Values,
     changed,
     choice,
     data_outcome,
@@ -288,7 +289,7 @@ OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TABLES} | {
 
 
 def rules_over(
-    rules: Sequence[Rule], own: Sequence[Rule], defaults: Mapping[str, Any]
+    rules: Sequence[Rule], own: Sequence[Rule], defaults: Values
 ) -> tuple[Rule, ...]:
     """The rules of a tool that passes its settings to a trainer: its `own` rules, and the trainer's
     with the tool's `defaults`.

@@ -25,6 +25,7 @@ from lorafold.config_import.rules import (
     Table,
     ToolSettings,
     TranslatedKey,
+    Values,
     apply_rules,
     changed,
     data_outcome,
@@ -157,14 +158,14 @@ RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
 KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 
-def read_keys(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Values) -> tuple[TranslatedKey, ...]:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     own = NAMES["objects"].split()
     objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in own)}
     return apply_rules(rules, config, objects)
 
 
-def arguments_of(text: str, source: str) -> Mapping[str, Any]:
+def arguments_of(text: str, source: str) -> Values:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
@@ -220,7 +221,7 @@ def _arguments(call: ast.Call, names: Sequence[str]) -> Iterator[tuple[str, ast.
         yield keyword.arg or f"**{ast.unparse(keyword.value)}", keyword.value
 
 
-def _literals(tree: ast.Module) -> Mapping[str, Any]:
+def _literals(tree: ast.Module) -> Values:
     """The names to which the script assigns exactly once, with a literal, and these values."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]:
@@ -233,7 +234,7 @@ def _literals(tree: ast.Module) -> Mapping[str, Any]:
     return {name: value for name, value in values.items() if not isinstance(value, Expression)}
 
 
-def _value(node: ast.expr, literals: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, literals: Values) -> Any:
     if isinstance(node, ast.Name) and node.id in literals:
         return literals[node.id]
     try:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, Factors, LowRank, Opaque, Over, Upon
-from lorafold.core.layer import Layer, add
+from lorafold.core.delta import Delta, Factors, LowRank, Opaque, Over, Upon, of_under
+from lorafold.core.layer import Layer, WeightAndBias, add
 
 
 class Stack(Delta):
@@ -39,7 +39,7 @@ class Stack(Delta):
             layer = Over(delta, layer)  # type: ignore[arg-type]
         return layer(*args, **kwargs)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         for delta in self.deltas:
             w, b = delta.fold(w, b)  # type: ignore[operator]
         return w, b
@@ -89,7 +89,7 @@ class Mix(Delta):
         )
         return add(known_layer.y + change, onto).to(y.dtype)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         folded = [delta.fold(w, b) for delta in self.deltas]  # type: ignore[operator]
         w_sum = w + sum(gate * (wi - w) for gate, (wi, _) in zip(self.gates, folded, strict=True))
         changes = [
@@ -161,17 +161,12 @@ class Given(Upon):
     y: Tensor
     x: Tensor
 
+    dense = of_under("dense")
+    original = of_under("original")
+    sources = of_under("sources")
+
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if x is self.x:
             return add(self.y, onto)
         y = self.under(x, onto=onto)
         return y.to(torch.promote_types(y.dtype, self.y.dtype))
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.under.dense()
-
-    def original(self) -> Tensor:
-        return self.under.original()
-
-    def sources(self) -> list[Tensor] | None:
-        return self.under.sources()

@@ -15,7 +15,6 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, WeightAndBias
 from lorafold.core.rounding import rounded
 from lorafold.errors import LorafoldError, NotMergeable, differing_keys, listed, truncate
 
@@ -70,7 +69,7 @@ class Delta(nn.Module, ABC):
         """
 
     @abstractmethod
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         """Returns the changed weight (out, in) and bias (out,) or None, in the wider of the
         weight's and the delta's dtype.
 
@@ -122,7 +121,7 @@ DeltasByPath = Mapping[str, Delta]  # the deltas of one adapter by module path
 class Opaque(Delta):
     """Abstract: a change that can't be expressed in the weight."""
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         raise NotMergeable(
             f"{type(self).__name__} is not a change of weights, so it can't be merged"
         )
@@ -135,7 +134,7 @@ class Additive(Delta):
     def delta(self) -> Tensor:  # (out, in)
         """Returns dW (out, in), including every scale."""
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         return w + self.delta(), b
 
     def change(self, w: Tensor) -> Tensor:
@@ -231,61 +230,29 @@ def set_tensor(delta: Delta, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value.clone()
 
 
+def of_under(name: str) -> Any:
+    return property(lambda layer: getattr(layer.under, name))
+
+
 class Upon(Layer):
-    """Abstract: a layer on top of another layer, `under`."""
+    """Abstract: a layer on top of another layer, `under`, which computes all that it does not."""
 
     under: Layer
 
-    def op(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op(x, m)
-
-    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op_once(x, m)
-
-    def reading_once(self) -> AbstractContextManager[object]:
-        return self.under.reading_once()
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return self.under.drop(x, p)
-
-    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
-        return self.under.branch(x, down, up, p)
-
-    def scale(
-        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
-    ) -> Tensor:
-        return self.under.scale(y, g, c, onto)
-
-    def each(self, v: Tensor) -> Tensor:
-        return self.under.each(v)
-
-    @property
-    def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.under.matrices
-
-    @property
-    def window(self) -> int:  # type: ignore[override]
-        return self.under.window
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.under.shape
-
-    @property
-    def takes_ids(self) -> bool:  # type: ignore[override]
-        return self.under.takes_ids
-
-    @property
-    def takes_vectors(self) -> bool:
-        return self.under.takes_vectors
-
-    @property
-    def has_bias(self) -> bool:
-        return self.under.has_bias
-
-    @property
-    def module(self) -> nn.Module:  # type: ignore[override]
-        return self.under.module
+    op = of_under("op")
+    op_once = of_under("op_once")
+    reading_once = of_under("reading_once")
+    drop = of_under("drop")
+    branch = of_under("branch")
+    scale = of_under("scale")
+    each = of_under("each")
+    matrices = of_under("matrices")
+    window = of_under("window")
+    shape = of_under("shape")
+    takes_ids = of_under("takes_ids")
+    takes_vectors = of_under("takes_vectors")
+    has_bias = of_under("has_bias")
+    module = of_under("module")
 
 
 @dataclass(eq=False)
@@ -298,7 +265,7 @@ class Over(Upon):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.delta(self.under, *args, **kwargs)
 
-    def dense(self) -> tuple[Tensor, Tensor | None]:
+    def dense(self) -> WeightAndBias:
         return self.delta.fold(*self.under.dense())
 
     def original(self) -> Tensor:

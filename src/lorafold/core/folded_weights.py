@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
 
 from lorafold.core.delta import Delta, on_meta
-from lorafold.core.layer import BaseLayer
+from lorafold.core.layer import BaseLayer, WeightAndBias
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 
@@ -258,9 +258,7 @@ class FoldedRead:
 
         return as_stored
 
-    def _fold(
-        self, w: Tensor, b: Tensor | None, meta: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def _fold(self, w: Tensor, b: Tensor | None, meta: bool = False) -> WeightAndBias:
         for adapter, delta in self.deltas.items():
             try:
                 w, b = (on_meta(delta) if meta else delta).fold(w, b)

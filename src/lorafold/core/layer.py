@@ -21,6 +21,8 @@ from lorafold.core.contexts import recomputed
 from lorafold.core.rounding import rounded, scatter_added
 from lorafold.errors import LorafoldError
 
+WeightAndBias = tuple[Tensor, Tensor | None]  # W (*matrices, out, in), b (*matrices, out)
+
 
 def add(a: Tensor, b: Tensor | None) -> Tensor:
     """Returns a + b, of any shapes that broadcast, or a if b is None."""
@@ -64,7 +66,7 @@ class Layer(ABC):
         """
 
     @abstractmethod
-    def dense(self) -> tuple[Tensor, Tensor | None]:
+    def dense(self) -> WeightAndBias:
         """Returns W (out, in) in the compute dtype and b (out,) or None, with the deltas below
         folded in.
 
@@ -284,7 +286,7 @@ class BaseLayer(Layer):
         """Undoes `entered` after the last delta is detached."""
         return None
 
-    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+    def dense_like(self) -> WeightAndBias:
         """Returns W (out, in) and b (out,) or None like `dense`, on the meta device."""
         w, b = self.dense()
         return w.to("meta"), None if b is None else b.to("meta")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lorafold.core.combine import up_names_in
 from lorafold.core.contexts import in_backward, scope
 from lorafold.core.delta import Additive, Delta, DeltasByPath, Gained
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, WeightAndBias
 from lorafold.core.spec import Losses, Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
@@ -117,7 +117,7 @@ class DoRADelta(Delta):
             z = self.inner(layer, x)
         return layer.scale(z, g, c, onto)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         v, b = self.inner.fold(w, b)
         norms = torch.linalg.vector_norm(v.detach(), dim=-1)
         return (self.magnitude / F.threshold(norms, 0, 1))[..., None] * v, b

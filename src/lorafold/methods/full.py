@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, DeltasByPath
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, WeightAndBias
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 
@@ -37,7 +37,7 @@ class FullDelta(Delta):
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         return layer(*args, **kwargs)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         return w, b
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import ends_in
 from lorafold.core.delta import Delta, Gained
-from lorafold.core.layer import Layer
+from lorafold.core.layer import Layer, WeightAndBias
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 
@@ -54,7 +54,7 @@ class IA3Delta(Delta):
             return layer(layer.scale(x, self.l), onto=onto)
         return layer.scale(layer(x), self.l, onto=onto)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         if self.of_input:
             return w * self.l[..., None, :], b
         return self.l[..., None] * w, None if b is None else self.l * b

@@ -21,7 +21,7 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta
 from lorafold.core.expert_matrices import module_at
-from lorafold.core.layer import Layer, add, bare
+from lorafold.core.layer import Layer, WeightAndBias, add, bare
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, join_problems
@@ -92,7 +92,7 @@ class BiasDelta(Delta):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
         return layer(x, onto=add(layer.each(self.offset), onto))
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         return w, add(self.offset, b)
 
 
@@ -137,5 +137,5 @@ class ReplaceDelta(Delta):
         y = functional_call(self.copy, own, args, kwargs)
         return y if onto is None else y + onto
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         return layer_of(self.copy).dense()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import Anatomy, ends_in, tied_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, add, bare
+from lorafold.core.layer import Layer, WeightAndBias, add, bare
 from lorafold.core.targets import no_match
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import is_linear, layer_class, layer_of
@@ -96,7 +96,7 @@ class TokenRows(Delta):
         return w.index_copy(0, self.ascending[:old].to(w.device), rows[:old].to(dtype))
 
     @abstractmethod
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias: ...
 
 
 class EmbeddingRows(TokenRows):
@@ -110,7 +110,7 @@ class EmbeddingRows(TokenRows):
         rows = layer.op(at, self.sorted_rows(y.device).to(y.dtype).t())
         return torch.where(trained[..., None], add(rows, onto).to(y.dtype), y)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         return self.with_rows(w.t()).t(), b
 
 
@@ -133,7 +133,7 @@ class HeadRows(TokenRows):
             z = z.index_copy(-1, self.ascending[:old], logits[..., :old])
         return add(z, onto).to(z.dtype)
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fold(self, w: Tensor, b: Tensor | None) -> WeightAndBias:
         missing = self.num_new(len(w))
         if b is not None and missing:
             b = torch.cat([b, b.mean().expand(missing)])
