@@ -15,6 +15,7 @@ OLD_NAMES = {
     "--answers": ("--completions",),
     "--no-answers": ("--no-completions",),
 }
+Options = Mapping[str, Any]  # of a command, by name
 OTHER_NAMES = ALIASES | OLD_NAMES
 
 
@@ -32,9 +33,7 @@ class Word(NamedTuple):
     args: tuple[str, ...]
 
 
-def split_words(
-    args: Sequence[str], options: Mapping[str, Any], interspersed: bool = True
-) -> Iterator[Word]:
+def split_words(args: Sequence[str], options: Options, interspersed: bool = True) -> Iterator[Word]:
     """Yields the options and positional arguments of a command line. `options` contains each
     option under all of its names.
 

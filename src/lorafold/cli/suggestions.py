@@ -12,7 +12,7 @@ from re import match
 from shlex import join, quote, split
 from typing import Any
 
-from lorafold.cli.command_line import Word
+from lorafold.cli.command_line import Options, Word
 from lorafold.errors import LorafoldError, listed
 from lorafold.foreign_options import FOREIGN_OPTIONS, SERVER_OPTION_NAMES, SIMILARITY, TABLES
 
@@ -53,9 +53,7 @@ def unknown_command(
     return LorafoldError(f"unknown command {name}: {hint}")
 
 
-def unknown_options(
-    typed: Iterable[Word], options: Mapping[str, Any], path: str
-) -> LorafoldError | None:
+def unknown_options(typed: Iterable[Word], options: Options, path: str) -> LorafoldError | None:
     """Returns the error for the unknown options of a command line, or None if there are none.
     `path` is the command as typed, for example lorafold train.
     """
@@ -65,7 +63,7 @@ def unknown_options(
     return LorafoldError(listed(hints, "; ", MAX_HINTS_LENGTH)) if hints else None
 
 
-def _hint(name: str, typed: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
+def _hint(name: str, typed: Mapping[str, str | None], options: Options, path: str) -> str:
     names = {_normalized(option): option for option in options}
     plain, flags = _normalized(name), [option for option in options if option.startswith("-")]
     if names.get(plain) in flags:
@@ -90,7 +88,7 @@ def _hint(name: str, typed: Mapping[str, str | None], options: Mapping[str, Any]
     return hint or f"{path} --help{'' if rare is None or rare.hidden else '-all'} lists all options"
 
 
-def _server_hint(plain: str, options: Mapping[str, Any]) -> str:
+def _server_hint(plain: str, options: Options) -> str:
     counterpart = FOREIGN_OPTIONS.get(plain) if plain in SERVER_OPTION_NAMES else None
     if counterpart is None or f"--{counterpart.fields[0]}" not in options:
         return ""
@@ -98,9 +96,7 @@ def _server_hint(plain: str, options: Mapping[str, Any]) -> str:
     return f"use --{counterpart.fields[0]} {counterpart.example}".rstrip() + remark
 
 
-def _training_tool_hint(
-    key: str, values: Mapping[str, str | None], options: Mapping[str, Any]
-) -> str:
+def _training_tool_hint(key: str, values: Mapping[str, str | None], options: Options) -> str:
     samples = {name: SAMPLE_VALUES[0] if value is None else value for name, value in values.items()}
     problems, trains = [], "--lr" in options
     for value in dict.fromkeys([samples[key], *SAMPLE_VALUES]):
@@ -158,7 +154,7 @@ def _rule_tables() -> Iterator[Mapping[str, Any]]:
     yield from ({rule.key: rule for rule in one} for one in (*trl.RULES.values(), *tables))
 
 
-def _flags(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
+def _flags(name: str, value: Any, options: Options) -> Iterator[str]:
     from lorafold.cli.parameters import as_typed
 
     option = options.get(f"--{name.replace('_', '-')}")

@@ -6,14 +6,14 @@ arguments.
     found rows.jsonl without an option, expected --data rows.jsonl --out PATH; see ...
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
-from lorafold.cli.command_line import OTHER_NAMES, Word
+from lorafold.cli.command_line import OTHER_NAMES, Options, Word
 from lorafold.cli.suggestions import unknown_options
 from lorafold.errors import LorafoldError, truncate_middle, two_names_message
 
@@ -35,7 +35,7 @@ class TypedLine(NamedTuple):
     """A command line as typed; `path` is the command, for example lorafold train."""
 
     words: Sequence[Word]
-    options: Mapping[str, Any]
+    options: Options
     path: str
 
     @property

@@ -15,6 +15,7 @@ from lorafold.config_import.rules import (
     UNKNOWN_KEY,
     Outcome,
     TranslatedKey,
+    TranslatedKeys,
     Values,
     mapped,
     pass_option,
@@ -43,7 +44,7 @@ OBJECTIVES = {"CAUSAL_LM": "sft", "SEQ_CLS": "classify"}
 ADVICE: Mapping[str, str] = KEYS["names"]["peft"]["advice"]
 
 
-def read_keys(config: Values) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Values) -> TranslatedKeys:
     method = method_of(config)
     shared = [*SELECTION, BIAS] if method.preset is None else [*SELECTION[1:2], SELECTION[-1], BIAS]
     shared += [PARAMETERS] * method.parameters

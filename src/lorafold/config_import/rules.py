@@ -57,6 +57,9 @@ class TranslatedKey:
     outcome: Outcome
 
 
+TranslatedKeys = tuple[TranslatedKey, ...]
+
+
 @dataclass(frozen=True)
 class ToolSettings:
     """The value of each key in the file, or the tool's default if the key is absent or null."""
@@ -282,7 +285,7 @@ BY_VALUE: Mapping[str, Callable[[Any], Reader]] = {
 
 def apply_rules(
     rules: Sequence[Rule], config: Values, objects: Collection[str] = ()
-) -> tuple[TranslatedKey, ...]:
+) -> TranslatedKeys:
     """Converts every key of `config`, and the tool's defaults that matter. A value that is an
     `Expression` is not read, except for keys of `objects`, nor is a batch computed from one.
     """
@@ -304,7 +307,7 @@ def apply_rules(
     return tuple(result)
 
 
-def _apply(rules: Sequence[Rule], config: Values) -> tuple[TranslatedKey, ...]:
+def _apply(rules: Sequence[Rule], config: Values) -> TranslatedKeys:
     """If a rule passes `--init-adapter`, this adapter determines the method, rank and targets, so
     the file's values are left out.
     """

@@ -129,7 +129,7 @@ KNOWN = frozenset(rule.key for one in RULES.values() for rule in one).union(
 )
 
 
-def read_keys(config: Values) -> tuple[rules.TranslatedKey, ...]:
+def read_keys(config: Values) -> rules.TranslatedKeys:
     settings = ToolSettings(config, {"rlhf_type": SFT})
     name = settings.read("rlhf_type", lambda value: rules.choice(value, *RULES))
     renamed = NAMES["renamed"]["all"] | NAMES["renamed"].get(name, {})

@@ -41,6 +41,7 @@ from lorafold.config_import.rules import (
     Outcome,
     Rule,
     TranslatedKey,
+    TranslatedKeys,
     Values,
     apply_rules,
     static_rows,
@@ -94,7 +95,7 @@ class Tool:
     known: frozenset[str] | None
 
 
-ReadKeys = Callable[[Values], tuple[TranslatedKey, ...]]
+ReadKeys = Callable[[Values], TranslatedKeys]
 
 
 def _from_rules(
@@ -130,13 +131,13 @@ class Translation:
     source: Path
     tool: str
     recipe: Recipe
-    taken: tuple[TranslatedKey, ...]
-    changed: tuple[TranslatedKey, ...]
-    left: tuple[TranslatedKey, ...]
+    taken: TranslatedKeys
+    changed: TranslatedKeys
+    left: TranslatedKeys
     note: str = ""
 
     @property
-    def entries(self) -> tuple[TranslatedKey, ...]:
+    def entries(self) -> TranslatedKeys:
         return (*self.taken, *self.changed, *self.left)
 
     @property

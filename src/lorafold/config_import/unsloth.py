@@ -24,7 +24,7 @@ from lorafold.config_import.rules import (
     Rule,
     Table,
     ToolSettings,
-    TranslatedKey,
+    TranslatedKeys,
     Values,
     apply_rules,
     changed,
@@ -158,7 +158,7 @@ RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
 KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
 
 
-def read_keys(config: Values) -> tuple[TranslatedKey, ...]:
+def read_keys(config: Values) -> TranslatedKeys:
     rules = RULES[TRAINERS.get(config.get("trainer", ""), "trl-sft")]
     own = NAMES["objects"].split()
     objects = {"bf16", "fp16", *(r.key for r in MAIN_RULES if r.key.split(".")[-1] in own)}

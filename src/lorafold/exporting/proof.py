@@ -19,7 +19,7 @@ engine differs only in the selected expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
 from lorafold.engine.kv_cache import common_length
 from lorafold.errors import LorafoldError
-from lorafold.exporting.target import Progress, Subject
+from lorafold.exporting.target import Job, Progress, Subject
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import render_text
 from lorafold.generation import complete_tokens, end_tokens, prompt_ids
@@ -47,13 +47,14 @@ from lorafold.merging.run import load_adapted
 BUILT_IN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 GREEDY_TOKENS = 16  # tokens of a greedy text
 ROUTER = "TopKRouter"  # suffix of transformers' routers, which return logits, scores, experts
+TokenIds = tuple[tuple[int, ...], ...]  # one text after another
 NEAR_TIE = 0.02  # difference of logits; a larger one is not due to rounding
 
 
 @dataclass(frozen=True)
 class ProofPrompts:
     texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
+    ids: TokenIds
     chats: tuple[dict[str, Any], ...]
 
 
@@ -65,7 +66,7 @@ class Answers:
 
     adapted: Tensor
     base: Tensor
-    greedy: tuple[tuple[int, ...], ...]
+    greedy: TokenIds
 
 
 def prompts_of(
@@ -172,7 +173,7 @@ class ReferenceAnswers:
         answers = Answers(*(column[:n] for column in vars(self.answers).values()))
         return replace(self, prompts=prompts, answers=answers)
 
-    def job(self, needs: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    def job(self, needs: Job, directory: Path) -> dict[str, Any]:
         """The job for an engine's program; `{out}` is replaced by the directory."""
         placed = {
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
@@ -204,7 +205,7 @@ class EngineAnswers:
 
     adapted: Tensor
     base: Tensor | None
-    greedy: tuple[tuple[int, ...], ...]
+    greedy: TokenIds
     engine: str
     version: str
     unused: tuple[str, ...] = ()

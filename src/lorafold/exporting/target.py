@@ -163,6 +163,7 @@ Word = str | Callable[[str], str]  # or a function of the directory
 Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
 FULL_ATTENTION = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
+Job = Mapping[str, Any]  # what the program of an engine is given
 ORIGINAL = MergeTarget("original", None)
 
 
@@ -263,7 +264,7 @@ class ExportedFiles:
     files: Sequence[str]
     launch: Sequence[Line]
     notes: Sequence[str] = ()
-    job: Mapping[str, Any] = field(default_factory=dict)
+    job: Job = field(default_factory=dict)
 
 
 class Target(ABC):
@@ -293,11 +294,11 @@ class Target(ABC):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
         """Writes the files into a directory that appears when it is complete."""
 
-    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Job:
         """Creates additional inputs of the engine's job that only the verification needs."""
         return {}
 
-    def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+    def further_jobs(self, subject: Subject) -> Mapping[str, Job]:
         """Changes to the job for additional runs by name; their results are only reported."""
         return {}
 

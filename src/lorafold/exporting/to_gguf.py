@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import gguf
 
@@ -33,7 +33,15 @@ from lorafold.exporting.gguf_model import (
     write_model,
 )
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, base_reference, write_template
-from lorafold.exporting.target import ExportedFiles, Line, Progress, Subject, Target, lora_problems
+from lorafold.exporting.target import (
+    ExportedFiles,
+    Job,
+    Line,
+    Progress,
+    Subject,
+    Target,
+    lora_problems,
+)
 from lorafold.models.loading import prequantized_storage
 
 ADAPTER_FILE = "adapter.gguf"
@@ -81,14 +89,14 @@ class GgufAdapter(Target):
         launch = (f"{command}  # writes {file}", *self.use(file, options))
         return ExportedFiles(files, launch, notes, JOB)
 
-    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+    def proof_job(self, subject: Subject, scratch: Path, progress: Progress) -> Job:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
         tensors = "F32" if sum(p.numel() for p in subject.model.parameters()) < 1 << 30 else "F16"
         write_model(subject.base.source.path, base, tensors, progress)
         return {"base": str(base)}
 
-    def further_jobs(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+    def further_jobs(self, subject: Subject) -> Mapping[str, Job]:
         files = subject.base.source.gguf.files[:1] if subject.base.source.gguf else ()
         return {f"over {file.name}": {"base": str(file)} for file in files}
 

@@ -63,7 +63,7 @@ from lorafold.peft.config import (
 from lorafold.peft.convolution import TUCKER_CORES, multiply_tucker_cores
 from lorafold.peft.form import DROPOUT, PER_EXPERT, format_of, warn_limits, with_dropout
 from lorafold.peft.provenance import DIGEST_FILES, RecordedBase, TrainingStorage, parse_over
-from lorafold.peft.table_types import ROOT
+from lorafold.peft.table_types import ROOT, JsonObject
 from lorafold.peft.tensors import Parts, key_problem, nonfinite_problem, saved_tensors, sites_of
 
 FILES = (CONFIG, WEIGHTS, RECORD)
@@ -98,7 +98,7 @@ class SavedAdapter:
     weights: InMemory
     own_base: RecordedBase  # the base that the adapter was trained on
     over: tuple[Origin, ...]  # the base adapters, lowest first
-    record: Mapping[str, Any]  # lorafold.json; empty if PEFT wrote the adapter
+    record: JsonObject  # lorafold.json; empty if PEFT wrote the adapter
     task: str | None  # PEFT's type of task
     files: Mapping[str, tuple[int, str]]  # size and hex SHA-256 of each file that was read
     sha256: str  # of DIGEST_FILES
@@ -147,7 +147,7 @@ class SavedAdapter:
         return str(self.path)
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def recipe(self) -> JsonObject:
         """The training recipe with current field names; empty if the adapter has none."""
         return current_names(self.record.get("recipe") or {})
 

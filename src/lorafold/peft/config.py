@@ -38,7 +38,7 @@ from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import AdapterFormat, rename_patterns, select, shortest_names
 from lorafold.peft.table import METHODS, unlisted_methods
 from lorafold.peft.table_lora import with_init
-from lorafold.peft.table_types import Field, Method, Regex, TargetModule
+from lorafold.peft.table_types import Field, JsonObject, Method, Regex, TargetModule
 from lorafold.peft.tokens import INDICES, TokenIds, config_entry
 
 CONFIG = "adapter_config.json"
@@ -146,9 +146,7 @@ def write_config(
     return dict(sorted(config.items()))
 
 
-def read_config(
-    config: Mapping[str, Any], called: str = CONFIG
-) -> tuple[Spec, PeftSelection, Bias]:
+def read_config(config: JsonObject, called: str = CONFIG) -> tuple[Spec, PeftSelection, Bias]:
     """Parses adapter_config.json. The error lists invalid and unsupported fields."""
     method = method_of(config)
     spec, problems = method.read(config)
@@ -197,7 +195,7 @@ def read_new(config: Any, model_type: str) -> tuple[Spec, PeftSelection, Bias]:
     return replace(spec, over=over) if values["use_dora"] else over, selection, bias
 
 
-def method_of(config: Mapping[str, Any]) -> Method:
+def method_of(config: JsonObject) -> Method:
     """The row for a config in the table of methods."""
     kind = config.get("peft_type")
     of_kind = [m for m in METHODS if m.peft_type == kind]

@@ -15,13 +15,11 @@ file is read, the core is multiplied into one of the factors, which leaves the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from lorafold.models.weights import InMemory
-from lorafold.peft.table_types import TargetModule
+from lorafold.peft.table_types import TargetModule, Tensors
 
 TUCKER_CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
 
@@ -46,7 +44,7 @@ def from_channels(v: Tensor, site: TargetModule) -> Tensor:
     return v.flatten()
 
 
-def lora_a_problem(a: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def lora_a_problem(a: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for a file's lora_A (r, channels, ...), or None. If it has all input
     channels of a grouped convolution, the update mixes groups, which the weight can't represent.
     """
@@ -70,7 +68,7 @@ def full_w2(w2: Tensor, site: TargetModule) -> Tensor:
     return w2 if len(site.window) == 1 else to_kernel(w2, site)
 
 
-def w2_problem(w2: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def w2_problem(w2: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for a file's lokr_w2 (any shape), or None.
 
     For a Conv1d, PEFT 0.21 computes kron(w2, w1) from a full w2 (o2, i2, k), but kron(w1, w2) from

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from dataclasses import Field as OfSpec
 from math import prod
@@ -33,7 +33,16 @@ from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace
 from lorafold.methods.linear_probe import LinearProbe
 from lorafold.methods.mixture import GATES, Mixture, MixtureDelta, RoutedDelta
 from lorafold.methods.sparse import LTSFT, FishMask, SparseDelta
-from lorafold.peft.table_types import Check, Field, FileTensor, Method, TargetModule, fixed, named
+from lorafold.peft.table_types import (
+    Check,
+    Field,
+    FileTensor,
+    Method,
+    TargetModule,
+    Tensors,
+    fixed,
+    named,
+)
 
 PREFIX = "LORAFOLD_"
 
@@ -98,7 +107,7 @@ def _field(spec: type[Spec], field: OfSpec[Any]) -> Field:
     return Field(field.name, field.name, Any, default, to_file, from_file)
 
 
-def positions_problem(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def positions_problem(at: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for a sparse delta's positions (k,) in a row-major weight, or None. The file
     determines k.
     """
@@ -109,7 +118,7 @@ def positions_problem(at: Tensor, site: TargetModule, file: Mapping[str, Tensor]
     return f"expected ascending int64 positions in a weight of {' x '.join(map(str, shape))}"
 
 
-def values_problem(values: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def values_problem(values: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for a sparse delta's values (k,), or None."""
     at = file.get(f"{site.at}.sparse_at")
     if values.is_floating_point() and at is not None and values.shape == at.shape:
@@ -126,7 +135,7 @@ def fastfood_tensors(site: TargetModule) -> list[FileTensor]:
     return [FileTensor("scale", "{at}.fastfood_scale"), *vector]
 
 
-def owner_problem(owner: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+def owner_problem(owner: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for the adapter numbers (R,) of a mixture's columns, or None. The file
     determines R.
     """
@@ -141,7 +150,7 @@ def factor_problem(dim: int) -> Check:
     dimension `dim` is R.
     """
 
-    def problem(factor: Tensor, site: TargetModule, file: Mapping[str, Tensor]) -> str | None:
+    def problem(factor: Tensor, site: TargetModule, file: Tensors) -> str | None:
         owner = file.get(f"{site.at}.mixture_owner")
         delta: Any = site.delta
         expected = list((delta.up if dim == -1 else delta.down).shape)

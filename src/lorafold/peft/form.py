@@ -42,7 +42,7 @@ from lorafold.layers import is_linear, layer_class
 from lorafold.layers.dense import Conv1D
 from lorafold.layers.grouped import GroupedLinear
 from lorafold.peft.table import METHODS, expert_method, unlisted_methods
-from lorafold.peft.table_types import Method
+from lorafold.peft.table_types import JsonObject, Method
 from lorafold.peft.tokens import path_ends
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def warn_limits(form: AdapterFormat, path: object) -> None:
         )
 
 
-def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
+def with_dropout(spec: Spec, record: JsonObject) -> Spec:
     """The spec with the dropout in lorafold.json, if there is one."""
     if DROPOUT not in record:
         return spec

@@ -12,7 +12,7 @@ model card, the record or the tokenizer, and exists for PEFT's directories too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, missing_config_error
+from lorafold.peft.table_types import JsonObject
 
 DIGEST_FILES = (CONFIG, WEIGHTS)  # the files that an adapter's digest covers
 DIGEST_DIGITS = 12  # digits of a digest in messages
@@ -47,7 +48,7 @@ class TrainingStorage:
     dtype: str | None = None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> TrainingStorage | None:
+    def of(cls, record: JsonObject) -> TrainingStorage | None:
         """The training storage recorded in lorafold.json, or None."""
         names = record.get(TRAINED_ON)
         if names is None:
@@ -79,9 +80,7 @@ class RecordedBase:
     trained_on: TrainingStorage | None = None
 
     @classmethod
-    def of(
-        cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]
-    ) -> RecordedBase:
+    def of(cls, adapter: Path, config: JsonObject, record: JsonObject) -> RecordedBase:
         """Parses the contents of adapter_config.json and lorafold.json."""
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         return cls(
@@ -169,7 +168,7 @@ def over_record(over: Sequence[Origin]) -> dict[str, Any]:
     return {OVER: entries} if entries else {}
 
 
-def parse_over(record: Mapping[str, Any]) -> tuple[Origin, ...]:
+def parse_over(record: JsonObject) -> tuple[Origin, ...]:
     """The base adapters according to lorafold.json, lowest first."""
     entries = record.get(OVER, [])
     if not isinstance(entries, list) or not all(

@@ -9,7 +9,6 @@ modules to save. A method that PEFT lacks has a peft_type that only lorafold rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.peft import derived, table_lora, table_others
 from lorafold.peft.convolution import from_channels, to_channels
-from lorafold.peft.table_types import FileTensor, Method, TargetModule, TensorConversion
+from lorafold.peft.table_types import FileTensor, Method, TargetModule, TensorConversion, Tensors
 from lorafold.peft.tokens import ROWS
 
 BASIC = (*table_lora.METHODS, *table_others.METHODS)
@@ -96,9 +95,7 @@ def subtract_bias(bias: Tensor, site: TargetModule) -> Tensor:
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
-def buffer_problem(
-    name: str, found: Tensor, site: TargetModule, file: Mapping[str, Tensor]
-) -> str | None:
+def buffer_problem(name: str, found: Tensor, site: TargetModule, file: Tensors) -> str | None:
     """An error message for a buffer (any shape) of a module to save, or None. The buffer must equal
     the base's buffer, because a merged model keeps the base's.
     """

@@ -22,6 +22,8 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights
 
+JsonObject = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]  # of a file, by key
 ROOT = "base_model.model"
 # the types in the table that PEFT can load
 PEFT_TYPES = frozenset(
@@ -87,7 +89,7 @@ class Field:
     def _checked(self) -> TypeAdapter[Any]:
         return TypeAdapter(self.type)
 
-    def read(self, config: Mapping[str, Any]) -> Any:
+    def read(self, config: JsonObject) -> Any:
         value = config.get(self.key, self.default)
         try:
             checked = self._checked.validate_python(value, strict=True)
@@ -101,7 +103,7 @@ class Field:
 
 TensorConversion = Callable[[Tensor, TargetModule], Tensor]
 # (tensor of the file, target module, all tensors of the file) -> an error message, or None
-Check = Callable[[Tensor, TargetModule, Mapping[str, Tensor]], str | None]
+Check = Callable[[Tensor, TargetModule, Tensors], str | None]
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ class Method:
     spec: type[Spec]
     peft_type: str
     fields: tuple[Field, ...]
-    marks: Mapping[str, Any] = field(default_factory=dict)
+    marks: JsonObject = field(default_factory=dict)
     irrelevant: frozenset[str] = frozenset()
-    derived: Callable[[Sequence[TargetModule]], Mapping[str, Any]] = lambda sites: {}
+    derived: Callable[[Sequence[TargetModule]], JsonObject] = lambda sites: {}
     outer: type[Spec] | None = None
     biases: bool = True
     preset: str | None = None
@@ -175,7 +177,7 @@ class Method:
         mapped |= {f.key: f.to_file(mapped[f.key]) for f in self.fields if f.to_file}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
-    def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
+    def read(self, config: JsonObject) -> tuple[Spec | None, list[str]]:
         """The spec of a config and an empty list, or None and a message for each invalid field."""
         values, problems = {}, []
         for f in self.fields:

@@ -24,7 +24,7 @@ from lorafold.peft import derived
 from lorafold.peft.form import count_wrappers, exchanges_sides
 from lorafold.peft.table import TENSORS
 from lorafold.peft.table_lora import PARAMETER_DELTAS
-from lorafold.peft.table_types import ROOT, FileTensor, TargetModule
+from lorafold.peft.table_types import ROOT, FileTensor, TargetModule, Tensors
 from lorafold.peft.tokens import base_key
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
@@ -56,7 +56,7 @@ class SavedTensor:
         path, _, name = self.entry.attribute.rpartition(".")
         setattr(self.site.delta.get_submodule(path), name, value)
 
-    def problem(self, key: str, tensor: Tensor, file: Mapping[str, Tensor]) -> str | None:
+    def problem(self, key: str, tensor: Tensor, file: Tensors) -> str | None:
         """An error message for the file's tensor (any shape), or None."""
         if self.entry.check is not None:
             wrong = self.entry.check(tensor, self.site, file)

@@ -9,17 +9,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from lorafold.errors import LorafoldError, truncate_middle
 from lorafold.exporting.proof import EngineAnswers
+from lorafold.exporting.target import Job
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ ENGINES: dict[str, ExternalEngine] = {
 }
 
 
-def run_engine(name: str, job: Mapping[str, Any], python: str | None = None) -> EngineAnswers:
+def run_engine(name: str, job: Job, python: str | None = None) -> EngineAnswers:
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
         file, out = Path(scratch, "job.json"), Path(scratch, "answers.npz")
         file.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
