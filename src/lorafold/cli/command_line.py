@@ -33,7 +33,7 @@ class Word(NamedTuple):
     args: tuple[str, ...]
 
 
-def split_words(args: Sequence[str], options: Options, interspersed: bool = True) -> Iterator[Word]:
+def split_words(args: Sequence[str], options: Options, interspersed: bool) -> Iterator[Word]:
     """Yields the options and positional arguments of a command line. `options` contains each
     option under all of its names.
 

@@ -52,7 +52,7 @@ def emit(json: bool, result: Mapping[str, Any], text: str) -> None:
     typer.echo(text)
 
 
-def build_command(verb: Any, runner: Any = print_result, is_group: bool = False) -> BuiltCommand:
+def build_command(verb: Any, runner: Any, is_group: bool = False) -> BuiltCommand:
     """Builds the command of a public function, which `runner` gets as a partial with all arguments.
     A command with subcommands (`is_group`) does nothing if one of them is called.
     """

@@ -29,7 +29,7 @@ HINTS = {
 
 
 def unknown_command(
-    name: str, commands: Mapping[str, str], path: str, rest: Sequence[str] = (), option: str = ""
+    name: str, commands: Mapping[str, str], path: str, rest: Sequence[str], option: str
 ) -> LorafoldError:
     """Returns the error for an unknown subcommand `name` of the command `path`, whose subcommands
     are typed as in `commands`. `rest` contains the arguments after it. `option` is the option to
@@ -133,11 +133,9 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Any:
     for rules in _rule_tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
-            known = {rules[n].key: v for n, v in given.items() if n in rules}
-            # a key without effect among the others may have one by itself
             outcomes = (
                 rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
-                for others in (known, {})
+                for others in ({rules[n].key: v for n, v in given.items() if n in rules}, {})
             )
             return next(filter(None, outcomes), None)
     return None

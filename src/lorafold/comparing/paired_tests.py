@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby, takewhile
 from statistics import fmean
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from lorafold.comparing.measure import BASE, Measurement, Measurements
+from lorafold.core.anatomy import grouped
 from lorafold.evaluation.intervals import (
     Interval,
     loss_interval,
@@ -91,9 +92,8 @@ def held_out(measurements: Measurements) -> dict[str, Difference]:
 
 def indistinct_methods(measurements: Measurements) -> list[list[str]]:
     """Methods with the same loss on every row, whose different settings had no effect."""
-    names_by_losses: dict[Any, list[str]] = {}
-    for name, seeds in by_name(measurements).items():
-        names_by_losses.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
+    methods = by_name(measurements).items()
+    names_by_losses = grouped((tuple(s.row_losses for s in seeds), name) for name, seeds in methods)
     lower = lower_is_better(measurements)  # equal rewards may be due to chance
     return [names for names in names_by_losses.values() if lower and len(names) > 1]
 

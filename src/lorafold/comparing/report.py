@@ -55,8 +55,7 @@ class Quality:
         """
         known = [v for v in (*self.values, self.base) if v is not None]
         lows = [interval[0] for interval in self.intervals if interval]
-        apart = 0 < 5 * min([*known, *lows]) < max(known)
-        return "log" if self.lower and apart else "linear"
+        return "log" if self.lower and 0 < 5 * min([*known, *lows]) < max(known) else "linear"
 
     @property
     def order(self) -> list[int]:

@@ -23,7 +23,6 @@ from lorafold.config_import.rules import (
     TURN_KEYS,
     Outcome,
     Reader,
-    Rule,
     SourceDataset,
     Table,
     ToolSettings,
@@ -327,7 +326,7 @@ LORA_KEYS: Table = {
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
     **static_rows("axolotl_lora"),
 }
-RULES: tuple[Rule, ...] = (
+RULES = (
     *table(MAIN_KEYS),
     *table(LORA_KEYS, is_lora),
     *table(

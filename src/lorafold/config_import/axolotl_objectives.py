@@ -198,19 +198,21 @@ MAIN_KEYS: Table = {
     ),
     **static_rows("axolotl_objectives"),
 }
-DPO_KEYS: Table = {
-    "dpo_loss_type": (
-        lambda value, settings: trainer.dpo_objective(
-            names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
-        ),
-        ["sigmoid"],
-    ),
-    "dpo_loss_weights": _loss_weights,
-    "dpo_label_smoothing": trainer.dpo_label_smoothing,
-}
-RULES: tuple[Rule, ...] = (
+RULES = (
     *table(MAIN_KEYS),
-    *table(DPO_KEYS, setting_in("rl", "dpo")),
+    *table(
+        {
+            "dpo_loss_type": (
+                lambda value, settings: trainer.dpo_objective(
+                    names(value), settings["dpo_loss_weights"], "dpo_loss_weights"
+                ),
+                ["sigmoid"],
+            ),
+            "dpo_loss_weights": _loss_weights,
+            "dpo_label_smoothing": trainer.dpo_label_smoothing,
+        },
+        setting_in("rl", "dpo"),
+    ),
     *table({"cpo_alpha": (trainer.sft_term_of("simpo"), 1.0)}, setting_in("rl", "simpo")),
     *table(
         {

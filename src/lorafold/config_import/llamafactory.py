@@ -19,7 +19,6 @@ from lorafold.config_import.rules import (
     OFF,
     REASONS,
     Outcome,
-    Rule,
     SourceDataset,
     Table,
     ToolSettings,
@@ -252,8 +251,7 @@ def _columns(info: Values) -> dict[str, Any]:
     if info.get("formatting") != "sharegpt":
         return {name: given.get(key) for name, key in NAMES["instruction_columns"].items()} | judged
     is_openai = (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content")
-    theirs = given.get("messages") or "conversations"
-    turns = {"messages" if is_openai else "conversations": theirs}
+    turns = {"messages" if is_openai else "conversations": given.get("messages") or "conversations"}
     return turns | (judged if info.get("ranking") or "kto_tag" in given else {})
 
 
@@ -342,18 +340,15 @@ LORA_KEYS: Table = {
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
     **static_rows("llamafactory_lora"),
 }
-DPO_KEYS: Table = {
-    "dpo_label_smoothing": (_label_smoothing, 0.0),
-    **static_rows("llamafactory_dpo"),
-}
-REFERENCE_KEYS: Table = {
-    "ref_model": _ref_model,
-    "ref_model_quantization_bit": _ref_model_quantization_bit,
-}
-RULES: tuple[Rule, ...] = (
+RULES = (
     *table(MAIN_KEYS),
     *table(LORA_KEYS, is_lora),
-    *table(DPO_KEYS, is_dpo),
-    *table(REFERENCE_KEYS, has_reference),
+    *table(
+        {"dpo_label_smoothing": (_label_smoothing, 0.0), **static_rows("llamafactory_dpo")}, is_dpo
+    ),
+    *table(
+        {"ref_model": _ref_model, "ref_model_quantization_bit": _ref_model_quantization_bit},
+        has_reference,
+    ),
     *table(static_rows("llamafactory_quantization"), is_quantized),
 )

@@ -18,7 +18,6 @@ from lorafold.config_import.rules import (
     KEYS,
     Outcome,
     Reader,
-    Rule,
     SourceDataset,
     Table,
     ToolSettings,
@@ -232,7 +231,7 @@ LORA_KEYS: Table = {
     "lora_layers": _num_layers,
     **static_rows("mlx_lora"),
 }
-RULES: tuple[Rule, ...] = (
+RULES = (
     *table(MAIN_KEYS),
     *table({"learning_rate": (trainer.rate(is_lora), 1e-5)}, setting_in("lr_schedule", CONSTANT)),
     *table(LORA_KEYS, is_lora),

@@ -106,15 +106,12 @@ ROW_KEYS: dict[str, Any] = {
         lambda value, settings: mapped(accumulate=accumulation(settings)), AUTO,
     ),
 }
-SFT_KEYS: dict[str, Any] = {
-    "loss_scale": (_loss_scale, "default"),
-    **rules.static_rows("swift_sft"),
-}
 
 
 def _rules(name: str) -> tuple[rules.Rule, ...]:
     kind = KINDS.get(name, "trl-sft")
-    rows = {**MAIN_KEYS, **({SFT: ROW_KEYS | SFT_KEYS, "grpo": {}}.get(name, ROW_KEYS))}
+    sft = {"loss_scale": (_loss_scale, "default"), **rules.static_rows("swift_sft")}
+    rows = {**MAIN_KEYS, **{SFT: ROW_KEYS | sft, "grpo": {}}.get(name, ROW_KEYS)}
     rows |= {"rpo_alpha": trainer.sft_term_of("dpo")} if name == "dpo" else {}
     lora = {**LORA_KEYS, "lora_dropout": (trl.DROPOUTS[kind], 0.05)}
     dtype = rules.table(rules.static_rows("swift_dtype"), rules.setting_in("quant_bits", None))

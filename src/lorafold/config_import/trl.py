@@ -84,12 +84,6 @@ def _load_in_4bit(value: Any, settings: ToolSettings) -> Outcome:
 
 
 # ModelConfig and related keys
-MODEL_KEYS: Table = {
-    "use_peft": (_use_peft, False),
-    "load_in_4bit": (_load_in_4bit, False),
-    "torch_dtype": dtype,
-    **static_rows("trl_model"),
-}
 LORA_KEYS: Table = {
     "lora_target_modules": (
         lambda value, settings: (
@@ -102,7 +96,14 @@ LORA_KEYS: Table = {
     **static_rows("trl_lora"),
 }
 MODEL = (
-    *table(MODEL_KEYS),
+    *table(
+        {
+            "use_peft": (_use_peft, False),
+            "load_in_4bit": (_load_in_4bit, False),
+            "torch_dtype": dtype,
+            **static_rows("trl_model"),
+        }
+    ),
     *table({"dtype": (dtype, "float32")}, lambda settings: settings["torch_dtype"] is None),
     *table(LORA_KEYS, is_lora),
 )
@@ -288,9 +289,7 @@ OBJECTIVES = {kind: kind.removeprefix("trl-") for kind in TABLES} | {
 }  # fmt: skip
 
 
-def rules_over(
-    rules: Sequence[Rule], own: Sequence[Rule], defaults: Values
-) -> tuple[Rule, ...]:
+def rules_over(rules: Sequence[Rule], own: Sequence[Rule], defaults: Values) -> tuple[Rule, ...]:
     """The rules of a tool that passes its settings to a trainer: its `own` rules, and the trainer's
     with the tool's `defaults`.
     """

@@ -129,7 +129,7 @@ LORA_KEYS: Table = {
     "target_parameters": trainer.parameters_besides(f"{ADAPT}target_modules"),
     **static_rows("unsloth_lora"),
 }
-MAIN_RULES: tuple[Rule, ...] = (
+MAIN_RULES = (
     *table(
         {
             **_prefixed(LOAD, LOADING_KEYS),

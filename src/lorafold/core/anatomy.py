@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 from lorafold.core.attach import Deltas
 from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of
 
+K = TypeVar("K")
+V = TypeVar("V")
 MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
 
 # weak references, so that the cache does not keep models or replaced modules alive
@@ -226,6 +228,14 @@ def of_attention(path: str) -> bool:
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """Returns the values of each key, in the order of the pairs."""
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 def tied_modules(model: nn.Module, module: nn.Module) -> list[str]:
     weight = module._parameters.get("weight")
     return [
@@ -237,9 +247,8 @@ def tied_modules(model: nn.Module, module: nn.Module) -> list[str]:
 
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Maps each name of a shared parameter to its other names."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = grouped((id(parameter), name) for name, parameter in parameters)
     return {
         name: tuple(n for n in group if n != name)
         for group in names.values()

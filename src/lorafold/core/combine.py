@@ -147,8 +147,7 @@ class Bank(Opaque):
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down = (t[self.slots.at] for t in (self.up, self.down))  # type: ignore[index]
-        each = torch.vmap(partial(layer.branch, p=0.0))
-        return layer(x, onto=add(each(x, down, up), onto))
+        return layer(x, onto=add(torch.vmap(partial(layer.branch, p=0.0))(x, down, up), onto))
 
 
 @dataclass(eq=False)

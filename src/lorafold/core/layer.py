@@ -125,8 +125,7 @@ class Layer(ABC):
 
         Raises LorafoldError if the module has no tensor.
         """
-        tensors = chain(self.module.parameters(), self.module.buffers())
-        if (first := next(tensors, None)) is None:
+        if (first := next(chain(self.module.parameters(), self.module.buffers()), None)) is None:
             raise LorafoldError(
                 f"{type(self.module).__name__}: found no parameter and no buffer, expected a module"
                 " with a tensor"

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorafold.adapter import load
+from lorafold.core.anatomy import grouped
 from lorafold.core.attach import adapted_modules
 from lorafold.core.delta import Delta, on_meta
 from lorafold.core.layer import BaseLayer
@@ -313,9 +314,7 @@ def lora_problems(update: Update, name: str) -> list[str]:
     reasons = [f"{p}: {kind}, which {name} can't represent" for p, kind in update.other.items()]
     if not (reasons or update.factors or update.dense):
         return ["the adapters change no weight"]
-    methods: dict[str, list[str]] = {}
-    for path, method in update.dense.items():
-        methods.setdefault(method, []).append(path)
+    methods = grouped((method, path) for path, method in update.dense.items())
     return reasons + [
         f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is not a"
         f" product of two factors, the only form that {name} can store"

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lorafold.adapter import Adapter
+from lorafold.core.anatomy import grouped
 from lorafold.core.delta import Additive
 from lorafold.inspecting.updates import (
     Factors,
@@ -130,9 +131,7 @@ DEFENCES = {
 @contextmanager
 def attached(model: nn.Module, factors: SiteFactors) -> Iterator[None]:
     """Context in which factors, given by module or expert, are attached as a LoRA adapter."""
-    sites: dict[str, list[Factors]] = {}
-    for name, pair in factors.items():
-        sites.setdefault(module_path(name), []).append(pair)
+    sites = grouped((module_path(name), pair) for name, pair in factors.items())
     by_module = {
         path: stacked(pairs, () if path in factors else (len(pairs),))
         for path, pairs in sites.items()

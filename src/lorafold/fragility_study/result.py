@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any, NamedTuple, Self
 
+from lorafold.core.anatomy import grouped
 from lorafold.errors import LorafoldError
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.templates import render_text
@@ -87,10 +88,8 @@ class Curve:
     @property
     def by_examples(self) -> dict[int, list[Point]]:
         """The points of all seeds, by number of examples."""
-        by_count: dict[int, list[Point]] = {}
-        for one in sorted(self.points, key=lambda p: (p.examples or 0, p.seed or 0)):
-            by_count.setdefault(one.examples or 0, []).append(one)
-        return by_count
+        ordered = sorted(self.points, key=lambda p: (p.examples or 0, p.seed or 0))
+        return grouped((one.examples or 0, one) for one in ordered)
 
     def halved_at(self, seed: int | None = None) -> float | None:
         """The number of examples that halves the log-odds of one seed, or of the mean over seeds;

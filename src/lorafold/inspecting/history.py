@@ -191,8 +191,7 @@ def configuration(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     base = [peft.get("base_model_name_or_path"), trained_on.get("storage") or recipe.get("storage")]
     method = [recipe.get("method")]
     method += [f"{name} = {peft[key]}" for name, key in PEFT_SIZES.items() if peft.get(key)]
-    rates = [rate for rate in record.steps.get(LEARNING_RATE, ()) if rate is not None]
-    peak = max(rates, default=None)
+    peak = max((r for r in record.steps.get(LEARNING_RATE, ()) if r is not None), default=None)
     batch, splits = recipe.get("batch"), recipe.get("accumulate", 1)
     rows = f"{data['rows']:,} rows" if isinstance(data.get("rows"), int) else None
     settings = {

@@ -200,17 +200,15 @@ def adapter_figures(sites: Sites) -> AdapterFigures:
     ranks = {f.rank if f.factored else None for f in figures}
     known = [f.base.amplification for f in figures if f.base.amplification is not None]
 
-    def mean(name: str) -> float:
-        return fmean(getattr(f, name) for f in figures)
-
+    ranks_of = ("effective_rank_90", "effective_rank_95", "effective_rank_99")
+    means = {
+        name: fmean(getattr(f, name) for f in figures)
+        for name in (*ranks_of, "stable_rank", "entropy_rank")
+    }
     return AdapterFigures(
         sites=len(figures),
         rank=ranks.pop() if len(ranks) == 1 else None,
-        effective_rank_90=mean("effective_rank_90"),
-        effective_rank_95=mean("effective_rank_95"),
-        effective_rank_99=mean("effective_rank_99"),
-        stable_rank=mean("stable_rank"),
-        entropy_rank=mean("entropy_rank"),
+        **means,
         norm=size,
         relative_norm=size / base if base else None,
         amplification=median(known) if known else None,

@@ -4,13 +4,13 @@ all figures that they show.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lorafold.core.anatomy import grouped
 from lorafold.files.html_page import render_page, write_page
 from lorafold.files.plots import mix_colours
 from lorafold.files.terminal import MISSING, mean_of, mean_range, text_table, values_of
@@ -83,10 +83,8 @@ def sections(inspection: Inspection) -> str:
 
 def layer_map(sites: Sites, heading: str, name: str, fmt: str) -> dict[str, Any]:
     kinds = by_kind(sites)
-    by_cell = defaultdict(list)
-    for path, value in zip(sites, values_of(sites.values(), name), strict=True):
-        by_cell[kind_and_block(path)].append(value)
-    values = {at: mean_of(of) for at, of in by_cell.items()}
+    figures = zip(map(kind_and_block, sites), values_of(sites.values(), name), strict=True)
+    values = {at: mean_of(of) for at, of in grouped(figures).items()}
     largest = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lorafold.core.anatomy import grouped
 from lorafold.inspecting.residual_stream import ResidualStream
 from lorafold.inspecting.result import (
     AdapterOverlap,
@@ -35,10 +36,7 @@ def kind_and_block(path: str) -> tuple[str, int | None]:
 
 
 def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
-    kinds = defaultdict(list)
-    for path in paths:
-        kinds[kind_and_block(path)[0]].append(path)
-    return dict(kinds)
+    return grouped((kind_and_block(path)[0], path) for path in paths)
 
 
 def compare_updates(name: str, a: Svds, b: Svds) -> AdapterOverlap:

@@ -9,7 +9,6 @@ updates are built as dense matrices. Base weights stay memory-mapped until a fig
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, attach, load_all
+from lorafold.core.anatomy import grouped
 from lorafold.core.delta import Delta, set_tensor
 from lorafold.core.layer import Layer
 from lorafold.core.targets import Matches
@@ -73,10 +73,7 @@ def module_path(name: str) -> str:
 
 
 def by_module(names: Iterable[str]) -> dict[str, list[str]]:
-    sites = defaultdict(list)
-    for name in names:
-        sites[module_path(name)].append(name)
-    return dict(sites)
+    return grouped((module_path(name), name) for name in names)
 
 
 def group_experts(values: Mapping[str, T]) -> dict[str, list[T]]:

@@ -114,7 +114,7 @@ class Traffic:
     bytes: int
     operations: int
 
-    def bandwidth(self, speed: float = SPEED) -> float:
+    def bandwidth(self, speed: float) -> float:
         """The bytes per second, in each direction, at which sending takes as long as computing."""
         return self.bytes * speed / max(1, self.operations)
 

@@ -117,5 +117,4 @@ class Forecast(ShownInNotebooks):
             f"{name:<12} {format_bytes(n):>9}  {'█' * max(1, round(WIDTH * n / most))}"
             for name, n in self.estimate.shown.items()
         ]
-        total = f"{'total':<12} {format_bytes(self.total):>9}"
-        return "\n".join([*bars, total, *self.remarks()])
+        return "\n".join([*bars, f"{'total':<12} {format_bytes(self.total):>9}", *self.remarks()])

@@ -66,8 +66,7 @@ def check_fields(recipe: Recipe, supported: set[str]) -> None:
 
 def recipe_for_mode(mode: str, recipe: Recipe) -> Recipe:
     """The recipe, with the mode's values for unset fields."""
-    fields = MODES.get(mode, {"method": mode})
-    return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
+    return Recipe(**(MODES.get(mode, {"method": mode}) | recipe.model_dump(exclude_unset=True)))
 
 
 def stored(base: str) -> Storage:

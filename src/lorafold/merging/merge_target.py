@@ -93,10 +93,7 @@ class MergeTarget:
 
 
 def choose_merge_target(
-    requested: str | None,
-    adapters: Sequence[SavedAdapter],
-    base: str = "auto",
-    in_files: str | None = None,
+    requested: str | None, adapters: Sequence[SavedAdapter], base: str, in_files: str | None
 ) -> MergeTarget:
     """The requested target; by default, `trained` after quantized training, otherwise `original`.
     """

@@ -34,7 +34,7 @@ from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.paths import check_not_replaced
 from lorafold.files.templates import render_text
-from lorafold.files.terminal import Progress, no_progress, print_lines, progress_bars
+from lorafold.files.terminal import Progress, print_lines, progress_bars
 from lorafold.merging.merge_target import Distance, MergeTarget, check_savable, choose_merge_target
 from lorafold.merging.merged_tensors import MergeResult, write_merged, write_shards
 from lorafold.merging.plan import plan_merge
@@ -77,7 +77,7 @@ def compare_logits(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: Progress = no_progress,
+    progress: Progress,
 ) -> list[Gap]:
     """The differences between a model's logits and each other model's; loads one at a time."""
     done, total = count(1), (1 + len(others)) * len(texts)

@@ -30,6 +30,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lorafold.core.anatomy import grouped
 from lorafold.core.delta import DeltasByPath, Factors, LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -184,9 +185,9 @@ class AdaLoRA(Spec):
 
     def report(self, deltas: DeltasByPath) -> str:
         ranks_by_path = ranks(deltas)
-        lines: dict[str, list[str]] = {}
-        for path, rank in ranks_by_path.items():
-            lines.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(f"{rank:.4g}")
+        lines = grouped(
+            (re.sub(r"\b\d+\b", "*", path), f"{rank:.4g}") for path, rank in ranks_by_path.items()
+        )
         counts = [number_of_matrices(delta) for delta in deltas.values()]
         mean = sum(map(mul, ranks_by_path.values(), counts)) / sum(counts)
         head = f"remaining ranks, {mean:.2f} on average:"

@@ -55,8 +55,7 @@ class BottleneckDelta(Opaque):
         """The output of a sublayer (..., d) plus the output of the bottleneck network for it."""
         own = (self.down, self.down_bias, self.up, self.up_bias)
         down, down_bias, up, up_bias = (p.to(y.dtype) for p in own)
-        h = getattr(F, self.activation)(F.linear(y, down, down_bias))
-        return y + F.linear(h, up, up_bias)
+        return y + F.linear(getattr(F, self.activation)(F.linear(y, down, down_bias)), up, up_bias)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,7 @@ class VeRADelta(LowRank):
         )
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        dropped = self.training and self.dropout
-        if dropped or layer.matrices or not layer.takes_vectors:
+        if (self.training and self.dropout) or layer.matrices or not layer.takes_vectors:
             return super().forward(layer, x, onto)
         u = layer.op_once(x, self.projections.A)  # shared by all matrices that read x
         small = scaled_product(u, self.projections.B[: self.shape[0]], self.b, self.d)

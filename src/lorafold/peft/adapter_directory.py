@@ -226,7 +226,7 @@ class SavedAdapter:
         parts: Parts,
         targets: Sequence[str],
         base: Weights,
-        problems: Sequence[str] = (),
+        problems: Sequence[str],
     ) -> None:
         """Assigns the adapter's tensors to attached deltas, in fp32. Deltas on the meta device get
         tensors on the CPU.

@@ -196,13 +196,12 @@ def adalora_config(sites: Sequence[TargetModule]) -> dict[str, Any]:
         if isinstance(delta, AdaLoRADelta) and delta.kept.dim() == 1:
             rank = int(delta.kept.sum())
             pattern[f"{site.path}.lora_E"] = [True] * rank + [False] * (delta.init_rank - rank)
-    whole = all(all(kept) for kept in pattern.values())
     return {
         **fan_in_fan_out(sites),
         "tinit": 0,
         "tfinal": 0,
         "total_step": 1,
-        "rank_pattern": None if whole else pattern,
+        "rank_pattern": None if all(all(kept) for kept in pattern.values()) else pattern,
     }
 
 

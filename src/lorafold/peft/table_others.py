@@ -83,10 +83,9 @@ def feedforward_modules(sites: Sequence[TargetModule]) -> dict[str, Any]:
     scaled = {site.path: site.delta.of_input for site in sites if isinstance(site.delta, IA3Delta)}
     paths = [path for path, of_input in scaled.items() if of_input]
     names = sorted({last_part(path) for path in paths})
-    alone = all(of_input == (last_part(path) in names) for path, of_input in scaled.items())
     regex = (
         rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
-        if alone
+        if all(of_input == (last_part(path) in names) for path, of_input in scaled.items())
         else "|".join(map(re.escape, paths))
     )
     return {**fan_in_fan_out(sites), "feedforward_modules": regex if paths else []}
