@@ -241,7 +241,7 @@ def rank_of(update: Additive, path: str) -> int:
     return factors[1].shape[-2]
 
 
-RULES: dict[str, ComposeWay] = {
+RULES = {
     "linear": ComposeWay(summed, True),
     "task-arithmetic": ComposeWay(summed, False),
     "svd": ComposeWay(summed, True, max),

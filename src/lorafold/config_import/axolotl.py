@@ -71,7 +71,7 @@ TOO_LONG = by_value(
 
 
 def is_lora(settings: ToolSettings) -> bool:
-    return bool(settings["adapter"] != NO_ADAPTER)
+    return settings["adapter"] != NO_ADAPTER
 
 
 def is_quantized(settings: ToolSettings) -> bool:
@@ -106,11 +106,6 @@ def _require(keys: str, settings: ToolSettings) -> None:
         raise LorafoldError(f"{', '.join(missing)} missing; axolotl has no default, so set a value")
 
 
-def _target_parameters(value: Any, settings: ToolSettings) -> Outcome:
-    modules = "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"]
-    return trainer.target_parameters(modules, names(value))
-
-
 def _bf16(value: Any, settings: ToolSettings) -> Outcome | None:
     if is_quantized(settings):
         return mapped("a quantized base computes in 16-bit") if "bf16" in settings.config else None
@@ -138,10 +133,6 @@ def sample_packing(value: Any, settings: ToolSettings) -> Outcome:
     mixed = boolean(value) and all(is_off(settings[key]) for key in NAMES["attention_keys"].split())
     why = "axolotl's packed rows attend to each other without attn_implementation, lorafold's don't"
     return changed(why if mixed else "", packing=boolean(value))
-
-
-def _warmup_steps(value: Any, settings: ToolSettings) -> Outcome | None:
-    return trainer.warmup_of(2 if number(value) == 1 else number(value))
 
 
 def warmup_ratio(value: Any, settings: ToolSettings) -> Outcome | None:
@@ -322,7 +313,10 @@ LORA_KEYS: Table = {
         changed("lora_target_linear is on, so all linear layers of the blocks are targets"),
         to_field("targets", modules),
     ),
-    "lora_target_parameters": _target_parameters,
+    "lora_target_parameters": lambda value, settings: trainer.target_parameters(
+        "all-linear" if settings["lora_target_linear"] else settings["lora_target_modules"],
+        names(value),
+    ),
     "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
     **static_rows("axolotl_lora"),
 }
@@ -330,8 +324,13 @@ RULES = (
     *table(MAIN_KEYS),
     *table(LORA_KEYS, is_lora),
     *table(
-        {"warmup_steps": _warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
-        lambda settings: bool(settings["lr_scheduler"] != "constant"),
+        {
+            "warmup_steps": lambda value, settings: trainer.warmup_of(
+                2 if number(value) == 1 else number(value)
+            ),
+            "warmup_ratio": (warmup_ratio, 0.03),
+        },
+        lambda settings: settings["lr_scheduler"] != "constant",
     ),
     *objectives.RULES,
 )

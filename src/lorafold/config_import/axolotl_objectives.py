@@ -24,6 +24,7 @@ from lorafold.config_import.rules import (
     Values,
     changed,
     choice,
+    flattened,
     if_else,
     is_off,
     mapped,
@@ -73,11 +74,8 @@ def objective_of(settings: ToolSettings) -> str | None:
 
 
 def flatten(config: Values) -> Values:
-    block = config.get(BLOCK)
-    if config.get("rl") != "grpo" or not isinstance(block, Mapping):
-        return config
-    rest = {key: value for key, value in config.items() if key != BLOCK}
-    return rest | {f"{PREFIX}{key}": value for key, value in block.items()}
+    is_flat = config.get("rl") != "grpo" or not isinstance(config.get(BLOCK), Mapping)
+    return config if is_flat else flattened(config, BLOCK)
 
 
 def accumulation(settings: ToolSettings) -> int:

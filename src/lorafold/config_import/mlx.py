@@ -26,6 +26,7 @@ from lorafold.config_import.rules import (
     choice,
     data_outcome,
     dataset,
+    flattened,
     mapped,
     objects_with_path,
     pass_option,
@@ -58,8 +59,7 @@ def flatten_lora(config: Values) -> Values:
         raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object: rank, scale, dropout")
     if missing := [key for key in ("rank", "scale", "dropout") if key not in block]:
         raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing; mlx-lm has no default")
-    rest = {key: value for key, value in config.items() if key != BLOCK}
-    return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
+    return flattened(config, BLOCK)
 
 
 def steps_of(key: str, settings: ToolSettings) -> int:

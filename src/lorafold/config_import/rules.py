@@ -422,6 +422,12 @@ def expected_rows(objective: str | None) -> str:
     return f"pass --data with rows of {rows}"
 
 
+def flattened(config: Values, block: str) -> Values:
+    """Returns `config` with the keys of the object `block` as keys of their own, `block.key`."""
+    rest = {key: value for key, value in config.items() if key != block}
+    return rest | {f"{block}.{key}": value for key, value in config[block].items()}
+
+
 def objects_with_path(value: Any) -> list[Values]:
     objects = value if isinstance(value, list) else [value]
     for one in objects:

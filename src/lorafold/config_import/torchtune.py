@@ -31,12 +31,10 @@ def flatten(config: Values) -> Values:
     for key, value in config.items():
         block = f"{key}._component_" in KNOWN and isinstance(value, Mapping)
         flat |= {f"{key}.{k}": v for k, v in value.items()} if block else {key: value}
-
-    def referenced(found: re.Match[str]) -> str:  # such as ${output_dir}/logs
-        return str(flat.get(found[1], found[0]))
-
-    return {
-        key: re.sub(r"\$\{([\w.]+)\}", referenced, value) if isinstance(value, str) else value
+    return {  # with what references, such as ${output_dir}/logs, refer to
+        key: re.sub(r"\$\{([\w.]+)\}", lambda found: str(flat.get(found[1], found[0])), value)
+        if isinstance(value, str)
+        else value
         for key, value in flat.items()
     }
 

@@ -340,7 +340,7 @@ def _commands(text: str) -> Iterator[list[str]]:
     word with any other expression is an `Expression`.
     """
     variables: dict[str, str] = {}
-    words: list[str] = []
+    words = []
     for token in [*TOKEN.findall(text.replace("\r", "")), "\n"]:
         if token[0] not in "\n;&|()<>" and not re.match(r"\\\n|`?\#|\d?[<>]", token):
             words.append(token)

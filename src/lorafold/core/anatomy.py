@@ -94,6 +94,11 @@ class Anatomy:
                 modules[path] = module
         return list(modules.items())
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths of `modules`, without the model's own."""
+        return [path for path, _ in self.modules if path]
+
     @cached_property
     def routers(self) -> frozenset[str]:
         """The weight matrices next to E experts, if they have E outputs (a router) or one (the gate

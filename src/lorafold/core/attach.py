@@ -20,7 +20,7 @@ from lorafold.core.folded_weights import NAMES, WeightDescriptor
 from lorafold.core.layer import BaseLayer, Layer
 from lorafold.errors import LorafoldError, listed
 
-_without_deltas: ContextVar[bool] = ContextVar("base_alone", default=False)
+_without_deltas = ContextVar("base_alone", default=False)
 
 
 class Deltas(nn.ModuleDict):

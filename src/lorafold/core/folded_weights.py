@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
@@ -204,11 +204,9 @@ class WeightDescriptor:
 @cache
 def _register_ties() -> None:
     """If another module is tied to a stand-in, registers the stored parameter there instead."""
-
-    def tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
-        return parameter.stored if isinstance(parameter, StandIn) else None
-
-    register_module_parameter_registration_hook(tied)  # type: ignore[arg-type]
+    register_module_parameter_registration_hook(
+        lambda module, name, parameter: parameter.stored if isinstance(parameter, StandIn) else None
+    )
 
 
 NAMES = ("weight", "bias")

@@ -71,7 +71,7 @@ def match(
     """
     if isinstance(targets, Matches):
         return targets
-    paths = [path for path, _ in Anatomy.of(model).modules if path]
+    paths = Anatomy.of(model).paths
     if not isinstance(targets, str):
         matches = {t: [p for p in paths if ends_in(p, t)] for t in targets}
     elif targets in PRESETS:

@@ -21,7 +21,7 @@ from lorafold.core.expert_matrices import module_at
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, join_problems
 from lorafold.exporting.proof import ReferenceAnswers, kl_divergences, last_logprobs
-from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, update_of
+from lorafold.exporting.target import Factors, Progress, SiteFactors, Subject, Update, update_of
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.updates import add_lora, pad_rank
@@ -40,7 +40,7 @@ HEADS = ("embed_tokens", "lm_head")
 
 
 def write_plain_lora(base: Base, factors: SiteFactors, out: Path) -> SavedAdapter:
-    rank = max(down.shape[-2] for _, down in factors.values())
+    rank = Update(factors).rank
     same_rank = {path: pad_rank(pair, rank) for path, pair in factors.items()}
     adapter = add_lora(base.mapped().model, same_rank, ADAPTER_NAME)
     adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})

@@ -152,7 +152,7 @@ def export(
     with atomic_directory(out, options.overwrite) as tmp, progress_bars(console) as bar:
         subject, cut, reference = Subject(base, tuple(adapters), tensors, into=into), None, None
         quantized = into.trained_on is not None and not into.prequantized
-        others: Tensor | None = None
+        others = None
         beside: dict[str, Proof | str] = {**_base_name_notes(base, adapters)}
         if options.as_lora is None:
             _check_representable(target, subject, options, bar("trying ranks"))

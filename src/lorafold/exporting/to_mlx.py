@@ -137,7 +137,7 @@ class ToMlx(Target):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> ExportedFiles:
         doras, kind = _dora_factors(subject), subject.config.model_type
         factors = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
-        rank = max(down.shape[-2] for _, down in factors.values())
+        rank = Update(factors).rank
         tensors = {}
         for path, pair in factors.items():
             for name, (up, down) in _mlx_factors(kind, path, pad_rank(pair, rank)):

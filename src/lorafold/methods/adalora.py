@@ -57,11 +57,10 @@ class AdaLoRADelta(LowRank):
     def __init__(self, layer: Layer, spec: AdaLoRA) -> None:
         super().__init__(spec.dropout)
         init_rank: Any = spec.init_rank
-        alpha = spec.alpha
         rank = next(iter(spec.rank_pattern.values()), init_rank)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         self.init_rank = init_rank
-        self.scale = alpha / (init_rank + 1e-5)  # the scale of the initial rank, also after pruning
+        self.scale = spec.alpha / (init_rank + 1e-5)  # of the initial rank, also after pruning
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)

@@ -302,7 +302,7 @@ class PeftSelection:
         """The modules to save, by name. Names without a match are omitted, because PEFT lists the
         heads of all architectures for a classifier.
         """
-        paths = [p for p, _ in Anatomy.of(model).modules if p]
+        paths = Anatomy.of(model).paths
         names = self.modules_to_save
         matches = {name: tuple(p for p in paths if p.endswith(name)) for name in names}
         return Matches({name: hits for name, hits in matches.items() if hits})

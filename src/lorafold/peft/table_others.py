@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from lorafold.core.anatomy import last_part
 from lorafold.methods.common.virtual_tokens import VirtualTokens
 from lorafold.methods.ia3 import IA3, IA3Delta
@@ -113,11 +111,8 @@ def ia3_tensors(site: TargetModule) -> list[FileTensor]:
         return [FileTensor("l", "{at}.ia3_l", to_channels, from_channels)]
     if site.delta.l.dim() > 1:  # type: ignore[operator]
         return [FileTensor("l", "{at}.ia3_l")]
-
-    def to_file(v: Tensor, site: TargetModule) -> Tensor:
-        return v[None, :] if site.delta.of_input else v[:, None]
-
-    return [FileTensor("l", "{at}.ia3_l", to_file, from_channels)]
+    axis = 0 if site.delta.of_input else 1
+    return [FileTensor("l", "{at}.ia3_l", lambda v, site: v.unsqueeze(axis), from_channels)]
 
 
 METHODS = (LOHA, LOKR, IA3_ROW)

@@ -38,7 +38,7 @@ def config_entry(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, An
     """
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
-    paths = [p for p, _ in Anatomy.of(model).modules]
+    paths = Anatomy.of(model).paths
 
     def shortest(path: str) -> str:
         alone = (end for end in path_ends(path) if sum(p.endswith(end) for p in paths) == 1)
@@ -53,7 +53,7 @@ def resolve(model: nn.Module, ids: TokenIds) -> ByPath:
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
         ids = {embedding: ids}
-    paths = [path for path, _ in Anatomy.of(model).modules if path]
+    paths = Anatomy.of(model).paths
     matches = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in matches.items() if not hits]:
         raise LorafoldError(f"{INDICES}: found no module {listed(missing)} in this model")

@@ -36,9 +36,9 @@ class AdapterTokenizer:
         from transformers import AddedToken
 
         self._process_call, self._caching = call, True
-        self._crashes: deque[float] = deque([-math.inf] * MAX_CRASHES, MAX_CRASHES)  # times
+        self._crashes = deque([-math.inf] * MAX_CRASHES, MAX_CRASHES)  # times
         self._probes: dict[str, str | TemplateError] = {}
-        self.chat_template: Any = about["template"]
+        self.chat_template = about["template"]
         self.special_tokens_map: Mapping[str, Any] = about["special"]
         self.eos_token_id: int | None = about["eos"]
         self.variables = frozenset(about["variables"])

@@ -32,7 +32,7 @@ class ExternalEngine:
         return find_spec(self.module) is not None
 
 
-ENGINES: dict[str, ExternalEngine] = {
+ENGINES = {
     "mlx": ExternalEngine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux also mlx-cpu"),
     "peft": ExternalEngine("PEFT", "peft", "pip install peft"),
     "llamacpp": ExternalEngine("llama.cpp", "xllamacpp", "pip install xllamacpp"),

@@ -383,9 +383,7 @@ def differing_tokens(job: Job, tokenizer: Any) -> list[int]:
     return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
 
 
-ENGINES: dict[str, Callable[[Job], Job]] = {
-    one.__name__: one for one in (llamacpp, peft, mlx, vllm, vllm_url)
-}
+ENGINES = {one.__name__: one for one in (llamacpp, peft, mlx, vllm, vllm_url)}
 
 
 def main(engine: str, job_file: str) -> None:

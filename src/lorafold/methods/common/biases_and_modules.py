@@ -27,6 +27,7 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, join_problems
 from lorafold.layers import layer_of
 from lorafold.layers.dense import Plain
+from lorafold.methods.common.options_and_init import zeros
 from lorafold.methods.common.trainable_tokens import TokenRows, TrainableTokens, token_rows_on
 
 Bias = Literal["none", "lora_only", "all"]
@@ -87,7 +88,7 @@ class BiasDelta(Delta):
 
     def __init__(self, out: int, device: torch.device) -> None:
         super().__init__()
-        self.offset = nn.Parameter(torch.zeros(out, device=device, dtype=torch.float32))
+        self.offset = zeros((out,), device)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
         return layer(x, onto=add(layer.each(self.offset), onto))
