@@ -265,7 +265,9 @@ SHARED: Table = {
     "num_iterations": _num_iterations,
     "steps_per_generation": updates_per_sample(""),
     "generation_batch_size": updates_per_sample("per_device_train_batch_size"),
-    "temperature": to_options("temperature"),
+    "temperature": lambda value, settings: mapped(
+        **({} if number(value) == 1 else {"objective_options": {"temperature": number(value)}})
+    ),
     "top_p repetition_penalty": sampling_option(1),
     "top_k": sampling_option(0, -1),
     "min_p": sampling_option(0),
