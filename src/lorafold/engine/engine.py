@@ -133,13 +133,9 @@ class Engine:
         return (max(half, least) if given is None else given) // least * BLOCK
 
     def load(
-        self,
-        name: str,
-        path: str | Path,
-        *,
-        stack: Sequence[VerifiedAdapter] = (),
+        self, name: str, path: str | Path, *, stack: Sequence[VerifiedAdapter] = (),
         wait: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Reads and verifies an adapter and registers it under a name. Running requests keep the
         previous adapter of that name. `stack` lists the expected files (`KnownAdapter.stack`). With
         `wait`, returns when the adapter is in memory.

@@ -74,13 +74,9 @@ def operations_on(device: str, as_trained: bool = False) -> Operations:
 
 
 def slot_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    **protocol: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, **protocol: Any,
+) -> Tensor | None:  # fmt: skip
     """Implements transformers' mask function. Returns an additive mask (B, 1, T, K) if `q_offset`
     has one position per row (B,), else transformers' boolean mask.
     """
@@ -104,14 +100,9 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
     """
 
     def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **protocol: Any,
-    ) -> tuple[Tensor, None]:
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, **protocol: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         special = any(protocol.get(n) is not None for n in ("softcap", "s_aux", "position_bias"))
         if attention_mask is None or attention_mask.dtype == torch.bool or special:
             others = protocol | {"dropout": 0.0}

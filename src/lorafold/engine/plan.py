@@ -164,14 +164,10 @@ class StepPlan:
         self._check()
 
     def step(
-        self,
-        cache: BlockCache,
-        tokens: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        blocks: Sequence[Sequence[int]],
-        adapters: Sequence[PackedAdapter | None],
+        self, cache: BlockCache, tokens: Sequence[Sequence[int]], starts: Sequence[int],
+        blocks: Sequence[Sequence[int]], adapters: Sequence[PackedAdapter | None],
         wanted: Sequence[int],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Returns the logits (n, V) in fp32 at n of the rows' tokens, numbered over all rows. A
         row's tokens are at the positions from its start on, and `blocks` are its blocks in the
         cache.

@@ -88,14 +88,9 @@ def separate_adapter(row: Row) -> LoadedAdapter | None:
 
 class SlotRunner(Runner):
     def __init__(
-        self,
-        model: Any,
-        structure: Structure,
-        cache: BlockCache,
-        settings: EngineSettings,
-        operations: Operations,
-        plan: StepPlan | None = None,
-    ) -> None:
+        self, model: Any, structure: Structure, cache: BlockCache, settings: EngineSettings,
+        operations: Operations, plan: StepPlan | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.structure, self.cache, self.plan = model, structure, cache, plan
         self.slots, self.chunk = settings.slots, settings.chunk
         self.invariant = settings.invariant

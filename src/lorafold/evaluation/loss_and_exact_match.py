@@ -128,13 +128,9 @@ def _quoted(text: str) -> str:
 
 
 def evaluate_classifier(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    max_length: int,
-    *,
-    console: Console | None = None,
-) -> Evaluation:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
+    max_length: int, *, console: Console | None = None,
+) -> Evaluation:  # fmt: skip
     names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
     classes = [names[number] for number in sorted(names)]
     data = encode_labelled(rows, tokenizer, max_length, classes)
@@ -175,13 +171,9 @@ DEFAULT = EvaluationSettings()
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    max_length: int,
-    settings: EvaluationSettings = DEFAULT,
-    console: Console | None = None,
-) -> Evaluation:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
+    max_length: int, settings: EvaluationSettings = DEFAULT, console: Console | None = None,
+) -> Evaluation:  # fmt: skip
     """Evaluates a model with its active adapters on held-out rows."""
     rows = to_rows(rows, PAIRS)
     if rows.provides(LABELS):

@@ -91,14 +91,10 @@ class RewardedRollouts:
 
     @classmethod
     def of(
-        cls,
-        prompts: Sequence[TokenizedPrompt],
-        groups: Sequence[Sequence[Episode]],
-        rewards: Rewards,
-        at_once: int | None = None,
-        progress: Progress = no_progress,
+        cls, prompts: Sequence[TokenizedPrompt], groups: Sequence[Sequence[Episode]],
+        rewards: Rewards, at_once: int | None = None, progress: Progress = no_progress,
         step: int | None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Computes the rewards in one call or, because calls have a time limit, for `at_once`
         prompts per call. With `at_once`, at least one completion must have a reward. `step` is the
         step of training, if any.
@@ -303,14 +299,10 @@ class RewardEvaluation(ShownInNotebooks):
 
 
 def evaluate_rewards(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    rewards: Rewards,
-    settings: RewardSettings,
-    console: Console | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, rewards: Rewards,
+    settings: RewardSettings, console: Console | None = None,
     environment: Environment = single_turn,
-) -> RewardEvaluation:
+) -> RewardEvaluation:  # fmt: skip
     """Generates completions with the model's active adapters, and computes their rewards. The model
     is not changed.
     """

@@ -104,13 +104,9 @@ class RewardAdapter:
 
 @contextmanager
 def rewards_over(
-    model: PreTrainedModel,
-    rewards: Sequence[str | Callable[..., Any]],
-    adapters: Mapping[str, RewardAdapter],
-    calls: Calls,
-    packing: bool | str,
-    console: Console,
-) -> Iterator[Rewards]:
+    model: PreTrainedModel, rewards: Sequence[str | Callable[..., Any]],
+    adapters: Mapping[str, RewardAdapter], calls: Calls, packing: bool | str, console: Console,
+) -> Iterator[Rewards]:  # fmt: skip
     """Yields the rewards; reward adapters are attached to the model that generates completions."""
     with ExitStack() as stack:
         loaded = {

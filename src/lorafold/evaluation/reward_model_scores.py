@@ -244,13 +244,9 @@ class ScoredRows(ShownInNotebooks):
 
 
 def score_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    max_length: int,
-    *,
-    console: Console | None = None,
-) -> ScoredRows:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
+    max_length: int, *, console: Console | None = None,
+) -> ScoredRows:  # fmt: skip
     """Scores rows with a reward model and its active adapters."""
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(

@@ -56,16 +56,10 @@ class RolloutSize:
 
 class Rollouts:
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        group: int,
-        max_new_tokens: int,
-        sampling: Sampling = AS_TRAINED,
-        exact: bool = False,
-        environment: Environment = single_turn,
-        turns: int = 1,
-    ) -> None:
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: int,
+        max_new_tokens: int, sampling: Sampling = AS_TRAINED, exact: bool = False,
+        environment: Environment = single_turn, turns: int = 1,
+    ) -> None:  # fmt: skip
         self.shell, self.names = twin(model), selection_of(model).names
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.trainable = [p for name, p in self.shell.named_parameters() if name in trained]
