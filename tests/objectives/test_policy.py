@@ -591,6 +591,11 @@ def test_mini_batches_update_the_weights_one_after_another(run, tmp_path: Path) 
         run("a", asked(options={"mini_batches": 2, "updates": 2}))
     assert steps == [0, 0, 0, 0, 1]
     assert options_of(fill=3).dynamic_sampling == 3
+    with pytest.raises(LorafoldError, match="fill: the objective grpo has no such option"):
+        options_of(fill=3, dynamic_sampling=2)
+    with pytest.raises(LorafoldError, match="mini_batches: found 3, expected at most batch=2"):
+        run("b", asked(options={"mini_batches": 3}))
+    assert not (tmp_path / "b").exists()
 
 
 def options_of(**options: Any) -> SamplingOptions:

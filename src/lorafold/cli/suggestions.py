@@ -133,6 +133,7 @@ def counterpart(key: str, given: Mapping[str, Any]) -> Any:
     for rules in _rule_tables():
         if rule := rules.get(name):
             defaults = {one.key: one.default for one in rules.values()}
+            # a key without effect among the others may have one by itself
             outcomes = (
                 rule.reader(value, ToolSettings(others | {rule.key: value}, defaults))
                 for others in ({rules[n].key: v for n, v in given.items() if n in rules}, {})

@@ -265,8 +265,8 @@ SHARED: Table = {
     "num_iterations": _num_iterations,
     "steps_per_generation": updates_per_sample(""),
     "generation_batch_size": updates_per_sample("per_device_train_batch_size"),
-    "temperature": lambda value, settings: mapped(
-        **({} if number(value) == 1 else {"objective_options": {"temperature": number(value)}})
+    "temperature": lambda value, settings: (
+        mapped() if number(value) == 1 else to_options("temperature")(value, settings)
     ),
     "top_p repetition_penalty": sampling_option(1),
     "top_k": sampling_option(0, -1),

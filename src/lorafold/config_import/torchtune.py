@@ -31,7 +31,7 @@ def flatten(config: Values) -> Values:
     for key, value in config.items():
         block = f"{key}._component_" in KNOWN and isinstance(value, Mapping)
         flat |= {f"{key}.{k}": v for k, v in value.items()} if block else {key: value}
-    return {  # with what references, such as ${output_dir}/logs, refer to
+    return {  # with the values of references such as ${output_dir}/logs
         key: re.sub(r"\$\{([\w.]+)\}", lambda found: str(flat.get(found[1], found[0])), value)
         if isinstance(value, str)
         else value

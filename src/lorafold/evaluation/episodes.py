@@ -106,7 +106,7 @@ class Episode:
 
     def _continue(self, given: list[Message]) -> None:
         if not self.ended:
-            raise EpisodeOver("the last turn was cut off at max_new_tokens")
+            raise EpisodeOver("the last turn was cut off at a limit of tokens")
         if self.turns == self.max_turns:
             raise EpisodeOver(f"found another turn, expected at most {self.max_turns} (turns)")
         n = len(self.messages)

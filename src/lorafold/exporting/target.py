@@ -164,7 +164,7 @@ Word = str | Callable[[str], str]  # or a function of the directory
 Line = str | tuple[Word, ...]  # text, Python code, or the words of a command
 FULL_ATTENTION = "full_attention"
 Progress = Callable[[int, int], None]  # done, of
-Job = Mapping[str, Any]  # what the program of an engine is given
+Job = Mapping[str, Any]  # the input of an engine's program
 ORIGINAL = MergeTarget("original", None)
 
 

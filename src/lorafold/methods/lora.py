@@ -48,7 +48,8 @@ class LoRADelta(LowRank):
         super().__init__(dropout)
         self.scale = scale
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
-        self.A = zeros((*matrices, rank, inn), device)
+        shape = (*matrices, rank, inn)
+        self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
         self.B = zeros((*matrices, out, rank), device)
         if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)

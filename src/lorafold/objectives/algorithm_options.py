@@ -94,7 +94,7 @@ def policy_options(
     objective: str, beta: float | None, options: Mapping[str, Any]
 ) -> tuple[PolicyAlgorithm, SamplingOptions]:
     given = given_options(beta, options)
-    if "fill" in given:  # its name until 0.2
+    if "fill" in given and "dynamic_sampling" not in given:  # its name until 0.2
         given["dynamic_sampling"] = given.pop("fill")
     names = [field.name for field in fields(SamplingOptions)]
     sampling_options = {name: given.pop(name) for name in names if name in given}

@@ -192,6 +192,8 @@ class PolicyObjective(OnPolicy):
 
     def draws(self, feed: BatchFeed, held_out: Any) -> RolloutSize:
         assert isinstance(feed, StoredFeed)
+        if (parts := self.sampling.mini_batches) > feed.batch:
+            raise LorafoldError(f"mini_batches: found {parts}, expected at most batch={feed.batch}")
         lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
         slots = min(SLOTS, feed.batch * self.sampling.group)
         first = feed.examples[0]
