@@ -25,6 +25,7 @@ from lorafold.data.examples import NO_LOSS
 from lorafold.data.formats import Conversation
 from lorafold.data.prompts import TokenizedPrompt
 from lorafold.data.render import ConversationRenderings, render
+from lorafold.engine import Sampling
 from lorafold.engine.kv_cache import BLOCK
 from lorafold.engine.operations import unsteady
 from lorafold.errors import LorafoldError
@@ -410,7 +411,9 @@ def refusals(policy: Any, row: Any) -> float:
             policy.chat(messages)
         with pytest.raises(BadRequestError, match="messages"):
             client.chat.completions.create(model="any", messages=messages)
-    for field, value in {"temperature": 0.5, "n": 2, "stream": True, "stop": "x"}.items():
+    with pytest.raises(BadRequestError, match="found 1, expected more|cut off"):
+        client.chat.completions.create(model="any", messages=[first], temperature=0.7)
+    for field, value in {"temperature": 1, "n": 2, "stream": True, "stop": "x"}.items():
         with pytest.raises(BadRequestError, match=f"{field}: the policy samples as trained"):
             client.chat.completions.create(model="any", messages=[first], **{field: value})
     for path in ("/chat/completions", "/v1/models"):
@@ -423,6 +426,7 @@ def refusals(policy: Any, row: Any) -> float:
 
 def test_what_a_policy_refuses(talker) -> None:
     with rollouts_of(talker, refusals) as (_, tokenizer, rollouts):
+        rollouts.sampling = Sampling(temperature=0.7)
         [first, *_], *_ = rollouts.sample(prompts(tokenizer), 0)
         assert first.rewards == {"environment": 1.0}
 
@@ -466,7 +470,8 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def start(messages: Any = (), **row: Any) -> list[EnvironmentInput]:
-    return [EnvironmentInput("row 1", 0, {"row": row, "messages": messages, "seed": 0})]
+    values = {"row": row, "messages": messages, "seed": 0, "temperature": 1.0}
+    return [EnvironmentInput("row 1", 0, values)]
 
 
 def reply(content: str, calls: Any = None, problem: str = "") -> list[EnvironmentInput]:

@@ -117,7 +117,8 @@ def is_fake(x: Tensor) -> bool:
 def prepare_model(model: nn.Module) -> None:
     """Refuses models with modules of other tools, and undoes and disables RWKV's in-place rescaling
     of weights for inference: a delta would not be rescaled with its matrix, so merged weights would
-    be wrong by a power of two.
+    be wrong by a power of two. Turns off transformers' kernels, which replace the forward of
+    modules whenever the mode changes.
     """
     for module in model.modules() if isinstance(model, nn.Module) else [model]:
         rwkv: Any = module
@@ -127,6 +128,8 @@ def prepare_model(model: nn.Module) -> None:
                 f"model: found {kind.__module__}.{kind.__name__}, expected a loaded model, without"
                 " PEFT (use its unload() or merge_and_unload()), torch.compile or DataParallel"
             )
+        if getattr(module, "use_kernels", False):
+            rwkv.use_kernels = False
         if "layers_are_rescaled" not in vars(module) or not rwkv.config.rescale_every:
             continue
         if rwkv.layers_are_rescaled:

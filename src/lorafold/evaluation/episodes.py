@@ -76,9 +76,9 @@ class Episode:
     _tools: tuple[Tool, ...] = ()
     _rendered: str = ""  # all messages
 
-    def beginning(self, seed: int) -> dict[str, Any]:
-        messages = self.prompt.conversation.messages
-        return {"row": dict(self.prompt.row), "messages": messages, "seed": seed % 2**31}
+    def beginning(self, seed: int, temperature: float) -> dict[str, Any]:
+        start = {"messages": self.prompt.conversation.messages, "temperature": temperature}
+        return start | {"row": dict(self.prompt.row), "seed": seed % 2**31}
 
     def next_turn(self, request: Mapping[str, Any]) -> tuple[tuple[int, ...], int] | None:
         """The tokens from which to sample the next turn, and the maximum number of its tokens; None

@@ -122,7 +122,10 @@ class Rollouts:
             for prompt in prompts
             for _ in range(k)
         ]
-        inputs = {n: one.beginning(key_of(key, n // k)) for n, one in enumerate(rollouts)}
+        temperature = self.sampling.temperature
+        inputs = {
+            n: one.beginning(key_of(key, n // k), temperature) for n, one in enumerate(rollouts)
+        }
         streams = dict[int, EventStream]()
 
         def report_progress() -> None:

@@ -144,6 +144,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             output_loading_info=True,
+            use_kernels=False,
             ignore_mismatched_sizes=True,
         )
         names = sorted(tensor.name for tensor in _tensors(readers))

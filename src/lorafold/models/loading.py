@@ -121,6 +121,7 @@ def read_weights(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # callers check the report
+            use_kernels=False,
             **config,
         )
         model.to(device)

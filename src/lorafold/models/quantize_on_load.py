@@ -148,6 +148,7 @@ def read_quantized(
             config=configuration,
             state_dict={n: weights.slice(n) for n in weights.names},
             device_map={"": device},
+            use_kernels=False,
             output_loading_info=True,
             **options,
         )

@@ -50,13 +50,13 @@ NOUN = "environment"  # the name of its reward, unless it returns several
 HOOKS = {"reset", "step", "reward", "tools"}
 LOOPBACK = "127.0.0.1"
 # fields of a request to the endpoint: those that are read or change nothing, and the values that
-# others may have, because the policy samples from its own distribution
+# others may have, because the policy samples from its own distribution. The temperature is the run's
 FIELDS = {
     "model", "messages", "tools", "max_tokens", "max_completion_tokens", "seed", "user", "metadata",
     "store", "parallel_tool_calls",
 }  # fmt: skip
 VALUES = {
-    "n": 1, "stream": False, "temperature": 1, "top_p": 1, "tool_choice": "auto", "logprobs": False,
+    "n": 1, "stream": False, "top_p": 1, "tool_choice": "auto", "logprobs": False,
     "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"},
 }  # fmt: skip
 
@@ -109,11 +109,13 @@ class RolloutPolicy:
     Attributes:
         messages: the row's prompt.
         seed: an integer that is the same for all rollouts of a prompt in a step.
+        temperature: the temperature of sampling.
         url: the base URL of an OpenAI endpoint for this rollout, on this machine only.
     """
 
     def __init__(self, start: Mapping[str, Any], url: Callable[[], str]) -> None:
         self.messages, self.seed = start["messages"], start["seed"]
+        self.temperature = start["temperature"]
         self.requests = SimpleQueue[Any]()  # the last is its reward or a Problem
         self.is_over, self._url = False, url
         self._future: Future[PolicyReply] | None = None
@@ -398,7 +400,8 @@ class _Endpoint(BaseHTTPRequestHandler):
 
     def _reply(self, policy: RolloutPolicy, body: Mapping[str, Any]) -> PolicyReply:
         others = {k: v for k, v in body.items() if k not in FIELDS and v is not None}
-        if wrong := [name for name, value in others.items() if value != VALUES.get(name)]:
+        values = {**VALUES, "temperature": policy.temperature}
+        if wrong := [name for name, value in others.items() if value != values.get(name)]:
             raise PolicyError(f"{', '.join(wrong)}: the policy samples as trained; leave it out")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = copy.deepcopy(policy.chat(body["messages"], body.get("tools") or (), limit))
