@@ -411,7 +411,7 @@ def refusals(policy: Any, row: Any) -> float:
             policy.chat(messages)
         with pytest.raises(BadRequestError, match="messages"):
             client.chat.completions.create(model="any", messages=messages)
-    with pytest.raises(BadRequestError, match="found 1, expected more|cut off"):
+    with pytest.raises(BadRequestError, match=r"found 1, expected more|cut off"):
         client.chat.completions.create(model="any", messages=[first], temperature=0.7)
     for field, value in {"temperature": 1, "n": 2, "stream": True, "stop": "x"}.items():
         with pytest.raises(BadRequestError, match=f"{field}: the policy samples as trained"):

@@ -49,7 +49,7 @@ def arithmetic(
     the rule's name.
     """
     by, request, n = RULES[rule], job.request, len(job.updates.adapters)
-    way, density = name or rule, by.kept_fraction(request.density)
+    way, density = name or rule, (request.density or by.density) if by.prune else None
     weights = weights or request.weights or (1 / n if by.mean else 1.0,) * n
     factors = {}
     squared_error = squared_norm = 0.0

@@ -218,10 +218,6 @@ class ComposeWay:
     prune: Prune | None = None
     density: float | None = None
 
-    def kept_fraction(self, asked: float | None) -> float | None:
-        """The fraction of entries to keep: the requested or default one; None if all are kept."""
-        return None if self.prune is None else asked or self.density
-
     @torch.no_grad()
     def at(
         self, site: ModuleUpdates, weights: Sequence[float], density: float | None, seed: int

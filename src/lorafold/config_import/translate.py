@@ -197,7 +197,8 @@ class Translation:
 
     def report(self, config: str = "recipe.yaml") -> str:
         lines = [f"{self.source} ({self.tool}), converted to a recipe"]
-        off = [entry for entry in self.taken if _is_off(entry)]
+        said = [entry for entry in self.taken if entry.outcome.remark in ("off", "not set")]
+        off = [e for e in said if e.outcome.status == "taken" and not e.outcome.fields]
         for status, head in SECTIONS.items():
             if entries := [entry for entry in getattr(self, status) if entry not in off]:
                 lines += [f"{head}:", *_table(entries)]
@@ -208,11 +209,6 @@ class Translation:
 
     def __str__(self) -> str:
         return self.report()
-
-
-def _is_off(entry: TranslatedKey) -> bool:
-    off = entry.outcome.remark in ("off", "not set")
-    return off and entry.outcome.status == "taken" and not entry.outcome.fields
 
 
 def _key_text(entry: TranslatedKey) -> str:

@@ -63,9 +63,7 @@ def pattern_matches(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def match(
-    model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
-) -> Matches:
+def match(model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear) -> Matches:
     """Resolves targets (preset, regular expression, names or matches) to module paths. Raises
     NoTarget, which lists similar names, for patterns without a match.
     """

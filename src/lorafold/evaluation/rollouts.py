@@ -122,9 +122,9 @@ class Rollouts:
             for prompt in prompts
             for _ in range(k)
         ]
-        temperature = self.sampling.temperature
         inputs = {
-            n: one.beginning(key_of(key, n // k), temperature) for n, one in enumerate(rollouts)
+            n: one.beginning(key_of(key, n // k), self.sampling.temperature)
+            for n, one in enumerate(rollouts)
         }
         streams = dict[int, EventStream]()
 

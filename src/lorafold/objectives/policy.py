@@ -181,9 +181,7 @@ class PolicyObjective(OnPolicy):
         drops = self.sampling.long_prompts == "dropped"
         return prompt_data(table, rows, max_length - self.sampling.max_new_tokens, drops)
 
-    def updates(
-        self, examples: Any, loss: RolloutLoss
-    ) -> Iterator[Sequence[Rollout]]:
+    def updates(self, examples: Any, loss: RolloutLoss) -> Iterator[Sequence[Rollout]]:
         figures, parts = examples.figures, self.sampling.mini_batches
         loss.entropy, loss.entropy_weight = figures["entropy"], figures.get(ENTROPY_WEIGHT, 0.0)
         for update, part in product(range(self.sampling.updates), range(parts)):
@@ -337,9 +335,7 @@ class PolicyObjective(OnPolicy):
             environment_of(self.environment, self._calls) as environment,
         ):
             prompts = to_rows(rows, PROMPTS)
-            result = evaluate_rewards(
-                model, tokenizer, prompts, rewards, config, None, environment
-            )
+            result = evaluate_rewards(model, tokenizer, prompts, rewards, config, None, environment)
         if None in result.prompt_rewards:
             row = result.prompt_rewards.index(None) + 1
             raise LorafoldError(f"held-out row {row}: all rewards returned None, expected a number")

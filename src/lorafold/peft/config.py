@@ -278,9 +278,8 @@ class PeftSelection:
             for name, sites in select(model, self.target_parameters).items():
                 matches[name] = tuple(dict.fromkeys((*matches.get(name, ()), *sites)))
         if not any(matches.values()):
-            named = {"target_modules": self.target_modules} if self.target_modules else {}
-            named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
-            shown = " and ".join(f"{key} {_in_text(names)}" for key, names in named.items())
+            keys = [key for key in ("target_modules", "target_parameters") if getattr(self, key)]
+            shown = " and ".join(f"{key} {_in_text(getattr(self, key))}" for key in keys)
             raise LorafoldError(f"{shown or 'target_modules'} match no module of this model")
         return Matches({pattern: hits for pattern, hits in matches.items() if hits})
 

@@ -50,7 +50,7 @@ NOUN = "environment"  # the name of its reward, unless it returns several
 HOOKS = {"reset", "step", "reward", "tools"}
 LOOPBACK = "127.0.0.1"
 # fields of a request to the endpoint: those that are read or change nothing, and the values that
-# others may have, because the policy samples from its own distribution. The temperature is the run's
+# others may have, because the policy samples from its own distribution
 FIELDS = {
     "model", "messages", "tools", "max_tokens", "max_completion_tokens", "seed", "user", "metadata",
     "store", "parallel_tool_calls",
@@ -399,9 +399,9 @@ class _Endpoint(BaseHTTPRequestHandler):
         self.wfile.write(encoded)
 
     def _reply(self, policy: RolloutPolicy, body: Mapping[str, Any]) -> PolicyReply:
-        others = {k: v for k, v in body.items() if k not in FIELDS and v is not None}
         values = {**VALUES, "temperature": policy.temperature}
-        if wrong := [name for name, value in others.items() if value != values.get(name)]:
+        wrong = [k for k, v in body.items() if k not in FIELDS and v not in (None, values.get(k))]
+        if wrong:
             raise PolicyError(f"{', '.join(wrong)}: the policy samples as trained; leave it out")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = copy.deepcopy(policy.chat(body["messages"], body.get("tools") or (), limit))
