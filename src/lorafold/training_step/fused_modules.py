@@ -212,8 +212,12 @@ def _rotated(rotation: Callable[[Forward], Forward | None], module: nn.Module) -
 def rotary_of(module: nn.Module) -> Forward | None:
     """The function of transformers by which an attention module rotates, or None."""
     own = inspect.unwrap(type(module).forward)
-    uses_rotary = isinstance(own, FunctionType) and ROTARY in own.__code__.co_names
-    return own.__globals__[ROTARY] if uses_rotary else None
+    if not isinstance(own, FunctionType) or ROTARY not in own.__code__.co_names:
+        return None
+    found = own.__globals__[ROTARY]
+    if isinstance(found, nn.Module):  # of the package kernels, around the function
+        return inspect.getclosurevars(type(found).forward).nonlocals.get("func")
+    return found
 
 
 def fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
