@@ -94,14 +94,16 @@ def compared(name: str, before: Any, after: Any, out: Path) -> dict[str, Any]:
     change = [y - x for x, y in pairs]
     mean, half = statistics.mean(change), 1.96 * statistics.stdev(change) / len(change) ** 0.5
     steps = lf.history(out).steps
+    turns = steps.get("turns", [1.0])  # recorded where an episode had several
+    mismatches = [x for x in steps.get("largest mismatch", []) if x is not None]
     found = {
         "environment": name,
         "reward before": before.reward,
         "after": after.reward,
         "change": mean,
         "95% interval": f"{mean - half:.3f} to {mean + half:.3f}",
-        "turns in the first and last step": f"{steps['turns'][0]:.2f}, {steps['turns'][-1]:.2f}",
-        "largest mismatch": max(x for x in steps["largest mismatch"] if x is not None),
+        "turns in the first and last step": f"{turns[0]:.2f}, {turns[-1]:.2f}",
+        "largest mismatch": max(mismatches, default=None),
     }
     print(json.dumps(found), flush=True)
     return found

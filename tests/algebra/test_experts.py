@@ -413,23 +413,6 @@ def test_only_the_chosen_experts_of_a_token_are_computed(monkeypatch: pytest.Mon
     assert seen == [2 * IDS.numel()] * 2
 
 
-@pytest.mark.parametrize("share", ["all", "half", "none"])
-def test_experts_without_matrices_give_back_their_input(share: str) -> None:
-    """LongCat's are those past its 4 experts."""
-    model, adapter = adapted("longcat")
-    experts = model.get_submodule("model.layers.0.mlp.experts")
-    x, weights = torch.randn(6, 64, requires_grad=True), torch.rand(6, 2)
-    index = torch.tensor({"all": [[4, 5]], "half": [[5, 1]], "none": [[0, 3]]}[share] * 6)
-    y = experts(x, index, weights)
-    (gradient,) = torch.autograd.grad(y.sin().sum(), x)
-    adapter.merge()
-    expected = experts(x, index, weights)  # by its own forward
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sin().sum(), x)[0])
-    if share == "all":
-        torch.testing.assert_close(y, x * weights.sum(1, keepdim=True))
-
-
 @pytest.mark.parametrize(("name", "child"), [("llama4", "feed_forward"), ("dbrx", "ffn.experts")])
 def test_experts_apart_from_what_routes_to_them_are_refused(name: str, child: str) -> None:
     model = mixture(name)
@@ -462,7 +445,6 @@ OTHERS = {
     "llama4": ("feed_forward.router", 0.6),
     "jetmoe": ("mlp.router.layer", 0.8),
     "dbrx": ("ffn.router.layer", 0.8),
-    "longcat": ("mlp.router.classifier", 0.4),
 }
 
 
@@ -484,7 +466,7 @@ def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_experts_without_a_row_are_frozen_and_called_experts(name: str, monkeypatch) -> None:
-    """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
+    """DBRX's were `other`, and the routers of two of them were adapted."""
     monkeypatch.setattr("lorafold.core.expert_matrices.FORMS", {})
     router, least = OTHERS[name]
     model = mixture(name)

@@ -573,9 +573,8 @@ def test_what_does_not_exist_is_not_overlooked(text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(path: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(path), run_name="__main__")
+def test_the_first_example_runs(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "sft_minimal.py"), run_name="__main__")
     told = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", capsys.readouterr().out)
     first, last = map(float, told.groups())
     assert last < 0.5 * first

@@ -59,7 +59,7 @@ MLA: dict[str, Any] = {
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "v_head_dim": 16, "num_attention_heads": 4,
 }  # fmt: skip
-# the rows of `core.expert_matrices.FORMS`
+# the rows of `core.expert_matrices.FORMS`, and a router of more experts than have matrices
 FORMS: dict[str, Callable[..., Any]] = {
     "llama4": lambda: tf.Llama4TextConfig(
         **SHAPE, head_dim=16, intermediate_size_mlp=128, num_local_experts=4, pad_token_id=0,

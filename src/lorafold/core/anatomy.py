@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of
+from lorafold.core.expert_matrices import Matrices, expert_counts, matrices_of, numbers_of_experts
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -101,8 +101,8 @@ class Anatomy:
 
     @cached_property
     def routers(self) -> frozenset[str]:
-        """The weight matrices next to E experts, if they have E outputs (a router) or one (the gate
-        of a shared expert).
+        """The weight matrices next to E experts, if they have E outputs, or as many as their parent
+        declares (a router), or one (the gate of a shared expert).
         """
         # module that contains experts -> its children with experts inside -> numbers of experts
         inside: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -114,9 +114,10 @@ class Anatomy:
             weight = module._parameters.get("weight")
             if weight is None or weight.dim() != 2:
                 continue
+            sizes = {1} | numbers_of_experts(self._model().get_submodule(path.rpartition(".")[0]))
             for outer, child in _ancestors(path):
-                experts = inside.get(outer, {})
-                if experts and child not in experts and len(weight) in {1}.union(*experts.values()):
+                near = inside.get(outer, {})
+                if near and child not in near and len(weight) in sizes.union(*near.values()):
                     routers.add(path)
         return frozenset(routers)
 

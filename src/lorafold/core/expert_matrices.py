@@ -41,8 +41,7 @@ class Layout:
 class ExpertsLayout:
     """How a module holds expert weights.
 
-    parameters: in the order of use. If the last one has fewer matrices, extra experts return their
-        input.
+    parameters: in the order of use.
     called: how the forward assigns rows to experts.
     in_parent: whether that forward belongs to the parent of this module.
     activation: the attribute applied to the gates; empty for transformers' experts interface.
@@ -60,10 +59,6 @@ FORMS = {
         {"gate_up_proj": Layout(transposed=True), "down_proj": Layout(transposed=True)},
         BY_SCORE,
         in_parent=True,
-        activation="act_fn",
-    ),
-    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": ExpertsLayout(
-        {"gate_up_proj": Layout("total_experts"), "down_proj": Layout("num_routed_experts")},
         activation="act_fn",
     ),
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": ExpertsLayout(
@@ -149,11 +144,15 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return () if form is None else tuple(form.parameters)
 
 
+def numbers_of_experts(module: nn.Module) -> set[int]:
+    return {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
+
+
 def expert_counts(module: nn.Module) -> set[int]:
     """Returns the numbers of experts that a module declares, or none if its own parameters are not
     expert weights.
     """
-    counts = {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
+    counts = numbers_of_experts(module)
     own = [(name, p) for name, p in module._parameters.items() if p is not None] if counts else []
     if not counts or any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
         return counts

@@ -88,18 +88,22 @@ def import_bitsandbytes() -> ModuleType:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Context manager for imports of bitsandbytes: without warnings that recommend kernels, and
-    without torch's compiler, which takes 1.5 s to import.
+    """Context manager for imports of bitsandbytes: without warnings that recommend kernels, without
+    a kernel that it would download, and without torch's compiler, which takes 1.5 s to import.
     """
+    importlib.import_module("transformers.integrations.hub_kernels")  # keeps its own `get_kernel`
+    kernels: Any = sys.modules.get("kernels", ModuleType("kernels"))
     logger = logging.getLogger("bitsandbytes")
-    level, compiler = logger.level, torch.compile
+    level, compiler, download = logger.level, torch.compile, getattr(kernels, "get_kernel", None)
     logger.setLevel(logging.ERROR)
     torch.compile = partial(_compile_when_called, compiler)
+    kernels.get_kernel = None  # bitsandbytes catches that its call fails
     try:
         yield
     finally:
         logger.setLevel(level)
         torch.compile = compiler
+        kernels.get_kernel = download
 
 
 def _compile_when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:

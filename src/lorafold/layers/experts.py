@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lorafold.core.active_adapters import DropoutSite, dropout_site, expert_token_names
 from lorafold.core.attach import Adapted, blank, renamed_subclass
-from lorafold.core.contexts import is_fake
 from lorafold.core.expert_matrices import (
     BY_INDEX,
     BY_SCORE,
@@ -321,20 +320,12 @@ FORWARDS: dict[str, Any] = {BY_INDEX: run_selected, BY_SCORE: run_scaled, SORTED
 def _expert_outputs(
     holder: Any, layers: Layers, index: Tensor, hidden: Tensor, weights: Tensor | None = None
 ) -> Tensor:  # (T, k, hidden)
-    """Returns the output of each expert of each token, with inputs scaled by `weights` (T, k).
-    Experts without a matrix return their input.
-    """
+    """Returns the output of each expert of each token, with inputs scaled by `weights` (T, k)."""
     form = experts_layout(holder)
     assert form is not None
-    of, (tokens, k) = index.reshape(-1), index.shape
-    counts = [int(getattr(holder, stored.number)) for stored in form.parameters.values()]
-    number, at = counts[-1], None
-    if number < max(counts):  # for fake tensors, all experts have matrices
-        at = torch.arange(len(of)) if is_fake(of) else (of < number).nonzero()[:, 0]
-        if not len(at):
-            return hidden[:, None].expand(-1, k, -1)
-    groups, rows, places = sort_into_groups(of if at is None else of[at], number)
-    rows = rows if at is None else at[rows]
+    (tokens, k), stored = index.shape, next(iter(form.parameters.values()))
+    number = int(getattr(holder, stored.number))
+    groups, rows, places = sort_into_groups(index.reshape(-1), number)
     x = hidden.index_select(0, rows // k)  # its backward is faster than with indexing
     if weights is not None:
         x = x * weights.reshape(-1, 1).index_select(0, rows)
@@ -348,7 +339,4 @@ def _expert_outputs(
     y = last(inner)
     if getattr(holder, "has_post_expert_norm", False):
         y = holder.post_expert_norm(y)
-    y = y.index_select(0, places)
-    if at is not None:
-        y = hidden.repeat_interleave(k, 0).to(y.dtype).index_copy(0, at, y)
-    return y.view(tokens, k, -1)
+    return y.index_select(0, places).view(tokens, k, -1)
