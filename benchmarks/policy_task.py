@@ -1,15 +1,18 @@
 """A policy's way on a task with an exact reward: lists of as many things as are asked for.
 
-    python benchmarks/policy_task.py [--seeds 3] [--steps 40] [--task lists] [-- --rank 1]
+    python benchmarks/policy_task.py [--seeds 3] [--steps 40] [--task lists] [--storage fp32]
+        [-- --rank 1]
 
 A prompt asks for two, three or four things of a kind; an answer is right where it is so many
 different words with commas between them and nothing else. `exact` says whether it is (1 or 0), and
 `form` and `number`, with 0.3 each, grade what is not: the share of parts that are one word, and how
 near their number is. Kinds of held-out prompts are in no prompt that is trained on. With --task the
-prompts and the verifier are those of a task of reasoning-gym, of numbers of one digit. The embedded
-model draws 8 prompts x 8 completions of at most 16 tokens a step; figures are the share of right
-answers (the verifier's mean) of 200 held-out prompts, one completion each, before the first step
-and after the last, with 95% intervals.
+prompts and the verifier are those of a task of reasoning-gym (`chain_sum` has numbers of one
+digit), or `guess`, the game of several turns of examples/guess.py. The embedded model draws 8
+prompts x 8 completions of at most 16 tokens a step; figures are the share of right answers (the
+verifier's mean) of 200 held-out prompts, one completion each, before the first step and of the
+adapter that is kept, with 95% intervals. A step is silent if the rewards of each of its prompts are
+equal.
 Prints JSON lines and a table, which is also written to results/.
 """
 
@@ -18,6 +21,7 @@ import json
 import random
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from lib.finished import COUNTED, finished
@@ -27,6 +31,7 @@ from lib.short import parsed
 
 from lorafold.evaluation.intervals import wilson
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNTS = {"two": 2, "three": 3, "four": 4}
 ASKED = ("Name {n} {kind}.", "List {n} {kind}.", "Give me {n} {kind}.", "Write down {n} {kind}.")
 RULE = "Answer with words and commas alone, as in: red, blue"
@@ -88,10 +93,18 @@ def lists(scratch: str, held_out: int = HELD_OUT) -> tuple[list[str], str]:
 def of_reasoning_gym(task: str, scratch: str) -> tuple[list[str], str]:
     """The same of a task of reasoning-gym."""
     small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    small = small if task == "chain_sum" else {}
     for name, n, seed in (("train", 400, 1), ("test", HELD_OUT, 2)):
         found = gym(task, size=n, seed=seed, **small)
         put(scratch, name, [{"prompt": e["question"], "entry": json.dumps(e)} for e in found])
     return [f"reasoning-gym:{task}"], "reward"
+
+
+def game(scratch: str) -> tuple[list[str], str]:
+    """The same of a game, whose environment gives the reward."""
+    for name, n in (("train", 400), ("test", HELD_OUT)):
+        put(scratch, name, [{"prompt": "guess", "secret": at % 10} for at in range(n)])
+    return [], "reward"
 
 
 def put(scratch: str, name: str, of: list[dict]) -> None:
@@ -105,14 +118,16 @@ def trained(
     """The figures of one run."""
     out = f"{scratch}/out"
     options = ["group=8", "max_new_tokens=16", f"updates={asked.updates}"]
+    played = ["--environment", f"{EXAMPLES}/guess.py:Guess"] if asked.task == "guess" else []
     done = finished(
         [
             *(*COUNTED, "train", "--model", "smollm2", "--objective"),
             *("grpo", "--data", f"{scratch}/train.jsonl", "--eval-data", f"{scratch}/test.jsonl"),
             *(part for reward in rewards for part in ("--reward", reward)),
             *("--out", out, "--overwrite", "--json"),
-            *("--storage", "fp32", "--batch", "8", "--steps", str(asked.steps)),
-            *("--eval-every", str(asked.steps), "--seed", str(seed), "--method", asked.method),
+            *("--storage", asked.storage, "--batch", "8", "--steps", str(asked.steps), *played),
+            *("--eval-every", str(asked.eval_every or asked.steps)),
+            *("--seed", str(seed), "--method", asked.method),
             *(part for option in options for part in ("--objective-options", option)),
             *asked.options,
         ]
@@ -120,11 +135,17 @@ def trained(
     record = json.loads(Path(out, "lorafold.json").read_text())
     held_out, steps = record["held_out"], record["steps"]
     right, within = held_out[judge], held_out["reward_interval"]
+    kept = held_out["step"].index(record.get("step") or held_out["step"][-1])
+    signals = steps["groups without signal"]
     found = {
         "seed": seed, "work": {k: done.said["work"][k] for k in ("steps", "rows")},
         "seconds": done.said["seconds"],
         "whole_seconds": done.seconds,
-        "right": right, "interval": within, "exact": judge != "reward",
+        "right": [right[0], right[kept]], "interval": [within[0], within[kept]],
+        "exact": judge != "reward", "steps": len(signals), "kept": held_out["step"][kept],
+        "silent": sum(share == 1 for share in signals) / len(signals),
+        "groups without signal": sum(signals) / len(signals),
+        "said": [line for line in done.told.splitlines() if "step" in line and ": " in line][-3:],
         "parameters": done.said["trainable_parameters"],
         "tokens": held_out["tokens a completion"], "entropy": steps["entropy"][-1],
         "mismatch": max(x for x in steps["mismatch"] if x is not None),
@@ -149,11 +170,14 @@ def main() -> None:
     parser.add_argument("--task", default="lists", help="lists, or one of reasoning-gym")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--method", default="lora")
+    parser.add_argument("--storage", default="fp32")
+    parser.add_argument("--eval-every", type=int, help="steps; all of them, if not given")
     parser.add_argument("options", nargs="*", help="further ones of `lorafold train`, after --")
     asked = parsed(parser, seeds=1, steps=1)
     table = []
     with tempfile.TemporaryDirectory() as scratch:
-        made = lists(scratch) if asked.task == "lists" else of_reasoning_gym(asked.task, scratch)
+        own = {"lists": lists, "guess": game}.get(asked.task, partial(of_reasoning_gym, asked.task))
+        made = own(scratch)
         for seed in range(asked.seeds):
             one = trained(scratch, seed, *made, asked)
             table.append(
@@ -161,6 +185,9 @@ def main() -> None:
                     "seed": str(seed),
                     "correct before": told(one, 0),
                     "correct after": told(one, -1),
+                    "steps, the best": f"{one['steps']}, {one['kept']}",
+                    "silent steps, prompts": f"{one['silent']:.0%}, "
+                    f"{one['groups without signal']:.0%}",
                     "minutes of training": f"{one['seconds'] / 60:.1f}",
                     "tokens before and after": " ".join(
                         f"{one['tokens'][at]:.1f}" for at in (0, -1)
@@ -169,7 +196,7 @@ def main() -> None:
                     "largest mean difference of log-probabilities": f"{one['mismatch']:.1e}",
                 }
             )
-    keep(f"policy_{asked.task}", table, dtypes="fp32")
+    keep(f"policy_{asked.task}", table, dtypes=asked.storage)
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def test_ends_that_are_cut_off_are_named(found: Any) -> None:
     findings, lines = found(rows, max_length=100)
     assert lines == [
         "data: 1 of 3 rows are truncated at max_length 100 and lose the end of an answer: row 2",
-        "data: 1 of 3 rows have no token to train on: row 3",
+        "data: 1 of 3 rows are left out of training: row 3",
     ]
     assert counts(findings) == {"ends_lost": 1, "untrained": 1}
     pairs = [pair(1, "a", "b"), pair(2, "yes " * 200, "b"), pair(3, "a", "no " * 200)]

@@ -165,6 +165,12 @@ class Named:
     def step(self, action):
         return None
 
+class Unscored(Named):
+    def step(self):
+        return None
+    def reward(self):
+        return None
+
 class Nothing:
     pass
 
@@ -503,6 +509,8 @@ def test_tools_answer_calls_and_errors_are_answers() -> None:
 class Shop:
     """As TRL has environments: its methods are the tools."""
 
+    stock = dict  # no method
+
     def reset(self, **row: Any) -> None:
         self.sold = list(row)
 
@@ -527,6 +535,39 @@ def test_methods_of_a_class_without_steps_are_tools() -> None:
         [request] = played(reply("", [call("buy", thing="tea")]))
         assert request["messages"][-1]["content"] == "bought tea"
         assert played(reply("Done.")) == [{"reward": {"environment": 2.0}}]
+
+
+class Seeded:
+    def reset(self, seed: int, row: dict[str, Any], messages: Any, **fields: Any) -> str:
+        return f"{seed} {row['seed']} {len(messages)} {fields['word']}"
+
+    def step(self, text: str) -> None:
+        pass
+
+    def reward(self) -> float:
+        return 1.0
+
+
+def test_fields_of_a_row_do_not_hide_what_lorafold_passes() -> None:
+    with environment_of(Seeded, DEFAULT_CALLS) as played:
+        [request] = played(start(seed="no", row=2, word="red"))
+        assert request["messages"][-1]["content"] == "0 no 0 red"
+
+
+def letters(completion: str) -> float:
+    return len(completion)
+
+
+def test_a_reward_has_another_name_than_those_of_the_environment(run, file: Path) -> None:
+    with pytest.raises(LorafoldError, match="letters: the environment gives a reward of the same"):
+        run("out", f"{file}:Talk", rewards=letters)
+
+
+def test_no_rollout_has_a_reward(run, file: Path) -> None:
+    trained = run("out", f"{file}:Unscored", steps=6)
+    assert trained.losses == [0.0] * 6
+    told = "100% of the groups of the last 3 steps had the same reward for all completions, or none"
+    assert told in str(lf.history(trained.adapter))
 
 
 @pytest.mark.parametrize(
@@ -557,6 +598,11 @@ def test_names_of_no_environment(name: str) -> None:
         lf.train(GRPO, model="none", data=ROWS, out="none", environment="no.py:f")
     with pytest.raises(LorafoldError, match="found no reward, expected at least one"):
         lf.train(GRPO, model="none", data=ROWS, out="none", environment=[add])
+    with (
+        pytest.raises(LorafoldError, match="tool partial: functools"),
+        environment_of([partial(add, 1)], DEFAULT_CALLS) as played,
+    ):
+        played(start())
     with pytest.raises(LorafoldError, match="environment: not used by the objective sft"):
         lf.train(lf.Recipe(), model="none", data=ROWS, out="none", environment="no.py:f")
 

@@ -48,7 +48,7 @@ PROBLEMS = {
     "empty_answers": "have an empty answer to train on",
     "contradictions": "{}",
     "ends_lost": "are truncated at max_length {} and lose the end of an answer",
-    "untrained": "have no token to train on",
+    "untrained": "are left out of training",
 }
 STREAMED = (
     "rows are streamed, so lorafold does not check them for duplicates, held-out rows, empty"

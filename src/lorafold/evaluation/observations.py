@@ -60,7 +60,7 @@ def observations_of(
         evaluations=evaluations,
         best=max(trained, key=lambda row: row[1], default=None),
         saved_at=saved_at,
-        max_new_tokens=options.get("max_new_tokens"),
+        options={"max_new_tokens": None, "environment": "", **options},
         limits=LIMITS,
         prefix=REWARD_PREFIX,
     ).splitlines()

@@ -168,8 +168,9 @@ class RolloutPolicy:
             reply.ended, reply.problem = values["ended"], values["problem"]
             return future.set_result(reply)
         self.is_over = "over" in values
-        error = RolloutOver(values["over"]) if self.is_over else PolicyError(values["error"])
-        future.set_exception(error)
+        future.set_exception(
+            RolloutOver(values["over"]) if self.is_over else PolicyError(values["error"])
+        )
 
     def end(self, file: str | None, outcome: Callable[[], Any]) -> None:
         """Reports the reward that a rollout returns, or its error."""
@@ -287,13 +288,13 @@ async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mappin
     environment = create()
     tools, step = getattr(environment, "tools", ()), getattr(environment, "step", None)
     if not (tools or step):
-        methods = inspect.getmembers(environment, callable)
+        methods = inspect.getmembers(environment, inspect.ismethod)
         tools = [method for name, method in methods if name[0] != "_" and name not in HOOKS]
         if not tools:
             raise Problem("found neither step nor tools, expected one of them")
-    functions = {tool.__name__: tool for tool in tools}
-    if len(functions) < len(tools):
-        names = [tool.__name__ for tool in tools]
+    names = [getattr(tool, "__name__", str(tool)) for tool in tools]
+    functions = dict(zip(names, tools, strict=True))
+    if len(functions) < len(names):
         raise Problem(f"tools: found {', '.join(names)}, expected each name once")
     known = {"row": row, "seed": policy.seed, "messages": policy.messages}
     given = await _call(getattr(environment, "reset", lambda: None), dict(row), known)
@@ -321,7 +322,7 @@ async def _call(function: Any, fields: dict[str, Any], known: dict[str, Any]) ->
     """Calls a method with the values that its parameters name; `**` takes all fields of the row."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    values = known | fields
+    values = fields | known
     if missing := [p.name for p in named if p.default is p.empty and p.name not in values]:
         raise Problem(
             f"{function.__name__}: found the parameter {missing[0]}, expected only"
@@ -329,7 +330,7 @@ async def _call(function: Any, fields: dict[str, Any], known: dict[str, Any]) ->
         )
     passed = {p.name: values[p.name] for p in named if p.name in values}
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        passed |= fields
+        passed = fields | passed
     found = function(**passed)
     return await found if isinstance(found, Awaitable) else found
 
@@ -400,8 +401,9 @@ class _Endpoint(BaseHTTPRequestHandler):
 
     def _reply(self, policy: RolloutPolicy, body: Mapping[str, Any]) -> PolicyReply:
         values = {**VALUES, "temperature": policy.temperature}
-        wrong = [k for k, v in body.items() if k not in FIELDS and v not in (None, values.get(k))]
-        if wrong:
+        if wrong := [
+            k for k, v in body.items() if k not in FIELDS and v not in (None, values.get(k))
+        ]:
             raise PolicyError(f"{', '.join(wrong)}: the policy samples as trained; leave it out")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = copy.deepcopy(policy.chat(body["messages"], body.get("tools") or (), limit))

@@ -437,12 +437,14 @@ class Rewards(AbstractContextManager["Rewards"]):
         None if the reward does not apply to the completion; a sum is None if no reward applies.
         """
         each = {reward.name: _judge(reward, judged) for reward in self._rewards}
-        given = [name for one in judged for name, x in one.given.items() if x is not None]
-        for name in dict.fromkeys(given):
-            each[name] = [one.given.get(name) for one in judged]
+        names = [name for one in judged for name, x in one.given.items() if x is not None]
+        if both := each.keys() & names:
+            raise failure(min(both), "the environment gives a reward of the same name")
+        each |= {name: [one.given.get(name) for one in judged] for name in dict.fromkeys(names)}
         weights, sums = [self.weights.get(name, 1.0) for name in each], []
-        for one, numbers in zip(judged, zip(*each.values(), strict=True), strict=True):
-            applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
+        for at, one in enumerate(judged):
+            numbers = [(w, x[at]) for w, x in zip(weights, each.values(), strict=True)]
+            applied = [w * x for w, x in numbers if x is not None]
             sums.append(sum(applied) if applied and not one.refused else None)
         for one, total in zip(judged, sums, strict=True):
             if total is not None and not abs(total) <= LARGEST:
