@@ -72,7 +72,7 @@ class SamplingOptions:
     """
 
     group: Annotated[int, Field(ge=2)] = 8
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     updates: Annotated[int, Field(ge=1)] = 1
