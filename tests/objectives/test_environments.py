@@ -417,6 +417,9 @@ def refusals(policy: Any, row: Any) -> float:
             policy.chat(messages)
         with pytest.raises(BadRequestError, match="messages"):
             client.chat.completions.create(model="any", messages=messages)
+    if reply.ended == "stop":
+        with pytest.raises(PolicyError, match="tools: found others than in the first turn"):
+            policy.chat([first, reply, first], [len_of])
     with pytest.raises(BadRequestError, match=r"found 1, expected more|cut off"):
         client.chat.completions.create(model="any", messages=[first], temperature=0.7)
     for field, value in {"temperature": 1, "n": 2, "stream": True, "stop": "x"}.items():

@@ -92,6 +92,8 @@ class Episode:
             raise LorafoldError("; ".join(problems))
         given = normalize(request["messages"])
         if self.turns:
+            if (tools := openai_tools(request["tools"])) and tools != self._tools:
+                raise LorafoldError("tools: found others than in the first turn, expected the same")
             self._continue(given)
         else:
             own = self.prompt.conversation

@@ -409,7 +409,7 @@ class _Endpoint(BaseHTTPRequestHandler):
         reply = copy.deepcopy(policy.chat(body["messages"], body.get("tools") or (), limit))
         for call in reply.get("tool_calls", ()):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-            reply.ended = "tool_calls"
+            reply.ended = reply.ended.replace("stop", "tool_calls")
         return reply
 
     def log_message(self, *_: Any) -> None:

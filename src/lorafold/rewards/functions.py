@@ -389,9 +389,8 @@ def verifier(text: str) -> Function:
         raise Problem(f"the task's verifier can't be created: {error_text(error, None)}") from None
 
     def score(prompt: Any, completion: str, **row: Any) -> float:
-        answer = extract_answer(completion)
-        answer_text = completion.strip() if answer is None else answer
-        return float(dataset.score_answer(answer_text, entry(prompt, row)))
+        answer = completion.strip() if (last := extract_answer(completion)) is None else last
+        return float(dataset.score_answer(answer, entry(prompt, row)))
 
     def entry(prompt: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         fields = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
@@ -414,6 +413,5 @@ def as_object(name: str, value: Any) -> dict[str, Any]:
     except ValueError:
         parsed = value
     if not isinstance(parsed, Mapping):
-        shown = truncate(repr(value), 80)
-        raise Problem(f"{name}: found {shown}, expected an object or its JSON text")
+        raise Problem(f"{name}: found {shown(value)}, expected an object or its JSON text")
     return dict(parsed)
