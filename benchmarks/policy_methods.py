@@ -35,7 +35,8 @@ def run(scratch: str, name: str, times: float, seed: int, steps: int, held_out: 
     options = options + [
         part for rate, own in rates.items() for part in (f"--{rate}", str(times * own))
     ]
-    asked = SimpleNamespace(updates=1, steps=steps, method=method, options=options)
+    own = {"task": "lists", "updates": 1, "storage": "fp32", "eval_every": None}
+    asked = SimpleNamespace(**own, steps=steps, method=method, options=options)
     print(f"{name}, {times} of its rates, seed {seed}, {steps} steps", flush=True)
     return trained(scratch, seed, *lists(scratch, held_out), asked)
 
