@@ -4,6 +4,8 @@
 
 guess: the model guesses a number, and is told whether it is higher or lower (examples/guess.py);
 the reward is 1 for the first guess, 0.2 less for each further one, and 0 without success.
+verifiers: a game of the `verifiers` package, in a virtual environment of its own, whose Python the
+variable VERIFIERS names (examples/verifiers_game.py); the reward is 1 if one of four guesses hits.
 tools: a start from SFT on a few conversations that call the tools of examples/calculator.py, then
 GRPO; the reward is 1 if the last answer has the right number. Measured on unseen rows before and
 after the policy, with 95% intervals; the paired difference is over the same rows.
@@ -14,6 +16,7 @@ import json
 import random
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +112,14 @@ def compared(name: str, before: Any, after: Any, out: Path) -> dict[str, Any]:
     return found
 
 
-def guess(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    environment = f"{EXAMPLES}/guess.py:Guess"
-    rows = [{"prompt": "guess", "secret": n % 10} for n in range(400)]
-    test = [{"prompt": "guess", "secret": n % 10} for n in range(asked.rows)]
+def game(name: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    environment, prompt, field = GAMES[name]
+    rows = [{"prompt": prompt, field: n % 10} for n in range(400)]
+    test = rows[: asked.rows]
     before = measured(test, environment, (), seed=1)
-    trained(folder / "guess", rows, environment, (), asked.steps)
-    after = measured(test, environment, (), seed=1, adapters=folder / "guess")
-    return compared("guess", before, after, folder / "guess")
+    trained(folder / name, rows, environment, (), asked.steps)
+    after = measured(test, environment, (), seed=1, adapters=folder / name)
+    return compared(name, before, after, folder / name)
 
 
 def calculator(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
@@ -139,14 +142,20 @@ def calculator(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     return compared("tools", before, after, folder / "policy")
 
 
-RUNS = {"guess": guess, "tools": calculator}
+GAMES = {
+    "guess": (f"{EXAMPLES}/guess.py:Guess", "guess", "secret"),
+    "verifiers": (
+        f"{EXAMPLES}/verifiers_game.py:rollout", "Guess my number from 0 to 9.", "answer"
+    ),
+}  # the environment, the prompt and the field with the number
+RUNS = {"tools": calculator} | {name: partial(game, name) for name in GAMES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=[*RUNS])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=["guess", "tools"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--sft", type=int, default=64)
