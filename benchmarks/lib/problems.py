@@ -8,13 +8,15 @@ from typing import Any
 from lib.short import is_short
 
 
-def gym(task: str, **options: Any) -> Any:
-    """The data set of a task of reasoning-gym; ends the program where that is not installed."""
+def gym(task: str, seed: int, **options: Any) -> Any:
+    """The data set of a task of reasoning-gym; ends the program where that is not installed. Its
+    item n is drawn with seed + n, so that those of small seeds would be the same.
+    """
     try:
         from reasoning_gym import create_dataset
     except ImportError:
         sys.exit("reasoning-gym is not installed; run: pip install 'lorafold[bench]'")
-    return create_dataset(task, **options)
+    return create_dataset(task, seed=seed * 1_000_000, **options)
 
 
 def problems(n: int, seed: int) -> list[tuple[str, str]]:
