@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 WINDOWS = "lorafold runs on Linux and macOS; on Windows, install it in WSL 2"
@@ -120,6 +120,17 @@ def join_problems(problems: Sequence[object]) -> str:
 def differing_keys(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     """The sorted keys whose values differ. A missing key counts as None."""
     return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+def changes(a: Mapping[str, object], b: Mapping[str, object], name: str = "") -> Iterator[str]:
+    """`NAME: was OLD, now NEW` for each differing key, also of mappings in these."""
+    for key in differing_keys(a, b):
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{name}{key}.")
+        else:
+            was, now = (truncate_middle(repr(value), 80) for value in (old, new))
+            yield f"{name}{key}: was {was}, now {now}"
 
 
 def truncate_middle(text: str, max_chars: int) -> str:

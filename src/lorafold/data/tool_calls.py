@@ -24,6 +24,7 @@ from lorafold.data.chat_template import (
     tool_call,
     try_apply,
 )
+from lorafold.data.json_input import find_unusable
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.errors import LorafoldError, join_problems
 
@@ -168,7 +169,7 @@ def parse_calls(
 
     Raises:
         LorafoldError: If the template renders no calls, or renders them in an unknown syntax, or if
-            arguments can't be parsed.
+            arguments can't be parsed, or if a call begins and has another form.
     """
     grammar = grammar_of(tokenizer)
     if grammar is None:
@@ -179,6 +180,8 @@ def parse_calls(
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for syntax in (grammar, grammar.without(special_tokens(tokenizer))):
         if calls := list(_parse_calls(text, syntax, tools)):
+            if reason := find_unusable({"arguments": calls}):
+                raise LorafoldError(reason)
             return calls
     return []
 
@@ -203,14 +206,20 @@ def _parse_calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator
     # if no text precedes a name, only the whole text can be a call
     begin = re.compile((_regex(grammar.before.lstrip()) or r"\A\s*") + name_re)
     further = re.compile(_regex(grammar.between) + name_re) if grammar.between else None
+    opening = re.match(r"\s*(<[^<>\s]+>|\[\w+\])", grammar.before)
     at, match = 0, begin.search(text)
-    while match is not None:
+    while True:
+        if opening and opening[1] in text[at : match.start() if match else None]:
+            form = f"{grammar.before}NAME{grammar.after_name}"
+            raise LorafoldError(f"found {opening[1]} without a call, expected {form!r}")
+        if match is None:
+            return
         name, at = match["name"], match.end()
         if pairs is None:
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                why = f"arguments that are not JSON: {error.msg}"
+            except ValueError as error:  # also for thousands of digits
+                why = f"arguments that are not JSON: {getattr(error, 'msg', error)}"
                 raise LorafoldError(f"the call of {name} has {why}") from error
             if not isinstance(arguments, dict):
                 raise LorafoldError(f"the call of {name} has arguments that are not a JSON object")

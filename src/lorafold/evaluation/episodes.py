@@ -14,6 +14,7 @@ from lorafold.data.chat_template import prefix_of, template_of
 from lorafold.data.control_tokens import MARK_END, MARK_START, rendered_ids
 from lorafold.data.examples import NO_LOSS
 from lorafold.data.formats import Conversation
+from lorafold.data.json_input import find_unusable
 from lorafold.data.messages import (
     Message,
     Tool,
@@ -87,8 +88,9 @@ class Episode:
         if "reward" in request:
             self.rewards = request["reward"]
             return None
-        problems = [*message_problems("messages", request["messages"])]
-        if problems := [*problems, *tool_problems(request["tools"])]:
+        found = request["messages"]
+        problems = [*message_problems("messages", found), *tool_problems(request["tools"])]
+        if problems := problems or [*filter(None, [find_unusable({"messages": found})])]:
             raise LorafoldError("; ".join(problems))
         given = normalize(request["messages"])
         if self.turns:

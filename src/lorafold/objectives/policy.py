@@ -47,13 +47,7 @@ from lorafold.ops.arithmetic import override_widening, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Calls, RewardName, Rewards
 from lorafold.rewards.environments import NOUN
-from lorafold.rewards.reward import (
-    REWARDS,
-    DirectReward,
-    environment_name,
-    environment_of,
-    qualname,
-)
+from lorafold.rewards.reward import REWARDS, DirectReward, environment_of, qualname
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training_step import policy_algorithms
 from lorafold.training_step.data_parallel import Replicated
@@ -116,13 +110,15 @@ class PolicyObjective(OnPolicy):
         if sampling.environment and request.environment:
             raise LorafoldError("environment: found two, expected one")
         environment = sampling.environment or request.environment
-        if isinstance(environment, str) and environment:
-            environment_name(environment)  # before the model loads
+        with environment_of(environment, Calls()):
+            pass  # a wrong one is an error before the model loads
         if not 0 <= sampling.overlong <= (0 if environment else sampling.max_new_tokens):
             raise LorafoldError(
                 f"overlong: found {sampling.overlong}, expected at most max_new_tokens, or 0 in an"
                 " environment"
             )
+        if sampling.turns != SamplingOptions.turns and not environment:
+            raise LorafoldError("turns: found no environment, expected one (--environment)")
         tools = isinstance(environment, list | tuple) or str(environment).startswith("tools:")
         if not (sampling.rewards or request.rewards) and (tools or not environment):
             raise LorafoldError(
@@ -211,8 +207,10 @@ class PolicyObjective(OnPolicy):
     def preview(self, example: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
 
-        text = tokenizer.decode(list(example.ids), skip_special_tokens=False)
-        return Text(str(text), style="dim")
+        text = str(tokenizer.decode(list(example.ids), skip_special_tokens=False))
+        if self.environment:
+            text += "\n(the environment may add tools and replace these messages)"
+        return Text(text, style="dim")
 
     @contextmanager
     def loss(

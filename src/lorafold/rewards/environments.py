@@ -207,6 +207,10 @@ class Environments:
     def of(cls, given: Any, file: str | None = None) -> Environments:
         """The environment of a class, of a rollout function, or of a list of tools."""
         if isinstance(given, list | tuple):
+            if not given:
+                raise Problem("tools: found none, expected at least one function")
+            for tool in _by_name(given).values():
+                schema_of(tool)
             return cls(partial(_episode, partial(SimpleNamespace, tools=given)), file)
         if inspect.isclass(given):
             return cls(partial(_episode, given), file)
@@ -284,6 +288,18 @@ def schema_of(tool: Callable[..., Any]) -> dict[str, Any]:
         raise Problem(f"tool {name}: {reason}") from None
 
 
+def _by_name(tools: Sequence[Any]) -> dict[str, Any]:
+    names = [getattr(tool, "__name__", str(tool)) for tool in tools]
+    functions = dict(zip(names, tools, strict=True))
+    if len(functions) < len(names):
+        raise Problem(f"tools: found {', '.join(names)}, expected each name once")
+    for name, tool in functions.items():
+        for p in inspect.signature(tool).parameters.values():
+            if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL):
+                raise Problem(f"tool {name}: a call can't pass {p.name}, which has no name in it")
+    return functions
+
+
 async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mapping[str, Any]) -> Any:
     environment = create()
     tools, step = getattr(environment, "tools", ()), getattr(environment, "step", None)
@@ -292,10 +308,7 @@ async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mappin
         tools = [method for name, method in methods if name[0] != "_" and name not in HOOKS]
         if not tools:
             raise Problem("found neither step nor tools, expected one of them")
-    names = [getattr(tool, "__name__", str(tool)) for tool in tools]
-    functions = dict(zip(names, tools, strict=True))
-    if len(functions) < len(names):
-        raise Problem(f"tools: found {', '.join(names)}, expected each name once")
+    functions = _by_name(tools)
     known = {"row": row, "seed": policy.seed, "messages": policy.messages}
     given = await _call(getattr(environment, "reset", lambda: None), dict(row), known)
     messages = policy.messages if given is None else _messages(given, "user")
@@ -312,9 +325,10 @@ async def _episode(create: Callable[[], Any], policy: RolloutPolicy, row: Mappin
         elif step is not None:
             turn = {"text": reply["content"], "calls": calls, "ended": reply.ended}
             seen = await _call(step, {}, turn)
+        seen = None if seen is None else _messages(seen, "tool" if calls else "user")
         if seen is None or is_cut:
             break
-        messages = [*messages, reply, *_messages(seen, "tool" if calls else "user")]
+        messages = [*messages, reply, *seen]
     return await _call(getattr(environment, "reward", lambda: None), {}, {})
 
 
@@ -344,7 +358,8 @@ async def _result(functions: Mapping[str, Any], call: Mapping[str, Any]) -> Mess
     try:
         found = function(**arguments)
         found = await found if isinstance(found, Awaitable) else found
-        return answer | {"content": found if isinstance(found, str) else json.dumps(found)}
+        text = found if isinstance(found, str) else json.dumps(found)
+        return answer | {"content": text.encode().decode()}  # an error for half a character
     except Exception as error:
         message = truncate(f"{type(error).__name__}: {error}".removesuffix(": "), MAX_LEN)
         return answer | {"content": f"error: {message}"}
@@ -404,7 +419,8 @@ class _Endpoint(BaseHTTPRequestHandler):
         if wrong := [
             k for k, v in body.items() if k not in FIELDS and v not in (None, values.get(k))
         ]:
-            raise PolicyError(f"{', '.join(wrong)}: the policy samples as trained; leave it out")
+            names = ", ".join(wrong)
+            raise PolicyError(f"{names}: this endpoint has only the default; leave it out")
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = copy.deepcopy(policy.chat(body["messages"], body.get("tools") or (), limit))
         for call in reply.get("tool_calls", ()):

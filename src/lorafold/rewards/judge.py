@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from jinja2.meta import find_undeclared_variables
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafold.errors import truncate
-from lorafold.rewards.functions import Function, Problem
+from lorafold.rewards.functions import LARGEST, Function, Problem
 
 BUSY = {408, 409, 425, 429}  # HTTP statuses after which a request is repeated, besides 5xx
 
@@ -95,7 +96,8 @@ def judge(text: str) -> Function:
             raise Problem(f"{problem}, expected a chat completion") from None
         try:
             number = scores[-1].replace(",", ".").replace("\u2212", "-") if scores else ""
-            return float(number) / rubric.scale if scores else None
+            score = float(number) / rubric.scale if scores else math.inf
+            return score if abs(score) <= LARGEST else None
         except ValueError:
             raise Problem(f"pattern: found {scores[-1]!r}, expected a number") from None
 

@@ -340,15 +340,6 @@ class DirectReward(CodeReward):
         self._function.close()
 
 
-def environment_name(text: str) -> RewardName:
-    """The parts of an environment's name, FILE.py:NAME or tools:FILE.py, whose file exists."""
-    parsed = RewardName.parse(text) if re.fullmatch(r"tools:.+\.py|.+\.py:\w+", text) else None
-    if parsed is None or parsed.kind not in ("file", TOOLS) or parsed.weight != 1:
-        raise LorafoldError(f"environment {text!r}: expected FILE.py:NAME or tools:FILE.py")
-    check_names([text], "environment")
-    return parsed
-
-
 @contextmanager
 def environment_of(given: Any, calls: Calls) -> Iterator[Environment]:
     """Yields the environment with this name, in a separate process, or of a Python object (see
@@ -358,7 +349,11 @@ def environment_of(given: Any, calls: Calls) -> Iterator[Environment]:
         yield single_turn
         return
     if isinstance(given, str):
-        parsed = environment_name(given)
+        known = re.fullmatch(r"tools:.+\.py|.+\.py:\w+", given)
+        parsed = RewardName.parse(given) if known else None
+        if parsed is None or parsed.kind not in ("file", TOOLS) or parsed.weight != 1:
+            raise LorafoldError(f"environment {given!r}: expected FILE.py:NAME or tools:FILE.py")
+        check_names([given], NOUN)
         kind = TOOLS if parsed.kind == TOOLS else NOUN
         environment: Any = SeparateReward(given, kind, parsed.text, noun=NOUN)
     else:

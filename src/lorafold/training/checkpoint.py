@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, differing_keys, join_problems, listed, truncate_middle
+from lorafold.errors import LorafoldError, changes, join_problems, listed
 from lorafold.files.atomic import (
     MANIFEST,
     atomic_directory,
@@ -188,22 +188,17 @@ class RunDirectory:
         if (stored := self.identity) is None:
             raise LorafoldError(f"{self.path}: found no run to resume; start one without --resume")
         files = stored.pop(FILES, {})
-        changes = [
-            f"{k}: was {truncate_middle(repr(stored.get(k)), 80)}, now"
-            f" {truncate_middle(repr(identity.get(k)), 80)}"
-            for k in differing_keys(stored, identity)
-            if k != FILES
-        ]
+        settings = [*changes(stored, identity | {FILES: None})]
         edited = [
             f"{role}: the files of {of['name']} have changed"
             for role, of in identity.get(FILES, {}).items()
             if files.get(role, {}).get("sha256") != of["sha256"]
         ]
-        if changes or edited:
-            cause = "settings have changed" if changes else "files have changed"
+        if settings or edited:
+            cause = "settings have changed" if settings else "files have changed"
             raise LorafoldError(
-                f"{self.path}: can't resume, because {cause}: {listed([*changes, *edited], '; ')}."
-                f" Use the old {'values' if changes else 'files'} and lorafold version, or start"
+                f"{self.path}: can't resume, because {cause}: {listed([*settings, *edited], '; ')}."
+                f" Use the old {'values' if settings else 'files'} and lorafold version, or start"
                 " again with --overwrite"
             )
 

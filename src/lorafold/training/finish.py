@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.adapter.coverage import unreached
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError, differing_keys, listed, truncate_middle
+from lorafold.errors import LorafoldError, changes, differing_keys, listed
 from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.html_page import ShownInNotebooks
 from lorafold.files.model_card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
@@ -36,7 +36,7 @@ from lorafold.recipe.fields import METHOD_FIELDS
 from lorafold.recipe.recipe import Recipe
 from lorafold.runtime.memory import RETURN_FREED, malloc_policy, peak_bytes
 from lorafold.training.checkpoint import Progress, RunDirectory
-from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity, objective_of
+from lorafold.training.inputs import RunRequest, fixed_on_resume, input_identity, objective_of
 from lorafold.training.loop import Plan, guessing_warning
 from lorafold.training.setup import Setup
 from lorafold.training_step.param_groups import UP
@@ -313,14 +313,14 @@ def finished_result(request: RunRequest, console: Console) -> Trained | None:
 def _differences(request: RunRequest, record: Mapping[str, Any]) -> Iterator[str]:
     old_fields = Recipe().model_dump(mode="json") | current_names(record["recipe"])
     recipe = request.recipe
-    fields = recipe.model_dump(mode="json")
     # the run chooses these if they are not set
     ignored = {"storage", "max_length", "packing"} - recipe.model_fields_set
     ignored |= {"storage"} if recipe.storage == "auto" else set()
-    for name in sorted(fields.keys() - ignored - fields_free_on_resume(recipe)):
-        if fields[name] != old_fields[name]:
-            old, new = (truncate_middle(repr(values[name]), 40) for values in (old_fields, fields))
-            yield f"{name} was {old}, now {new}"
+    old, new = (
+        {k: v for k, v in fixed_on_resume(recipe, fields).items() if k not in ignored}
+        for fields in (old_fields, recipe.model_dump(mode="json"))
+    )
+    yield from changes({k: old[k] for k in new}, new)
     base = record.get(BASE_IDENTITY)  # absent from earlier versions' records
     if base and base != request.base.identity:
         yield "the model has changed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "eval_data"
+REWARD_LIMITS = {"reward_seconds", "reward_concurrency", "reward_retries"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,14 @@ class RunRequest:
         return [row for _, row, _ in islice(rows, n)]
 
 
-def fields_free_on_resume(recipe: Recipe) -> set[str]:
-    """The fields that a resumed run may change, because they do not affect training."""
+def fixed_on_resume(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those that a resumed run may change, because they do not affect
+    training.
+    """
     free = {"keep", "trackers", "strategy"}
-    return free if recipe.stops else free | {"save_every", "eval_every"}
+    free |= set() if recipe.stops else {"save_every", "eval_every"}
+    options = {k: v for k, v in fields["objective_options"].items() if k not in REWARD_LIMITS}
+    return {k: v for k, v in fields.items() if k not in free} | {"objective_options": options}
 
 
 def rendering_of(recipe: Recipe) -> Rendering:

@@ -27,7 +27,7 @@ from lorafold.runtime.memory import KEEP_FREED, RETURN_FREED, malloc_policy
 from lorafold.runtime.processes import SINGLE_PROCESS, Processes
 from lorafold.training.checkpoint import FILES, RNG, Progress, RunDirectory, restore_rng
 from lorafold.training.finish import Trained, finish, finished_result
-from lorafold.training.inputs import RunRequest, fields_free_on_resume, input_identity
+from lorafold.training.inputs import RunRequest, fixed_on_resume, input_identity
 from lorafold.training.loop import Plan, fit
 from lorafold.training.progress_display import Display, start_trackers
 from lorafold.training.setup import Setup, check_paths_disjoint, load_adapted_model, set_up
@@ -229,8 +229,7 @@ def shared_prefix_line(setup: Setup, loss: Loss, feed: BatchFeed) -> str | None:
 def run_identity(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """The settings and inputs that a resumed run must share with the stopped one."""
     request = setup.request
-    recipe, free = request.recipe.model_dump(mode="json"), fields_free_on_resume(request.recipe)
-    identity = {k: v for k, v in recipe.items() if k not in free}
+    identity = fixed_on_resume(request.recipe, request.recipe.model_dump(mode="json"))
     identity |= {
         "lorafold": version("lorafold"),
         "model": request.base.name,
