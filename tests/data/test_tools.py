@@ -369,6 +369,19 @@ def test_calls_are_read_as_transformers_reads_them(name: str) -> None:
 def test_calls_that_cannot_be_read(with_tools: Any) -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": }}\n</tool_call>'
     assert "the call of f has arguments that are not JSON" in refusal(parse_calls, text, with_tools)
+    digits = text.replace('{"a": }', f'{{"a": {"9" * 5000}}}')
+    assert "arguments that are not JSON: Exceeds the limit" in refusal(
+        parse_calls, digits, with_tools
+    )
+    half = text.replace('{"a": }', '{"a": "\\ud83d"}')
+    assert "half of a surrogate pair" in refusal(parse_calls, half, with_tools)
+    good = text.replace('{"a": }', '{"a": "<tool_call>"}')
+    assert parse_calls(good, with_tools) == [tool_call("f", {"a": "<tool_call>"})]
+    for other in ('{"name": "f"}', '{"arguments": {}, "name": "f"}', "[]", '{"name": 3}'):
+        form = f"<tool_call>\n{other}\n</tool_call>"
+        for found in (form, good + form, form + good):
+            told = refusal(parse_calls, found, with_tools)
+            assert "found <tool_call> without a call, expected '<tool_call>" in told
     assert "does not render tool calls" in refusal(parse_calls, "x", embedded())
     loose = 'Sure. <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
     assert parse_calls(loose, with_tools) == [tool_call("f", {"a": 1})]

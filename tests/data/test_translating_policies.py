@@ -71,7 +71,7 @@ def test_what_means_something_else_here_is_told(tmp_path):
     assert trl_of(tmp_path, temperature=0.9).recipe.objective_options["temperature"] == 0.9
     several = trl_of(tmp_path, num_iterations=4)
     assert several.recipe.objective_options["updates"] == 4
-    assert "divide max_steps by 4" in remark(several, "num_iterations")
+    assert "divide all steps by 4" in remark(several, "num_iterations")
 
 
 LOSSES = [

@@ -37,7 +37,6 @@ from lorafold.rewards import Calls, Rewards
 from lorafold.rewards.environments import EnvironmentInput, PolicyError, RolloutOver
 from lorafold.rewards.functions import DEFAULT_CALLS
 from lorafold.rewards.reward import environment_of
-from process_cases import same_bytes
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -261,8 +260,13 @@ def test_a_seeded_environment_resumes_exactly(run, file: Path, tmp_path: Path) -
     run("whole", f"{file}:Talk", steps=3)
     with interrupted(2):
         run("stopped", f"{file}:Talk", steps=3, save_every=1)
-    run("stopped", f"{file}:Talk", steps=3, save_every=1, resume=True)
-    assert same_bytes(tmp_path / "whole", tmp_path / "stopped")
+    again = partial(run, "stopped", f"{file}:Talk", steps=3, save_every=1, resume=True)
+    changed = "objective_options.temperature: was None, now 0.7. Use"
+    with pytest.raises(LorafoldError, match=changed):
+        again(options={"temperature": 0.7})
+    again(options={"reward_seconds": 60.0, "reward_concurrency": 4, "reward_retries": 3})
+    assert of(tmp_path / "whole") == of(tmp_path / "stopped")
+    again()  # the limits of the finished run were others
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -411,19 +415,21 @@ def refusals(policy: Any, row: Any) -> float:
         [first, reply | {"content": reply["content"] + "!"}, first],
         [first, reply],
         [first, reply, {"role": "user"}],
+        [first, reply, {"role": "user", "content": "\ud83d"}],
     ]
     for messages in wrong if reply.ended == "stop" else []:
         with pytest.raises(PolicyError, match="messages"):
             policy.chat(messages)
-        with pytest.raises(BadRequestError, match="messages"):
-            client.chat.completions.create(model="any", messages=messages)
+        if messages is not wrong[-1]:
+            with pytest.raises(BadRequestError, match="messages"):
+                client.chat.completions.create(model="any", messages=messages)
     if reply.ended == "stop":
         with pytest.raises(PolicyError, match="tools: found others than in the first turn"):
             policy.chat([first, reply, first], [len_of])
     with pytest.raises(BadRequestError, match=r"found 1, expected more|cut off"):
         client.chat.completions.create(model="any", messages=[first], temperature=0.7)
     for field, value in {"temperature": 1, "n": 2, "stream": True, "stop": "x"}.items():
-        with pytest.raises(BadRequestError, match=f"{field}: the policy samples as trained"):
+        with pytest.raises(BadRequestError, match=f"{field}: this endpoint has only the default"):
             client.chat.completions.create(model="any", messages=[first], **{field: value})
     for path in ("/chat/completions", "/v1/models"):
         with pytest.raises(HTTPError, match="400"):
@@ -464,6 +470,16 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
+def broken(a: int) -> str:
+    """
+    Half a character.
+
+    Args:
+        a: Any number.
+    """
+    return "\ud83d"
+
+
 async def fail(text: str) -> str:
     """
     Fail.
@@ -491,16 +507,19 @@ def reply(content: str, calls: Any = None, problem: str = "") -> list[Environmen
 
 def test_tools_answer_calls_and_errors_are_answers() -> None:
     first = [{"role": "user", "content": "Add 1 and 2."}]
-    with environment_of([add, fail], DEFAULT_CALLS) as played:
+    with environment_of([add, fail, broken], DEFAULT_CALLS) as played:
         [request] = played(start(first))
         assert request["messages"] == first
-        assert request["tools"] == [get_json_schema(add), get_json_schema(fail)]
+        assert request["tools"] == [*map(get_json_schema, (add, fail, broken))]
         calls = [call("add", a=1), call("fail", text="no"), call("add", c=1), call("sub", a=1)]
+        calls.append(call("broken", a=1))
         [request] = played(reply("x", calls))
         assert [m["content"] for m in request["messages"][2:]] == [
             "3", "error: ValueError: no",
             "error: TypeError: add() got an unexpected keyword argument 'c'",
-            "error: no tool sub; the tools are add, fail",
+            "error: no tool sub; the tools are add, fail, broken",
+            "error: UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud83d' in position"
+            " 0: surrogates not allowed",
         ]  # fmt: skip
         assert {m["role"] for m in request["messages"][2:]} == {"tool"}
         [request] = played(reply("{", problem="bad"))
@@ -579,17 +598,19 @@ def test_no_rollout_has_a_reward(run, file: Path) -> None:
         ("def a(x: int):\n    'No arguments.'", "tool a: .* no description for the argument 'x'"),
         ("def a(x):\n    pass", "tool a: .*no docstring"),
         ("def a():\n    'A.'\ndef a():\n    'B.'", "tools: found a, a, expected each name once"),
-        ("def _a():\n    pass", "found neither step nor tools"),
+        ("def _a():\n    pass", "tools: found none, expected at least one function"),
+        ("def a(x: int, /):\n    'A.\\n\\nArgs:\\n    x: One.'", "tool a: 'x' parameter is pos"),
+        ("def a(*x: int):\n    'A.\\n\\nArgs:\\n    x: Some.'", "tool a: got an unexpected key"),
         ("1 / 0", "tools.py can't be run: ZeroDivisionError: division by zero"),
     ],
 )
 def test_files_that_have_no_tools(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "tools.py").write_text(text)
-    with (
-        pytest.raises(LorafoldError, match=told),
-        environment_of(f"tools:{tmp_path}/tools.py", DEFAULT_CALLS) as played,
-    ):
-        played(start())
+    with pytest.raises(LorafoldError, match=told):  # before a model is looked for
+        lf.train(
+            GRPO, model="none", data=ROWS, out="none", rewards=letters,
+            environment=f"tools:{tmp_path}/tools.py",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["turns.py", "turns.py:", "0.5*turns.py:f", "regex:a", "tools:x"])
@@ -599,6 +620,8 @@ def test_names_of_no_environment(name: str) -> None:
         pass
     with pytest.raises(LorafoldError, match=f"environment no.py:f: there is no file {Path.cwd()}"):
         lf.train(GRPO, model="none", data=ROWS, out="none", environment="no.py:f")
+    with pytest.raises(LorafoldError, match="turns: found no environment, expected one"):
+        lf.train(TURNS_ALONE, model="none", data=ROWS, out="none", rewards=letters)
     with pytest.raises(LorafoldError, match="found no reward, expected at least one"):
         lf.train(GRPO, model="none", data=ROWS, out="none", environment=[add])
     with (
@@ -611,6 +634,7 @@ def test_names_of_no_environment(name: str) -> None:
 
 
 GRPO = lf.Recipe(objective="grpo")
+TURNS_ALONE = lf.Recipe(objective="grpo", objective_options={"turns": 5})
 
 
 def test_calls_of_a_template_go_on(smollm2) -> None:

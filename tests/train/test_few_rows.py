@@ -96,7 +96,7 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
     assert again.eval_loss == found["evals"][str(found["step"])]
     with pytest.raises(LorafoldError, match="this run differs: eval_data has changed"):
         lf.train(lf.Recipe(**AUTO), out=ended, eval_data=ROWS, **given)
-    with pytest.raises(LorafoldError, match="eval_every was None, now 7"):
+    with pytest.raises(LorafoldError, match="eval_every: was None, now 7"):
         lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
 
 

@@ -53,7 +53,7 @@ def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (["--rank", "3", "--seed", "5"], "rank was None, now 3, seed was 0, now 5; choose"),
+        (["--rank", "3", "--seed", "5"], "rank: was None, now 3; seed: was 0, now 5; choose"),
         (["--data", "other"], "the rows have changed"),
         (["--model", "qwen2"], "the model has changed"),
         (["--init-adapter", "same"], "the adapter of --init-adapter has changed"),

@@ -145,8 +145,7 @@ def _num_iterations(value: Any, settings: ToolSettings) -> Outcome:
     if updates == 1:
         return mapped("one update per step")
     return changed(
-        f"a lorafold step makes {updates} updates, a TRL step one: divide max_steps, warmup_steps and"
-        f" other numbers of steps by {updates}",
+        f"a lorafold step makes {updates} updates, a TRL step one: divide all steps by {updates}",
         objective_options={"updates": updates},
     )
 

@@ -178,11 +178,19 @@ def parse_calls(
         )
     prompt = try_apply([USER], tokenizer, for_generation=True)
     text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
+    problem = None
     for syntax in (grammar, grammar.without(special_tokens(tokenizer))):
-        if calls := list(_parse_calls(text, syntax, tools)):
-            if reason := find_unusable({"arguments": calls}):
-                raise LorafoldError(reason)
+        try:
+            calls = list(_parse_calls(text, syntax, tools))
+        except LorafoldError as error:
+            problem = problem or error
+            continue
+        if reason := find_unusable({"arguments": calls}):
+            raise LorafoldError(reason)
+        if calls:
             return calls
+    if problem is not None:
+        raise problem
     return []
 
 
@@ -209,7 +217,8 @@ def _parse_calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator
     opening = re.match(r"\s*(<[^<>\s]+>|\[\w+\])", grammar.before)
     at, match = 0, begin.search(text)
     while True:
-        if opening and opening[1] in text[at : match.start() if match else None]:
+        skipped = text[at : match.start() if match else None]
+        if opening and opening[1] in skipped.removesuffix(opening[1]):  # it may end calls, too
             form = f"{grammar.before}NAME{grammar.after_name}"
             raise LorafoldError(f"found {opening[1]} without a call, expected {form!r}")
         if match is None:

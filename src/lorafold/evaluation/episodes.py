@@ -88,9 +88,9 @@ class Episode:
         if "reward" in request:
             self.rewards = request["reward"]
             return None
-        found = request["messages"]
-        problems = [*message_problems("messages", found), *tool_problems(request["tools"])]
-        if problems := problems or [*filter(None, [find_unusable({"messages": found})])]:
+        problems = [*message_problems("messages", request["messages"])]
+        problems += filter(None, [find_unusable({"messages": request["messages"]})])
+        if problems := [*problems, *tool_problems(request["tools"])]:
             raise LorafoldError("; ".join(problems))
         given = normalize(request["messages"])
         if self.turns:

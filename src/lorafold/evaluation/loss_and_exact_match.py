@@ -120,11 +120,7 @@ class Evaluation(ShownInNotebooks):
         return {name: getattr(self, name) for name in names} | preference
 
     def __str__(self) -> str:
-        return render_text("evaluation/evaluation.jinja", figures=self, quoted=_quoted)
-
-
-def _quoted(text: str) -> str:
-    return truncate(repr(text), 60)
+        return render_text("evaluation/evaluation.jinja", figures=self, truncate=truncate)
 
 
 def evaluate_classifier(

@@ -97,10 +97,7 @@ class Classify(Objective):
 
     @contextmanager
     def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: Packing,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
         auto = packing == "auto"

@@ -165,10 +165,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: Packing,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: Packing,
         console: Console,
     ) -> Any:
         """A context manager that yields the `Loss` of this model.

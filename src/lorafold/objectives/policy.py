@@ -79,13 +79,8 @@ class RolloutLoss(Policy):
     """The policy gradient loss, with the sampling engine and the rewards."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        algorithm: PolicyAlgorithm,
-        support: PrefixSupport | None,
-        pad_id: int,
-        rollouts: Rollouts,
-        rewards: Rewards,
+        self, model: PreTrainedModel, algorithm: PolicyAlgorithm, support: PrefixSupport | None,
+        pad_id: int, rollouts: Rollouts, rewards: Rewards,
     ) -> None:
         temperature = rollouts.sampling.temperature
         super().__init__(
@@ -110,8 +105,6 @@ class PolicyObjective(OnPolicy):
         if sampling.environment and request.environment:
             raise LorafoldError("environment: found two, expected one")
         environment = sampling.environment or request.environment
-        with environment_of(environment, Calls()):
-            pass  # a wrong one is an error before the model loads
         if not 0 <= sampling.overlong <= (0 if environment else sampling.max_new_tokens):
             raise LorafoldError(
                 f"overlong: found {sampling.overlong}, expected at most max_new_tokens, or 0 in an"
@@ -125,6 +118,8 @@ class PolicyObjective(OnPolicy):
                 f"objective {request.name}: found no reward, expected at least one: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
+        with environment_of(environment, Calls()):
+            pass  # a wrong one is an error before the model loads
         parsed = {text: RewardName.parse(text) for text in sampling.rewards}
         adapters = {
             text: RewardAdapter.of(name, request.base)
@@ -214,10 +209,7 @@ class PolicyObjective(OnPolicy):
 
     @contextmanager
     def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: Packing,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: Packing,
         console: Console,
     ) -> Iterator[RolloutLoss]:
         sampling = self.sampling

@@ -93,10 +93,7 @@ class PreferenceObjective(Objective):
 
     @contextmanager
     def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: Packing,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: Packing,
         console: Console,
     ) -> Iterator[Preferences]:
         across = packing == "auto"
@@ -197,13 +194,8 @@ class Preference(PreferenceObjective):
     """Preference learning. The reference is the model without the trained adapter."""
 
     def refer(
-        self,
-        loss: Preferences,
-        feed: BatchFeed,
-        held_out: Any,
-        below: Sequence[str],
-        console: Console,
-        layout: Replicated,
+        self, loss: Preferences, feed: BatchFeed, held_out: Any, below: Sequence[str],
+        console: Console, layout: Replicated,
     ) -> tuple[BatchFeed, Any]:
         if not self.algorithm.has_reference:
             return feed, held_out

@@ -34,10 +34,7 @@ class Sft(Objective):
 
     @contextmanager
     def loss(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        packing: Packing,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
         if not packing:

@@ -281,7 +281,10 @@ def schema_of(tool: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema
 
     try:
-        return dict(get_json_schema(tool))
+        schema = dict(get_json_schema(tool))
+        # calls pass arguments by name
+        inspect.signature(tool).bind(**schema["function"]["parameters"]["properties"])
+        return schema
     except Exception as error:  # of several types, also of the function's type hints
         reason = truncate(" ".join(str(error).split()), MAX_LEN)
         name = getattr(tool, "__name__", type(tool).__name__)
@@ -293,10 +296,6 @@ def _by_name(tools: Sequence[Any]) -> dict[str, Any]:
     functions = dict(zip(names, tools, strict=True))
     if len(functions) < len(names):
         raise Problem(f"tools: found {', '.join(names)}, expected each name once")
-    for name, tool in functions.items():
-        for p in inspect.signature(tool).parameters.values():
-            if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL):
-                raise Problem(f"tool {name}: a call can't pass {p.name}, which has no name in it")
     return functions
 
 

@@ -303,8 +303,9 @@ def finished_result(request: RunRequest, console: Console) -> Trained | None:
         )
     if differences := list(_differences(request, record)):
         raise LorafoldError(
-            f"nothing to resume: {out} is finished, and this run differs: {listed(differences)};"
-            " choose another --out, or replace the adapter with --overwrite"
+            f"nothing to resume: {out} is finished, and this run differs:"
+            f" {listed(differences, '; ')}; choose another --out, or replace the adapter with"
+            " --overwrite"
         )
     print_lines(console, f"nothing to resume: {out} is finished")
     return _recorded_result(record, out)

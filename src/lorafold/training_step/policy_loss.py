@@ -43,12 +43,8 @@ class Rollout(BranchedRow):
 
     @classmethod
     def of(
-        cls,
-        documents: Sequence[Example],
-        prompt: int,
-        logprobs: Sequence[Sequence[float]],
-        advantages: Sequence[float],
-        counted: Sequence[bool],
+        cls, documents: Sequence[Example], prompt: int, logprobs: Sequence[Sequence[float]],
+        advantages: Sequence[float], counted: Sequence[bool],
     ) -> Rollout:
         """A rollout of documents, whose first `prompt` tokens may be shared. Each branch begins
         with the last shared token, because it predicts the first sampled one.
@@ -67,13 +63,8 @@ class StepRollouts(list[Rollout]):
     """
 
     def __init__(
-        self,
-        groups: Iterable[Rollout],
-        no_signal_reason: str,
-        figures: Mapping[str, float],
-        tokens: int,
-        seconds: Mapping[str, float],
-        samples: Sequence[Mapping[str, Any]],
+        self, groups: Iterable[Rollout], no_signal_reason: str, figures: Mapping[str, float],
+        tokens: int, seconds: Mapping[str, float], samples: Sequence[Mapping[str, Any]],
     ) -> None:
         super().__init__(groups)
         self.no_signal_reason, self.figures = no_signal_reason, figures
@@ -108,14 +99,8 @@ class Policy(BranchedLoss):
     """The loss of a policy algorithm in nats, summed over tokens or completions."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        algorithm: PolicyAlgorithm,
-        support: PrefixSupport | None,
-        pad_id: int,
-        max_new_tokens: int,
-        exact: bool = False,
-        temperature: float = 1.0,
+        self, model: nn.Module, algorithm: PolicyAlgorithm, support: PrefixSupport | None,
+        pad_id: int, max_new_tokens: int, exact: bool = False, temperature: float = 1.0,
     ) -> None:
         super().__init__(model, support, pad_id)
         self.temperature, self.entropy, self.entropy_weight = temperature, 0.0, 0.0
