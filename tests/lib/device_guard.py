@@ -15,6 +15,7 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from zlib import crc32
 
 SOURCE = r"""
 #include HEADER
@@ -71,7 +72,8 @@ def install() -> None:
     if "cuda: Optional[str] = None" not in (root / "version.py").read_text():
         return
     kind = "mps" if os.environ.get("SHADOW_DEVICE") == "mps" else "cuda"
-    library = Path(tempfile.gettempdir()) / f"lorafold-guard-{kind}-{torch_version}.so"
+    key = f"{kind}-{torch_version}-{crc32(str(root).encode()):08x}"  # it names torch's folder
+    library = Path(tempfile.gettempdir()) / f"lorafold-guard-{key}.so"
     if not library.exists():
         own = Path(tempfile.mkdtemp()) / library.name
         flags = ["-O1", "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", f"-L{root}/lib"]
